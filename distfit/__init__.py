@@ -1,0 +1,20 @@
+"""Train custom `train_step` Keras models on many replicas, with one device's numbers."""
+
+from distfit import callbacks, losses, random
+from distfit.collectives import all_gather, global_mean, global_sum
+from distfit.model import Model, Sequential
+from distfit.strategy import create_strategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Model",
+    "Sequential",
+    "all_gather",
+    "callbacks",
+    "create_strategy",
+    "global_mean",
+    "global_sum",
+    "losses",
+    "random",
+]

@@ -1,0 +1,244 @@
+"""Every private Keras name that distfit touches, each with its reason.
+
+Nothing else in the package imports from ``keras.src``. The test of this file fails
+when a name moves or when Keras changes what it relies on.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# Arrays, datasets, PyDatasets, generators, pandas, torch loaders: Keras turns each into
+# a `tf.data.Dataset`, with class weights and its own error messages.
+# A model remembers the strategy under whose scope it was made.
+from keras.src.backend.common import global_state
+from keras.src.losses import loss as _loss_module
+
+# The arithmetic of masks and sample weights, so that it stays Keras's own.
+from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
+
+# What `keras.Model(inputs, outputs)` is underneath.
+from keras.src.models.functional import Functional
+from keras.src.models.model import functional_init_arguments
+
+# The update loops that know nothing of tf.distribute: distfit runs them per replica.
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.random import seed_generator as _seed_module
+
+# The containers in which `compile()` keeps losses and metrics.
+from keras.src.trainers.compile_utils import CompileLoss, CompileMetrics
+from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.trainers.data_adapters.data_adapter_utils import (
+    class_weight_to_sample_weights,
+)
+from keras.src.backend.tensorflow.trainer import (
+    concat,
+    convert_to_np_if_not_ragged as to_numpy,
+    potentially_ragged_concat as join_batches,
+)
+from keras.src.utils.python_utils import is_default, pythonify_logs
+
+__all__ = [
+    "CompileLoss",
+    "CompileMetrics",
+    "Functional",
+    "apply_mask",
+    "concat",
+    "to_numpy",
+    "join_batches",
+    "class_weight_to_sample_weights",
+    "functional_init_arguments",
+    "get_data_adapter",
+    "pythonify_logs",
+    "squeeze_or_expand_to_same_rank",
+    "train_validation_split",
+]
+
+
+# --- Losses: Keras divides by the number of replicas, and multiplies again to report.
+
+
+def set_aside_loss_scaling(when: Callable[[], bool]) -> None:
+    """Makes Keras's own scaling by the number of replicas the identity where `when()`.
+
+    Inside a distfit step a loss is already that of the global batch. Outside of one,
+    Keras's behaviour is untouched.
+    """
+    for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
+        setattr(_loss_module, name, _unless(when, getattr(_loss_module, name)))
+
+
+def _unless(when: Callable[[], bool], scale: Callable) -> Callable:
+    @functools.wraps(scale)
+    def gated(value):
+        return value if when() else scale(value)
+
+    return gated
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that a layer attached to its output, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+# --- Layers: the losses of a forward pass, kept on the layers themselves.
+
+
+def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
+    """The model and all its layers, nested ones included."""
+    return list(model._flatten_layers())
+
+
+def own_losses(layer: keras.layers.Layer) -> list:
+    """What `add_loss` and the activity regularizer of this one layer added."""
+    return layer._get_own_losses()
+
+
+def regularization_losses(model: keras.Model) -> list:
+    """The penalties of the model's regularised weights."""
+    return model._get_regularization_losses()
+
+
+def has_losses_override(model: keras.Model) -> bool:
+    """Whether Keras replaced the list of losses (as it does while exporting)."""
+    return bool(model._losses_override)
+
+
+def layer_losses(model: keras.Model) -> list[tuple]:
+    """A snapshot of the losses collected so far, to hand to `set_layer_losses`.
+
+    Replicas are traced by threads that take turns at every collective, and all of them
+    collect into the same lists: each must find its own again.
+    """
+    return [(layer, list(layer._losses)) for layer in layers_of(model)]
+
+
+def set_layer_losses(snapshot: list[tuple]) -> None:
+    """Puts back the losses of a `layer_losses` snapshot."""
+    for layer, losses in snapshot:
+        layer._losses[:] = losses
+
+
+def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
+    """The axes over which a BatchNormalization takes its statistics."""
+    return list(layer._reduction_axes)
+
+
+# --- Metrics.
+
+
+def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Every metric that is an attribute of the model or of one of its layers."""
+    return [m for layer in layers_of(model) for m in layer._metrics]
+
+
+# --- Optimizers.
+
+_PLAIN = {
+    "_backend_update_step": BaseOptimizer._backend_update_step,
+    "_apply_weight_decay": BaseOptimizer._apply_weight_decay,
+    "_overwrite_model_variables_with_average_value": (
+        BaseOptimizer._overwrite_model_variables_with_average_value
+    ),
+    "_backend_increment_gradient_accumulators": (
+        BaseOptimizer._backend_increment_gradient_accumulators
+    ),
+}
+_PLAIN_LOSS_SCALE = {
+    "_tf_apply": keras.optimizers.LossScaleOptimizer._common_apply,
+}
+
+
+@contextlib.contextmanager
+def plain_updates(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Lets an optimizer update the local copies of variables, as on one device.
+
+    The methods that Keras overrides for tf.distribute would aggregate once more, and
+    cannot run inside a `tf.cond`. For the time of the block their backend-agnostic
+    originals stand in.
+    """
+    swapped = []
+    try:
+        for target, methods in _plain_methods(optimizer):
+            for name, function in methods.items():
+                object.__setattr__(target, name, functools.partial(function, target))
+                swapped.append((target, name))
+        yield
+    finally:
+        for target, name in swapped:
+            target.__dict__.pop(name, None)
+
+
+def _plain_methods(optimizer: Any) -> Iterator[tuple[Any, dict]]:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        yield optimizer, _PLAIN_LOSS_SCALE
+        optimizer = optimizer.inner_optimizer
+    yield optimizer, _PLAIN
+
+
+# --- Randomness.
+
+
+def offset_seeds(offset: Callable[[], Any]) -> None:
+    """Adds `offset()` to every seed that a `SeedGenerator` hands out, unless None.
+
+    The state of the generator stays what it is on one device, equal on all replicas:
+    nothing has to be done after building, saving or restoring it.
+    """
+    draw = _seed_module.SeedGenerator.next
+
+    @functools.wraps(draw)
+    def next_with_offset(self, *args, **kwargs):
+        seed = draw(self, *args, **kwargs)
+        shift = offset()
+        if shift is None:
+            return seed
+        return seed + tf.stack([tf.cast(shift, seed.dtype), tf.zeros((), seed.dtype)])
+
+    _seed_module.SeedGenerator.next = next_with_offset
+
+
+@contextlib.contextmanager
+def global_seed_generator(generator: Any) -> Iterator[None]:
+    """Makes `generator`, unless None, the source of unseeded draws in this thread.
+
+    Keras keeps its global generator per thread, so in a replica's thread it would try
+    to create a variable in the middle of the step.
+    """
+    name = _seed_module.GLOBAL_SEED_GENERATOR
+    previous = global_state.get_global_attribute(name)
+    if generator is not None:
+        global_state.set_global_attribute(name, generator)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, previous)
+
+
+@contextlib.contextmanager
+def new_global_seed_generator(made: list) -> Iterator[None]:
+    """Hides the global generator; one that is made meanwhile is appended to `made`."""
+    name = _seed_module.GLOBAL_SEED_GENERATOR
+    previous = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, None)
+    try:
+        yield
+        made.append(global_state.get_global_attribute(name))
+    finally:
+        global_state.set_global_attribute(name, previous)
+
+
+def listens(callback: keras.callbacks.Callback, hook: str) -> bool:
+    """Whether a callback does something in a batch hook.
+
+    Keras's `on_train_batch_*` call `on_batch_*`, which may be what is overridden.
+    """
+    older = hook.replace("_train", "")
+    return not (is_default(getattr(callback, hook)) and is_default(
+        getattr(callback, older, getattr(callback, hook))
+    ))

@@ -1,0 +1,288 @@
+"""What a replica holds of the global batch, and the sums over replicas.
+
+Inside a step every replica runs the same code on its own rows. Two conventions make
+the numbers those of one device, and every function here keeps them:
+
+* a **value** is that of the global batch, the same on every replica;
+* a **gradient** is this replica's share: summed over replicas it is the gradient.
+
+This is the only file that calls `all_reduce`. Outside a step, and on one replica,
+every function is what its name says of the tensor it is given.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit import _keras
+
+_local = threading.local()
+
+
+class Share:
+    """A replica's part in the current step. Use as a context manager around the step.
+
+    Attributes:
+        replica: Index of this replica among all, an int.
+        num_replicas: Number of replicas, an int.
+        start, local_rows, global_rows: Where this replica's rows lie in the global
+            batch; int32 scalars.
+        whole: Whether the global batch has fewer rows than there are replicas. No
+            replica can sit out a collective, so each then processes the whole batch
+            with a weight of 1 / num_replicas. A bool tensor, or False where it cannot
+            happen.
+        weight: The weight of this replica's rows: 1, or 1 / num_replicas if `whole`.
+        plan: What a symbolic run of the step found out, or None.
+    """
+
+    def __init__(self, replica, num_replicas, bounds, *, model=None, plan=None):
+        self.replica = replica
+        self.num_replicas = num_replicas
+        self.start, stop, self.global_rows, self.whole = bounds
+        self.local_rows = stop - self.start
+        self.model = model
+        self.plan = plan
+        self.loss_calls = 0
+        self.same_draws = False
+        self._local_values: list[tuple[Any, Any]] = []
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange anything with."""
+        return self.num_replicas == 1
+
+    @property
+    def weight(self) -> Any:
+        if self.whole is False:
+            return 1.0
+        return tf.where(self.whole, 1.0 / self.num_replicas, 1.0)
+
+    @property
+    def rows_counted(self) -> Any:
+        """The rows that this replica answers for where rows are counted."""
+        if self.whole is False or self.replica == 0:
+            return self.local_rows
+        return tf.where(self.whole, 0, self.local_rows)
+
+    @property
+    def fraction(self) -> Any:
+        """The part of the global batch that this replica stands for, a float32."""
+        rows = tf.cast(self.local_rows, tf.float32) * self.weight
+        return rows / tf.cast(self.global_rows, tf.float32)
+
+    def stream_offset(self, distance: int) -> Any:
+        """What sets this replica's random stream apart; None if nothing does.
+
+        Replicas that process the same rows draw the same numbers.
+        """
+        if self.replica == 0:
+            return None
+        offset = self.replica * distance
+        return offset if self.whole is False else tf.where(self.whole, 0, offset)
+
+    def all_reduce(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Sums every tensor over the replicas; the gradient is summed likewise."""
+        if self.alone:
+            return list(tensors)
+        # The threads of other replicas run meanwhile, on the same layer objects.
+        losses = _keras.layer_losses(self.model) if self.model else []
+        context = tf.distribute.get_replica_context()
+        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
+        _keras.set_layer_losses(losses)
+        return list(summed)
+
+    def remember(self, value: tf.Tensor, local: tf.Tensor) -> tf.Tensor:
+        """Notes that the global `value` is the sum over replicas of `local`."""
+        self._local_values.append((value, local))
+        return value
+
+    def local_part(self, value: Any) -> tf.Tensor | None:
+        """The summand that this replica gave to a global value, if `value` is one."""
+        return next((part for v, part in self._local_values if v is value), None)
+
+    @property
+    def local_parts(self) -> list[tf.Tensor]:
+        """This replica's summand of every global value so far."""
+        return [part for _, part in self._local_values]
+
+    def defers(self, optimizer, variables) -> bool:
+        """Whether an optimizer is not to be applied now, but only built later."""
+        return False
+
+    def __enter__(self):
+        self._outer = current_share()
+        _local.share = self
+        return self
+
+    def __exit__(self, *exc_info):
+        _local.share = self._outer
+
+
+def current_share() -> Share | None:
+    """The share of the step that this thread is in, or None outside of a step."""
+    return getattr(_local, "share", None)
+
+
+def distributed_share() -> Share | None:
+    """The current share if other replicas take part in the step, else None."""
+    share = current_share()
+    return None if share is None or share.alone else share
+
+
+def row_bounds(rows, replica: int, num_replicas: int, may_be_whole: bool = True):
+    """The rows of a global batch that belong to a replica.
+
+    Replica r of N has rows `[rows * r // N, rows * (r + 1) // N)`; a batch of fewer
+    rows than replicas belongs to every replica as a whole.
+
+    Returns:
+        `(start, stop, rows, whole)`.
+    """
+    start = rows * replica // num_replicas
+    stop = rows * (replica + 1) // num_replicas
+    if not may_be_whole or num_replicas == 1:
+        return start, stop, rows, False
+    whole = rows < num_replicas
+    if isinstance(rows, int):
+        return (0, rows, rows, True) if whole else (start, stop, rows, False)
+    return tf.where(whole, 0, start), tf.where(whole, rows, stop), rows, whole
+
+
+def global_sum(x):
+    """Sums a tensor over the replicas, element by element.
+
+    Args:
+        x: A tensor of the same shape on every replica, e.g. a sum over local rows.
+
+    Returns:
+        A tensor of that shape; its gradient is this replica's share.
+    """
+    share = distributed_share()
+    if share is None:
+        return tf.convert_to_tensor(x)
+    local = _weighted(tf.convert_to_tensor(x), share)
+    return share.remember(_with_value(local, share.all_reduce([local])[0]), local)
+
+
+def global_mean(values, sample_weight=None):
+    """The mean over the global batch, as `tf.reduce_mean` takes it over local rows.
+
+    Args:
+        values: A tensor with a row for each row of the batch, or a scalar that is the
+            mean of the local rows.
+        sample_weight: Optional weights that broadcast against `values`. With them the
+            result is `sum(values * sample_weight) / sum(sample_weight)`.
+
+    Returns:
+        A scalar; its gradient is this replica's share.
+    """
+    values = tf.convert_to_tensor(values)
+    if values.shape.rank == 0:
+        return mean_of_local_means(values)
+    if sample_weight is None:
+        return global_ratio(tf.reduce_sum(values), size_of(values))
+    weights = tf.cast(sample_weight, values.dtype) * tf.ones_like(values)
+    return global_ratio(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
+
+
+def all_gather(x):
+    """The rows of all replicas, in the order of the global batch.
+
+    Args:
+        x: A tensor of shape `(k * local_rows, ...)`, for any whole number k.
+
+    Returns:
+        A tensor of shape `(k * global_rows, ...)`, the same on every replica. It is
+        differentiable: a replica's rows receive the gradients of all replicas.
+    """
+    x = tf.convert_to_tensor(x)
+    share = distributed_share()
+    if share is None:
+        return x
+    per_row = tf.shape(x)[0] // share.local_rows
+    before = per_row * share.start
+    after = per_row * (share.global_rows - share.start - share.local_rows)
+    padding = [[before, after]] + [[0, 0]] * (x.shape.rank - 1)
+    return _sum_both_ways(_weighted(tf.pad(x, padding), share))
+
+
+def stack_replicas(x):
+    """Stacks a small tensor of every replica: `(num_replicas, *x.shape)`.
+
+    It is differentiable like `all_gather`, and needs one exchange.
+    """
+    share = distributed_share()
+    if share is None:
+        return x[tf.newaxis]
+    slot = tf.one_hot(share.replica, share.num_replicas, dtype=x.dtype)
+    return _sum_both_ways(tf.reshape(slot, [-1] + [1] * x.shape.rank) * x)
+
+
+def global_ratio(numerator, divisor, *, divisor_is_global: bool = False):
+    """`sum of numerators / sum of divisors` over the replicas; 0 where that is 0 / 0.
+
+    Args:
+        numerator: A scalar, with gradient.
+        divisor: A scalar, without gradient.
+        divisor_is_global: Whether `divisor` is the sum already, known to every replica
+            without asking the others.
+    """
+    divisor = tf.cast(tf.stop_gradient(divisor), numerator.dtype)
+    share = distributed_share()
+    if share is None:
+        return tf.math.divide_no_nan(numerator, divisor)
+    numerator = _weighted(numerator, share)
+    if divisor_is_global:
+        local = tf.math.divide_no_nan(numerator, divisor)
+        return share.remember(_with_value(local, share.all_reduce([local])[0]), local)
+    sums = share.all_reduce([tf.stack([numerator, _weighted(divisor, share)])])[0]
+    local = tf.math.divide_no_nan(numerator, sums[1])
+    value = tf.math.divide_no_nan(sums[0], sums[1])
+    return share.remember(_with_value(local, value), local)
+
+
+def mean_of_local_means(scalar):
+    """The mean over the global batch of a scalar that is the mean of local rows."""
+    scalar = tf.convert_to_tensor(scalar)
+    share = distributed_share()
+    if share is None:
+        return scalar
+    local_rows = tf.cast(share.local_rows, scalar.dtype)
+    return global_ratio(scalar * local_rows, share.global_rows, divisor_is_global=True)
+
+
+def replicated(scalar):
+    """A value that every replica computes alike, e.g. a penalty on the weights.
+
+    Its value stays; each replica carries an equal share of its gradient.
+    """
+    share = distributed_share()
+    if share is None:
+        return scalar
+    local = scalar / share.num_replicas
+    return share.remember(_with_value(local, scalar), local)
+
+
+def size_of(tensor):
+    """The number of elements of a tensor, a scalar of its dtype."""
+    return tf.cast(tf.size(tensor), tensor.dtype)
+
+
+@tf.custom_gradient
+def _with_value(local, value):
+    """`value` going forward; going back, the gradient belongs to `local`."""
+    return tf.identity(value), lambda upstream: (upstream, None)
+
+
+@tf.custom_gradient
+def _sum_both_ways(x):
+    share = distributed_share()
+    if share is None:
+        return tf.identity(x), lambda upstream: upstream
+    return share.all_reduce([x])[0], _sum_both_ways
+
+
+def _weighted(x, share: Share):
+    return x if share.whole is False else x * tf.cast(share.weight, x.dtype)

@@ -1,0 +1,241 @@
+"""Any input -> global batches -> the rows of each replica, on every worker alike.
+
+Every worker reads the same sequence of global batches and takes its own rows of each,
+so all know the number of steps and none can run out of data alone. Keras's own adapters
+turn arrays, datasets, PyDatasets and generators into a `tf.data.Dataset`; it is read by
+a plain iterator on the host, and each replica cuts its rows inside the compiled step.
+"""
+
+import types
+import warnings
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from distfit import _keras
+
+
+class GlobalBatches:
+    """The global batches of an input, epoch by epoch.
+
+    Args:
+        x, y, sample_weight, batch_size, shuffle, class_weight: As in `Model.fit`.
+        steps_per_epoch: As in `Model.fit`; the data then continue from one epoch to
+            the next.
+
+    Attributes:
+        dataset: A `tf.data.Dataset` of global batches.
+        num_batches: Number of batches in the data; None if unknown or infinite.
+        epoch_steps: Number of steps of an epoch; None if unknown.
+
+    Raises:
+        ValueError: if there are no data, or they are not batches of tensors or of
+            `(x, y[, sample_weight])`.
+    """
+
+    def __init__(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size=None,
+        steps_per_epoch=None,
+        shuffle=False,
+        class_weight=None,
+    ):
+        check_positive("batch_size", batch_size)
+        check_positive("steps_per_epoch", steps_per_epoch)
+        check_not_distributed(x)
+        self._adapter = _keras.get_data_adapter(
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+        self.dataset = self._adapter.get_tf_dataset()
+        self.num_batches = self._adapter.num_batches
+        self.steps_per_epoch = steps_per_epoch
+        self._one_pass = isinstance(x, types.GeneratorType)
+        self._last_length = None
+        self._never_ends = self.dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+        self._iterator = None
+        self._next = None
+        self._seen = 0
+        check_element_spec(self.spec)
+        if self.num_batches == 0:
+            raise ValueError(_EMPTY)
+
+    @property
+    def spec(self) -> Any:
+        """The `tf.TypeSpec`s of a global batch."""
+        return self.dataset.element_spec
+
+    @property
+    def epoch_steps(self) -> int | None:
+        return self.steps_per_epoch or self.num_batches or self._last_length
+
+    @property
+    def length_is_known(self) -> bool:
+        """Whether it is known beforehand how many steps the data are good for."""
+        return self.num_batches is not None or self._never_ends
+
+    def smallest_batch(self) -> int | None:
+        """The number of rows of the smallest batch; None if only the data know."""
+        batch_size = self._adapter.batch_size
+        partial = self._adapter.partial_batch_size
+        if self._adapter.has_partial_batch is None:  # A dataset: its spec may tell.
+            return batch_size
+        if batch_size is None:
+            return None
+        return min(batch_size, partial) if partial else batch_size
+
+    def start_epoch(self) -> int | None:
+        """Starts an epoch and returns how many steps it has, None if unknown.
+
+        With `steps_per_epoch`, an epoch goes on where the last one stopped.
+        """
+        self._adapter.on_epoch_begin()
+        goes_on = self.steps_per_epoch is not None or self._one_pass
+        if self._iterator is None or not goes_on:
+            self._iterator = iter(self.dataset)
+            self._next = None
+            self._seen = 0
+        if self.num_batches is None:
+            return self.steps_per_epoch
+        left = self.num_batches - self._seen
+        return min(left, self.steps_per_epoch or left)
+
+    def has_next(self) -> bool:
+        """Whether there is another batch, as far as one has to look to know."""
+        return self.length_is_known or bool(self.take_next().has_value())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is nothing left for another epoch."""
+        return self._one_pass and not self.has_next()
+
+    def iterator(self) -> Any:
+        """The iterator of the current epoch."""
+        return self._iterator
+
+    def take_next(self) -> tf.experimental.Optional:
+        """The batch that comes next, for data of unknown length."""
+        if self._next is None:
+            self._next = self._iterator.get_next_as_optional()
+        return self._next
+
+    def put_next(self, batch: tf.experimental.Optional) -> None:
+        """Keeps a batch that was read but not yet trained on."""
+        self._next = batch
+
+    def end_epoch(self, steps: int) -> None:
+        """Ends an epoch of which `steps` steps were run.
+
+        Raises:
+            ValueError: if the data turn out to be empty.
+        """
+        self._seen += steps
+        ran_out = not self.length_is_known and not self.has_next()
+        if ran_out and self._seen == 0:
+            raise ValueError(_EMPTY)
+        exhausted = ran_out or self._seen == self.num_batches
+        if exhausted and steps < (self.steps_per_epoch or 1):
+            _warn_of_missing_data()
+        if ran_out:
+            self._last_length = steps
+        if exhausted and not self._one_pass:
+            self._iterator = None
+        self._adapter.on_epoch_end()
+
+
+_EMPTY = (
+    "The data have no batch at all. Received: an empty dataset. Give at least one row, "
+    "and check filters, shards and `drop_remainder`."
+)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises a `ValueError` if a count is given but below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
+
+
+def check_not_distributed(x: Any) -> None:
+    """Raises a `ValueError` for a dataset that a strategy has cut up already."""
+    if isinstance(x, tf.distribute.DistributedDataset):
+        raise ValueError(
+            "distfit cuts global batches itself. Received: a dataset that was already "
+            "distributed by the strategy. Pass the `tf.data.Dataset` of global batches."
+        )
+
+
+def check_element_spec(spec: Any) -> None:
+    """Raises a `ValueError` if elements are not batches that a step can take."""
+    if isinstance(spec, tuple) and not 1 <= len(spec) <= 3:
+        raise ValueError(
+            "An element of the data must be x, (x,), (x, y) or (x, y, sample_weight). "
+            f"Received: a tuple of {len(spec)}. Put several inputs into a dict or list."
+        )
+    for leaf in tf.nest.flatten(spec):
+        if isinstance(leaf, tf.NoneTensorSpec | tf.OptionalSpec):
+            continue
+        if not isinstance(
+            leaf, tf.TensorSpec | tf.RaggedTensorSpec | tf.SparseTensorSpec
+        ):
+            raise ValueError(
+                "An element of the data must be a tensor or a structure "
+                f"(x, y[, sample_weight]) of tensors. Received: {leaf}."
+            )
+        if leaf.shape.rank == 0:
+            raise ValueError(
+                "Elements of the data must be batches, with rows first. Received: a "
+                f"scalar, {leaf}. Call `.batch(batch_size)` on the dataset."
+            )
+
+
+def num_rows(batch: Any) -> Any:
+    """The number of rows of a batch: of its first tensor. An int32 scalar."""
+    first = next(t for t in tree.flatten(batch) if t is not None)
+    if isinstance(first, tf.SparseTensor):
+        return tf.cast(first.dense_shape[0], tf.int32)
+    if isinstance(first, tf.RaggedTensor):
+        return tf.cast(first.nrows(), tf.int32)
+    return tf.shape(first)[0]
+
+
+def take_rows(batch: Any, start: Any, stop: Any) -> Any:
+    """The rows `[start, stop)` of every tensor of a batch."""
+    return tree.map_structure(lambda tensor: _slice(tensor, start, stop), batch)
+
+
+def without_optionals(batch: Any) -> Any:
+    """Turns the empty optionals by which Keras's adapters say None into None."""
+    return tree.map_structure(
+        lambda t: None if isinstance(t, tf.experimental.Optional) else t, batch
+    )
+
+
+def _slice(tensor, start, stop):
+    if tensor is None:
+        return None
+    if isinstance(tensor, tf.SparseTensor):
+        begin = tf.one_hot(0, tensor.shape.rank, tf.cast(start, tf.int64), 0)
+        rest = tensor.dense_shape[1:]
+        rows = tf.cast(stop - start, tf.int64)[tf.newaxis]
+        return tf.sparse.slice(tensor, begin, tf.concat([rows, rest], 0))
+    return tensor[start:stop]
+
+
+def _warn_of_missing_data() -> None:
+    warnings.warn(
+        "Your input ran out of data; interrupting training. Make sure that your "
+        "dataset or generator can generate at least `steps_per_epoch * epochs` "
+        "batches. You may need to use the `.repeat()` function when building your "
+        "dataset.",
+        stacklevel=2,
+    )

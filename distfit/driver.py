@@ -1,0 +1,270 @@
+"""The compiled step driver: k steps of all replicas in one call.
+
+A step reads a global batch on the host; each replica takes its rows and runs the user's
+step on them. Metrics hold the results, so nothing is returned per step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from distfit import _keras, build, data, metrics, normalization, probe
+from distfit.collectives import Share, row_bounds
+from distfit.finite import FiniteWatch
+
+
+class StepDriver:
+    """Runs one kind of step, `train_step` or `test_step`, of a model.
+
+    Everything that can be done once is done here: building, the symbolic run that makes
+    the plan, compiling.
+
+    Args:
+        model: A compiled `distfit.Model`.
+        step: The bound `train_step` or `test_step`.
+        spec: Structure of the specs of a global batch.
+        may_be_whole: Whether a batch may have fewer rows than there are replicas.
+    """
+
+    def __init__(
+        self, model: keras.Model, step: Callable, spec: Any, may_be_whole: bool
+    ):
+        self.model = model
+        self.step = step
+        self.strategy = model.distribute_strategy
+        self.num_replicas = self.strategy.num_replicas_in_sync
+        self.may_be_whole = may_be_whole
+        build.check_in_scope(model)
+        build.build_layers(model, spec)
+        self.plan = probe.probe(model, step, spec, self.strategy)
+        self._build()
+        if not model.run_eagerly:
+            self._compile()
+
+    def run(self, batches: data.GlobalBatches, steps: int) -> int:
+        """Runs up to `steps` steps and returns how many the data were good for."""
+        if not batches.length_is_known:
+            return self._run_until_end(batches, steps)
+        if steps == 1 or self.model.run_eagerly:
+            for _ in range(steps):
+                self._run_next(batches.iterator())
+        else:
+            self._run_many(batches.iterator(), tf.constant(steps))
+        return steps
+
+    def run_on(self, batch: Any) -> None:
+        """Runs a step on one global batch of tensors."""
+        self._run_batch(batch)
+
+    def reset(self) -> None:
+        """Resets the model's metrics and the logs that no metric tracks."""
+        self.model.reset_metrics()
+        for log in self.logs.values():
+            log.reset_state()
+        if self.watch:
+            self.watch.reset()
+
+    def results(self) -> dict[str, float]:
+        """Reads the logs: a sum over replicas and, on several workers, an exchange."""
+        return _keras.pythonify_logs(self._read())
+
+    # Building.
+
+    def _build(self) -> None:
+        with self.strategy.scope():
+            for optimizer, variables in self.plan.optimizers:
+                if not optimizer.built:
+                    optimizer.build(variables)
+            self.logs = {name: self._log_metric(name) for name in self.plan.shapes}
+            watched = self.model.check_finite
+            self.watch = FiniteWatch(self.strategy) if watched else None
+        build.check_in_scope(self.model)
+        build.check_metrics(self.model)
+        if self.num_replicas > 1:
+            for metric in metrics.all_of(self.model):
+                metrics.adapt(metric)
+            normalization.adapt(self.model)
+
+    def _log_metric(self, name: str) -> metrics.RowMean:
+        shape = self.plan.shapes[name]
+        if None in shape:
+            raise ValueError(
+                "A log that a step returns must have a fixed shape. Received: "
+                f"{name!r} of shape {shape}. Return a scalar, such as its mean."
+            )
+        kind = metrics.LastValue if name in self.plan.derived else metrics.RowMean
+        return kind(shape, name)
+
+    def _compile(self) -> None:
+        for name in ("_run_next", "_run_many", "_run_ahead", "_run_batch", "_read"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+    # What is compiled.
+
+    def _run_next(self, iterator) -> None:
+        self._run_batch(next(iterator))
+
+    def _run_many(self, iterator, steps) -> None:
+        def body(step):
+            self._run_batch(next(iterator))
+            return [step + 1]
+
+        tf.while_loop(lambda step: step < steps, body, [tf.constant(0)])
+
+    def _run_ahead(self, iterator, batch, steps):
+        """Runs steps while there are data, always one batch ahead of the step."""
+
+        def body(step, batch):
+            self._run_batch(batch.get_value())
+            return step + 1, iterator.get_next_as_optional()
+
+        def more(step, batch):
+            return tf.logical_and(step < steps, batch.has_value())
+
+        return tf.while_loop(more, body, [tf.constant(0), batch])
+
+    def _run_batch(self, batch) -> None:
+        self.strategy.run(self._replica_step, args=(batch,))
+
+    def _run_until_end(self, batches: data.GlobalBatches, steps: int) -> int:
+        batch = batches.take_next()
+        if self.model.run_eagerly:
+            done = 0
+            while done < steps and batch.has_value():
+                self._run_batch(batch.get_value())
+                batch = batches.iterator().get_next_as_optional()
+                done += 1
+        else:
+            done, batch = self._run_ahead(
+                batches.iterator(), batch, tf.constant(steps)
+            )
+        batches.put_next(batch)
+        return int(done)
+
+    def _replica_step(self, batch) -> None:
+        """One step of one replica."""
+        batch = data.without_optionals(batch)
+        share, rows = replica_rows(
+            batch, self.num_replicas, self.may_be_whole, self.model, self.plan
+        )
+        with share, _keras.global_seed_generator(self.plan.seeds):
+            logs = metrics.flat_logs(self.step(rows))
+            self._keep_logs(share, logs)
+            self._agree_on_state(share)
+            if self.watch:
+                self.watch.look(share, logs)
+
+    def _keep_logs(self, share: Share, logs: dict) -> None:
+        for name, log in self.logs.items():
+            log.update_state(logs[name], share.rows_counted)
+
+    def _agree_on_state(self, share: Share) -> None:
+        """Makes state that was computed from local rows the mean over all rows.
+
+        Integers have no mean: they become the first replica's.
+        """
+        if share.alone or not self.plan.state:
+            return
+        first = float(share.replica == 0)
+        parts = []
+        for variable in self.plan.state:
+            part = share.fraction if tf.as_dtype(variable.dtype).is_floating else first
+            parts.append(variable.value * tf.cast(part, variable.dtype))
+        agreed = share.all_reduce(parts)
+        for variable, value in zip(self.plan.state, agreed, strict=True):
+            variable.assign(value)
+
+    def _read(self) -> dict:
+        found = {name: log.result() for name, log in self.logs.items()}
+        for name, (metric, key) in self.plan.tracked.items():
+            result = metric.result()
+            found[name] = result if key is None else result[key]
+        return found
+
+
+def replica_rows(batch, num_replicas, may_be_whole, model=None, plan=None):
+    """Cuts a replica's rows out of a global batch: `(share, rows)`."""
+    if num_replicas == 1:
+        rows = data.num_rows(batch)
+        bounds = (0, rows, rows, False)
+        return Share(0, 1, bounds, model=model, plan=plan), batch
+    context = tf.distribute.get_replica_context()
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    with tf.device("CPU:0"):  # The batch is on the host: only these rows travel.
+        bounds = row_bounds(data.num_rows(batch), replica, num_replicas, may_be_whole)
+        rows = data.take_rows(batch, bounds[0], bounds[1])
+    return Share(replica, num_replicas, bounds, model=model, plan=plan), rows
+
+
+def compiled(method: Callable) -> Callable:
+    """Compiles a method of one driver.
+
+    As a partial it is a function of its own to TensorFlow, which would otherwise take
+    the drivers of several models for one function that is traced again and again.
+    """
+    return tf.function(
+        functools.partial(method), autograph=False, reduce_retracing=True
+    )
+
+
+class PredictDriver:
+    """Runs `predict_step`.
+
+    Args:
+        model: The model.
+        spec: Structure of the specs of a global batch.
+    """
+
+    def __init__(self, model: keras.Model, spec: Any):
+        self.model = model
+        self.strategy = model.distribute_strategy
+        self.num_replicas = self.strategy.num_replicas_in_sync
+        build.check_in_scope(model)
+        build.build_layers(model, spec)
+        if not model.run_eagerly:
+            self._run_next = compiled(self._run_next)
+            self.run_on = compiled(self.run_on)
+
+    def run(self, batches: data.GlobalBatches) -> Any:
+        """The predictions for the next global batch, in the order of its rows."""
+        if batches.length_is_known:
+            return self._run_next(batches.iterator())
+        batch = batches.take_next().get_value()
+        batches.put_next(None)
+        return self.run_on(batch)
+
+    def run_on(self, batch: Any) -> Any:
+        """The predictions for one global batch of tensors."""
+        outputs = self.strategy.run(self._replica_step, args=(batch,))
+        return tree.map_structure(self._join, outputs)
+
+    def _run_next(self, iterator) -> Any:
+        return self.run_on(next(iterator))
+
+    def _replica_step(self, batch) -> Any:
+        batch = data.without_optionals(batch)
+        share, rows = replica_rows(batch, self.num_replicas, True, self.model)
+        with share:
+            outputs = self.model.predict_step(rows)
+        if share.whole is False or share.replica == 0:
+            return outputs
+        return tree.map_structure(lambda t: _unless_whole(share, t), outputs)
+
+    def _join(self, output) -> Any:
+        parts = self.strategy.experimental_local_results(output)
+        if len(parts) == 1:
+            return parts[0]
+        with tf.device("CPU:0"):
+            return _keras.concat(parts)
+
+
+def _unless_whole(share: Share, output):
+    """The rows of an output, but none where the first replica has them all."""
+    if output.shape.rank == 0:
+        return output
+    rows = tf.where(share.whole, 0, data.num_rows(output))
+    return data.take_rows(output, 0, rows)

@@ -1,0 +1,106 @@
+"""Metrics of the global batch.
+
+The state of a metric is local to a replica and summed when it is read, so an update
+with local rows needs no exchange. Two kinds of update need care: one with a loss, which
+is global already, and one in a step where every replica holds all rows.
+"""
+
+import functools
+import types
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from distfit import _keras
+from distfit.collectives import Share, distributed_share
+
+
+class RowMean(keras.metrics.Metric):
+    """The mean of a log over rows and steps: what an untracked log is reported as.
+
+    Args:
+        shape: Shape of the value.
+        name: The key of the log.
+    """
+
+    def __init__(self, shape=(), name="row_mean"):
+        super().__init__(name=name)
+        self.total = self.add_variable(shape=shape, initializer="zeros", name="total")
+        self.rows = self.add_variable(shape=(), initializer="zeros", name="rows")
+
+    def update_state(self, value, rows):
+        rows = tf.cast(rows, self.dtype)
+        self.total.assign(self.total + tf.cast(value, self.dtype) * rows)
+        self.rows.assign(self.rows + rows)
+
+    def result(self):
+        return tf.math.divide_no_nan(tf.convert_to_tensor(self.total), self.rows)
+
+
+class LastValue(RowMean):
+    """The latest value of a log that is computed from the results of metrics."""
+
+    def update_state(self, value, rows):
+        self.reset_state()
+        super().update_state(value, rows)
+
+
+def adapt(metric: keras.metrics.Metric) -> None:
+    """Makes a metric's `update_state` fit for a step of several replicas, in place."""
+    if "update_state" not in metric.__dict__:
+        metric.update_state = types.MethodType(_update_state, metric)
+
+
+def _update_state(self, *args, **kwargs):
+    update = functools.partial(type(self).update_state, self)
+    share = distributed_share()
+    if share is None:
+        return update(*args, **kwargs)
+    if _counts_steps(args, kwargs):
+        return update(*_with_local_parts(self, args, share), **kwargs)
+    if share.whole is False:
+        return update(*args, **kwargs)
+    return _update_once(self, share, functools.partial(update, *args, **kwargs))
+
+
+def _counts_steps(args, kwargs) -> bool:
+    """Whether an update has only scalars, as with a loss: it counts 1 per step."""
+    values = tree.flatten((args, kwargs))
+    return all(v is None or tf.convert_to_tensor(v).shape.rank == 0 for v in values) and (
+        sum(v is not None for v in values) == 1
+    )
+
+
+def _with_local_parts(metric, args, share: Share) -> tuple[Any, ...]:
+    """Feeds a mean of losses with N times the local parts: their mean is the loss.
+
+    The loss itself then has no reader, and its exchange drops out of the step.
+    """
+    if type(metric) is not keras.metrics.Mean or len(args) != 1:
+        return args
+    local = share.local_part(args[0])
+    return args if local is None else (local * share.num_replicas,)
+
+
+def _update_once(metric, share: Share, update):
+    """Every replica holds the same rows: only those of the first one count."""
+    before = [tf.identity(v.value) for v in metric.variables]
+    update()
+    undo = tf.logical_and(share.whole, share.replica != 0)
+    for variable, value in zip(metric.variables, before, strict=True):
+        variable.assign(tf.where(undo, value, variable.value))
+
+
+def all_of(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics of a model, whether or not its `metrics` property lists them."""
+    return list(dict.fromkeys([*model.metrics, *_keras.tracked_metrics(model)]))
+
+
+def flat_logs(logs: dict | None) -> dict[str, Any]:
+    """The logs that a step returned, without nesting, as Keras reports them."""
+    flat: dict[str, Any] = {}
+    for name, value in (logs or {}).items():
+        flat |= flat_logs(value) if isinstance(value, dict) else {name: value}
+    return flat
