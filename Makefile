@@ -1,0 +1,59 @@
+# Every target works in a bare clone that has nothing but Python 3.11 and make:
+# the first one that is run creates .venv with the versions of constraints.txt.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Stamps: an environment is installed once, and again when what it is made of changes.
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
+
+# More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
+ARGS ?=
+
+.PHONY: help install train test test-fast lint benchmark clean
+
+help:
+	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
+	@echo "make test       all tests"
+	@echo "make test-fast  the tests that start no processes"
+	@echo "make lint       ruff and mypy"
+	@echo "make benchmark  distfit and its peers on the same work, side by side"
+	@echo "make clean      remove the environment and what tools have left"
+
+install: $(READY)
+
+train: $(READY)
+	$(BIN)/python -m launch --strategy=mirrored --virtual_devices=2 \
+		--workdir=runs/gan $(ARGS)
+
+test: test-fast
+	$(BIN)/python -m pytest -m integration
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not integration"
+
+lint: $(READY)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+# Orbit is part of tf-models-official, which declares an older TensorFlow and dozens of
+# packages that Orbit does not use: --no-deps takes it alone.
+benchmark: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+$(BENCH_READY): $(READY)
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps tf-models-official
+	touch $@

@@ -1,0 +1,1 @@
+"""`python -m launch`: trains and evaluates models of distfit from the command line."""

@@ -1,0 +1,166 @@
+"""Every flag of `python -m launch`, defined once, and how a command line is read.
+
+No flag has a default here: one that is not given leaves its setting to the
+configuration file and to the model's own defaults (see configuration.py).
+"""
+
+import dataclasses
+import difflib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from launch.errors import UsageError
+
+COMMANDS = ("train", "evaluate")
+
+
+class _Kind(NamedTuple):
+    define: Callable
+    placeholder: str
+    takes: str
+
+
+_TEXT = _Kind(flags.DEFINE_string, "TEXT", "a text")
+_INTEGER = _Kind(flags.DEFINE_integer, "N", "a whole number")
+_NUMBER = _Kind(flags.DEFINE_float, "X", "a number")
+_SWITCH = _Kind(flags.DEFINE_boolean, "", "true or false")
+
+SETTINGS: dict[str, tuple[_Kind, str]] = {
+    "strategy": (_TEXT, "one_device, mirrored, or auto: mirrored on several devices"),
+    "model": (
+        _TEXT,
+        "a reference model (default: gan), or package.module:function, your function "
+        "from the configuration to a compiled distfit.Model",
+    ),
+    "dataset": (
+        _TEXT,
+        "a dataset of distfit, or package.module:function, your function from the "
+        "configuration to (train, validation)",
+    ),
+    "batch_size": (_INTEGER, "rows of the global batch, over all replicas"),
+    "epochs": (_INTEGER, "epochs to train"),
+    "steps_per_epoch": (
+        _INTEGER,
+        "batches of an epoch; --config.steps_per_epoch=None for all there are",
+    ),
+    "learning_rate": (_NUMBER, "learning rate of the optimizer"),
+    "seed": (_INTEGER, "seed of weights, shuffling, dropout and noise"),
+    "virtual_devices": (_INTEGER, "split the CPU into so many devices"),
+    "workdir": (_TEXT, "folder of the results (default: runs/MODEL)"),
+    "steps_per_execution": (
+        _INTEGER,
+        "steps that run as one, between callbacks",
+    ),
+    "mixed_precision": (_TEXT, "dtype policy of Keras, as mixed_bfloat16"),
+    "jit_compile": (_SWITCH, "compile the step with XLA"),
+    "data_dir": (
+        _TEXT,
+        "full MNIST: the folder of mnist.npz, that file, or 'download'; by default a "
+        "sample of it is used",
+    ),
+    "verbose": (_INTEGER, "0 silent, 1 a progress bar, 2 a line per epoch"),
+}
+_CONFIG_HELP = (
+    "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
+    "what stands after a colon is its argument"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What was asked for.
+
+    Attributes:
+        command: one of `COMMANDS`.
+        settings: the flags that were given, by name.
+        config: the path of the configuration file, with its argument.
+        overrides: the `--config.key=value` arguments as they stand; their keys and
+            types are known once the configuration is.
+    """
+
+    command: str = "train"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Reads the arguments that follow `python -m launch`.
+
+    Raises:
+        UsageError: an unknown flag or command, or a value of the wrong type.
+    """
+    overrides = tuple(a for a in arguments if _is_override(a))
+    values = _define()
+    try:
+        rest = values(["launch", *(a for a in arguments if not _is_override(a))])
+    except flags.Error as error:
+        raise UsageError(_explain(error)) from error
+    return CommandLine(
+        command=_command(rest[1:]),
+        settings={
+            name: values[name].value for name in SETTINGS if values[name].present
+        },
+        config=values["config"].value,
+        overrides=overrides,
+    )
+
+
+def help_text() -> str:
+    """Returns what `--help` prints."""
+    rows = [(name, kind.placeholder, text) for name, (kind, text) in SETTINGS.items()]
+    rows += [("config", "FILE.py", _CONFIG_HELP)]
+    rows += [("config.KEY", "VALUE", "one setting of the configuration, by name")]
+    lines = [f"python -m launch [{'|'.join(COMMANDS)}] [--flag=value ...]", ""]
+    for name, placeholder, text in rows:
+        lines.append(f"  --{name}{'=' if placeholder else ''}{placeholder}")
+        lines.append(textwrap.indent(textwrap.fill(text, 78), " " * 8))
+    return "\n".join(lines)
+
+
+def _define() -> flags.FlagValues:
+    # Its own set of flags: absl's global one belongs to whatever else is imported.
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # the command may stand before, between or after flags
+    for name, (kind, text) in SETTINGS.items():
+        kind.define(name, None, text, flag_values=values)
+    flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
+    return values
+
+
+def _is_override(argument: str) -> bool:
+    return re.match(r"--?(no)?config\.", argument) is not None
+
+
+def _command(positional: Sequence[str]) -> str:
+    if not positional:
+        return "train"
+    if len(positional) > 1 or positional[0] not in COMMANDS:
+        raise UsageError(
+            "There is no such command. "
+            f"Received: command={' '.join(positional)!r}. "
+            f"Choose {' or '.join(COMMANDS)}, and write settings as --flag=value."
+        )
+    return positional[0]
+
+
+def _explain(error: flags.Error) -> str:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown(error.flagname)
+    # absl's own words: "flag --batch_size=x: invalid literal for int() with base 10".
+    illegal = re.match(r"flag --(?P<name>\w+)=(?P<value>.*?): ", str(error))
+    if illegal and illegal["name"] in SETTINGS:
+        name, value = illegal["name"], illegal["value"]
+        takes = SETTINGS[name][0].takes
+        return f"--{name} takes {takes}. Received: --{name}={value}. Give {takes}."
+    return f"The flags cannot be read. Received: {error}. See python -m launch --help."
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [*SETTINGS, "config"], n=1)
+    advice = f"Did you mean --{near[0]}?" if near else "See python -m launch --help."
+    return f"There is no such flag. Received: --{name}. {advice}"

@@ -1,0 +1,14 @@
+"""What a run says at its end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Returns the rows as lines of a name and a value, numbers with 5 digits."""
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:<{width}}{_text(value)}" for name, value in rows.items())
+
+
+def _text(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

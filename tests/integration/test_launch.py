@@ -1,0 +1,295 @@
+"""`python -m launch` as a user starts it: real processes in an empty folder."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SECONDS = 240  # a hard limit; each takes a few seconds on an idle machine
+
+MODULE = """
+import distfit
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class Custom(distfit.Model):
+    def __init__(self, hidden):
+        super().__init__()
+        self.layer = keras.layers.Dense(hidden)
+        self.top = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.top(self.layer(x))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+        return {m.name: m.result() for m in self.metrics}
+
+
+class Broken(Custom):
+    def train_step(self, data):
+        raise ValueError("a mistake in the step")
+
+
+def build(config, cls=Custom):
+    model = cls(config.get("hidden", 4))
+    model.compile(keras.optimizers.SGD(config.learning_rate), "mse")
+    return model
+
+
+def build_broken(config):
+    return build(config, Broken)
+
+
+def build_stock(config):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def rows(config, count=20):
+    x = np.arange(3 * count, dtype="float32").reshape(count, 3) / (3 * count)
+    return (x, x.sum(axis=1, keepdims=True)), (x[:8], x[:8, :1])
+
+
+def dataset(config):
+    train, _ = rows(config)
+    return tf.data.Dataset.from_tensor_slices(train).batch(config.batch_size), None
+
+
+def not_a_number(config):
+    (x, y), _ = rows(config)
+    x[9] = np.nan  # with batches of 4 on 2 replicas: step 3 and its first replica
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(4), None
+
+
+def empty(config):
+    return rows(config, count=0)
+
+
+def of_unequal_length(config):
+    (x, y), validation = rows(config)
+    return (x, y[:-1]), validation
+
+
+def alone(config):
+    return rows(config)[0][0]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    return tmp_path
+
+
+def run_python(folder, *arguments):
+    """Runs Python in `folder`; kills it when it takes too long."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+def launch(folder, *arguments):
+    return run_python(folder, "-m", "launch", *arguments)
+
+
+def launch_mine(folder, *arguments):
+    own = ["--model=mine:build", "--dataset=mine:rows", "--batch_size=4"]
+    return launch(folder, *own, "--virtual_devices=2", "--workdir=out", *arguments)
+
+
+def check_done(result):
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def check_refused(result, *expected):
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("launch: ")
+    assert all(text in result.stderr for text in expected), result.stderr
+
+
+def epochs(folder, workdir="out"):
+    lines = (folder / workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def reported(result):
+    """Returns the summary as a dict of texts."""
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    return {line[0]: line[1].strip() for line in lines if len(line) == 2}
+
+
+def test_the_gan_trains_on_two_devices_and_leaves_its_results(folder):
+    result = launch(
+        folder,
+        "--strategy=mirrored",
+        "--virtual_devices=2",
+        "--batch_size=8",
+        "--steps_per_epoch=2",
+        "--epochs=2",
+    )
+    check_done(result)
+    summary = reported(result)
+    assert (summary["model"], summary["strategy"]) == ("gan", "MirroredStrategy")
+    assert (summary["replicas"], summary["results"]) == ("2", "runs/gan")
+    run = folder / "runs" / "gan"
+    assert (run / "model.keras").stat().st_size > 0
+    for epoch in (1, 2):
+        image = (run / "samples" / f"epoch-{epoch:03d}.png").read_bytes()
+        assert image.startswith(b"\x89PNG")
+    config = json.loads((run / "config.json").read_text())
+    assert config["virtual_devices"] == 2 and config["batch_size"] == 8
+    assert [line["epoch"] for line in epochs(folder, run)] == [1, 2]
+    assert {"d_loss", "g_loss", "seconds"} <= set(epochs(folder, run)[0])
+
+
+def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder):
+    check_done(launch_mine(folder, "--epochs=2"))
+    last = epochs(folder)[-1]
+    result = launch(folder, "evaluate", "--workdir=out", "--model=mine:build")
+    check_done(result)
+    summary = reported(result)
+    assert summary["replicas"] == "2"  # as it was trained
+    assert float(summary["loss"]) == pytest.approx(last["val_loss"], rel=1e-4)
+
+
+def test_a_model_without_get_config_keeps_its_weights(folder):
+    result = launch_mine(folder)
+    assert reported(result)["saved"] == "model.weights.h5"
+    assert (folder / "out" / "model.weights.h5").is_file()
+    assert not (folder / "out" / "model.keras").exists()
+
+
+def test_two_devices_train_to_the_numbers_of_one(folder):
+    lines = []
+    for devices in (1, 2):
+        name = f"out{devices}"
+        flags = (f"--virtual_devices={devices}", f"--workdir={name}", "--epochs=3")
+        check_done(launch_mine(folder, *flags))
+        lines.append(epochs(folder, name))
+    for one, two in zip(*lines, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+
+
+def test_config_file_override_and_flag_reach_the_model(folder):
+    (folder / "settings.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'hidden': 5, 'epochs': 9, 'seed': 4})\n"
+    )
+    result = launch_mine(
+        folder, "--config=settings.py", "--config.hidden=6", "--epochs=1"
+    )
+    check_done(result)
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert (config["hidden"], config["epochs"], config["seed"]) == (6, 1, 4)
+    assert len(epochs(folder)) == 1
+
+
+def test_a_tf_dataset_of_ones_own_trains_without_validation(folder):
+    result = launch_mine(folder, "--dataset=mine:dataset", "--steps_per_execution=2")
+    check_done(result)
+    assert "val_loss" not in epochs(folder)[0]
+
+
+def test_a_loss_that_is_not_a_number_fails_and_names_step_and_replica(folder):
+    result = launch_mine(folder, "--dataset=mine:not_a_number")
+    assert result.returncode == 1
+    assert "step 3 on replica 0" in result.stderr and result.stderr.count("\n") == 1
+    assert not (folder / "out" / "model.keras").exists()
+
+
+def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
+    result = launch_mine(folder, "--model=mine:build_broken")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "mine.py" in result.stderr
+    assert "a mistake in the step" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        ("--dataset=mine:empty", "empty"),
+        ("--dataset=mine:of_unequal_length", "'x' sizes: 20 'y' sizes: 19"),
+        ("--dataset=mine:alone", "no pair (train, validation)"),
+        ("--dataset=mine:none_such", "Define none_such(config)"),
+        ("--model=mine:build_stock", "no compiled distfit.Model"),
+        ("--jit_compile", "jit_compile"),
+    ],
+)
+def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, expected):
+    check_refused(launch_mine(folder, flag), expected)
+    assert not (folder / "out").exists()
+
+
+def test_an_override_that_the_reference_model_does_not_know_is_refused(folder):
+    check_refused(
+        launch(folder, "--config.latent=3"), "--config.latent=3", "latent_dim"
+    )
+    assert not (folder / "runs").exists()
+
+
+def test_a_model_without_a_loss_cannot_be_evaluated(folder):
+    flags = ("--model=low_level_step", "--epochs=1", "--steps_per_epoch=2")
+    check_done(launch(folder, *flags))
+    check_refused(launch(folder, "evaluate", "--model=low_level_step"), "no test_step")
+
+
+def test_a_broken_data_file_is_refused(folder):
+    (folder / "mnist.npz").write_text("no archive")
+    result = launch(folder, "--model=mnist_cnn", "--data_dir=.")
+    check_refused(result, "no readable .npz archive")
+
+
+def test_an_interrupt_ends_without_a_traceback(folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", "--model=custom_step", "--epochs=100000"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.stdout.readline()  # "Epoch 1/100000"
+        process.send_signal(subprocess.signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "launch: interrupted" and "Traceback" not in err
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(folder):
+    text = (ROOT / "README.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
+    result = run_python(folder, "-c", example)
+    assert result.returncode == 0, result.stderr
+    assert "34/34" in result.stdout
