@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from distfit import _keras, collectives, loop, losses, optimizers
 from distfit.collectives import distributed_share
@@ -49,14 +48,19 @@ class Model(keras.Model):
     def losses(self) -> list:
         """The losses of `add_loss`, regularizers and sublayers, of the global batch.
 
-        A loss added with `add_loss` counts as the mean of its rows, an activity penalty
-        as the sum over them, a penalty on weights as the same on every replica.
+        A loss that a layer added counts as the mean of its rows, which Keras's activity
+        penalties are too; a penalty on weights is the same on every replica.
         """
         share = distributed_share()
         if share is None or _keras.has_losses_override(self):
             return super().losses
+        added = [
+            collectives.mean_of_local_means(loss)
+            for layer in _keras.layers_of(self)
+            for loss in _keras.own_losses(layer)
+        ]
         penalties = _keras.regularization_losses(self)
-        return _added_losses(self) + [collectives.replicated(p) for p in penalties]
+        return added + [collectives.replicated(penalty) for penalty in penalties]
 
     def fit(
         self,
@@ -199,16 +203,6 @@ def _adapted(value: Any) -> Any:
         changed = any(a is not b for a, b in zip(adapted, value, strict=True))
         return type(value)(adapted) if changed else value
     return optimizers.adapt(losses.adapt(value))
-
-
-def _added_losses(model: Model) -> list:
-    found = []
-    for layer in _keras.layers_of(model):
-        add = collectives.mean_of_local_means
-        if layer.activity_regularizer is not None:
-            add = collectives.global_sum
-        found += [add(tf.convert_to_tensor(loss)) for loss in _keras.own_losses(layer)]
-    return found
 
 
 def _class_weights(y, class_weight, sample_weight):

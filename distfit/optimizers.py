@@ -41,7 +41,7 @@ def _apply(self, grads, trainable_variables=None):
         return
     if share is None or share.alone:
         return type(self).apply(self, grads, trainable_variables)
-    grads = list(grads)
+    grads = [_once(grad, share) for grad in grads]
     present = [i for i, grad in enumerate(grads) if grad is not None]
     summed = share.all_reduce([grads[i] for i in present])
     for i, grad in zip(present, summed, strict=True):
@@ -63,3 +63,19 @@ def _update_local_copies(optimizer, variables, _, grads):
     """
     with _keras.plain_updates(optimizer):
         type(optimizer).apply(optimizer, grads, variables)
+
+
+def _once(grad, share):
+    """Keeps one copy of a sparse gradient whose rows every replica has.
+
+    Copies of dense gradients add up. Those of sparse ones are lined up, and optimizers
+    treat rows that occur twice as two updates.
+    """
+    if share.whole is False or not isinstance(grad, tf.IndexedSlices):
+        return grad
+    is_other = tf.logical_and(share.whole, share.replica != 0)
+    rows = tf.where(is_other, 0, tf.shape(grad.indices)[0])
+    weight = tf.cast(tf.where(share.whole, share.num_replicas, 1), grad.values.dtype)
+    return tf.IndexedSlices(
+        grad.values[:rows] * weight, grad.indices[:rows], grad.dense_shape
+    )

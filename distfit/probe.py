@@ -105,15 +105,23 @@ def probe(model: keras.Model, step: Callable, spec: Any, strategy) -> Plan:
         spec: Structure of `tf.TypeSpec` of a batch.
         strategy: The strategy of the model.
     """
-    variables = len(model.variables)
+    before = _parts(model)
     try:
-        return _probe(model, step, spec, strategy)
+        plan = _probe(model, step, spec, strategy)
     except Exception:
         # Layers that only the step calls were built by it, a moment too late for its
         # gradients.
-        if len(model.variables) == variables:
+        if _parts(model) == before:
             raise
         return _probe(model, step, spec, strategy)
+    if len(metrics.all_of(model)) == before[1]:
+        return plan
+    # Metrics that the step made, one for each output's loss, were not yet watched.
+    return _probe(model, step, spec, strategy)
+
+
+def _parts(model: keras.Model) -> tuple[int, int]:
+    return len(model.variables), len(metrics.all_of(model))
 
 
 def _probe(model: keras.Model, step: Callable, spec: Any, strategy) -> Plan:

@@ -1,0 +1,322 @@
+"""Every way Keras reduces a loss, on N replicas, equals one device."""
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import distfit
+from distfit.losses import GlobalBatchLoss
+
+REPLICAS = (2, 3, 4)
+ROWS, BATCH = 44, 14  # Batches of 14, 14, 14 and 2 rows.
+
+
+def _mlp(outputs=1, **dense):
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(6, activation="tanh", **dense)(inputs)
+    return distfit.Model(inputs, layers.Dense(outputs)(hidden))
+
+
+def _assert_equal_on_all(make_strategy, build, fit, replicas=REPLICAS):
+    one = comparing.run(make_strategy(1), build, fit)
+    for n in replicas:
+        comparing.assert_same(one, comparing.run(make_strategy(n), build, fit))
+    return one
+
+
+def _fit(*data, **arguments):
+    options = {"batch_size": BATCH, "epochs": 3, "shuffle": False, "verbose": 0}
+    return lambda model: model.fit(*data, **options | arguments)
+
+
+def _weights(rows=ROWS):
+    return np.random.default_rng(5).uniform(0.1, 3.0, rows).astype("float32")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight"]
+)
+def test_reduction_with_sample_weight(make_strategy, reduction, optimizer):
+    def build():
+        model = _mlp()
+        model.compile(
+            keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.01}}),
+            loss=keras.losses.MeanSquaredError(reduction=reduction),
+            metrics=["mae"],
+            weighted_metrics=["mse"],
+        )
+        return model
+
+    data = comparing.regression_data(ROWS)
+    _assert_equal_on_all(make_strategy, build, _fit(*data, sample_weight=_weights()))
+
+
+def _scalar_loss(y_true, y_pred):
+    return tf.reduce_mean(tf.square(y_true - y_pred))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_function_that_returns_a_scalar(make_strategy, weighted):
+    """Stock Keras multiplies its gradient and its value by N."""
+
+    def build():
+        model = _mlp()
+        model.compile("sgd", loss=_scalar_loss)
+        return model
+
+    weights = {"sample_weight": _weights()} if weighted else {}
+    _assert_equal_on_all(
+        make_strategy, build, _fit(*comparing.regression_data(ROWS), **weights)
+    )
+
+
+def test_regularization(make_strategy):
+    def build():
+        model = _mlp(
+            kernel_regularizer=keras.regularizers.L2(0.1),
+            bias_regularizer="l1",
+            activity_regularizer=keras.regularizers.L2(0.01),
+        )
+        model.compile("adam", loss="mse")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+class AddsLoss(layers.Layer):
+    def call(self, x):
+        self.add_loss(tf.reduce_mean(tf.square(x)))
+        return x
+
+
+def test_add_loss_next_to_batch_normalization(make_strategy):
+    """Replicas take turns at every exchange, yet each keeps the losses it collected."""
+
+    def build():
+        inputs = keras.Input((8,))
+        x = AddsLoss()(layers.Dense(6)(inputs))
+        x = layers.BatchNormalization()(x)
+        x = AddsLoss()(layers.Dense(4)(x))
+        model = distfit.Model(inputs, layers.Dense(1)(x))
+        model.compile(keras.optimizers.SGD(0.01), loss="mse")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+class RawSum(distfit.Model):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_fn(y, self(x, training=True)) + sum(self.losses)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_raw_sum_of_the_models_losses(make_strategy):
+    def build():
+        inputs = keras.Input((8,))
+        dense = layers.Dense(1, kernel_regularizer=keras.regularizers.L2(0.1))
+        model = RawSum(inputs, dense(inputs))
+        model.loss_fn = keras.losses.MeanSquaredError()
+        model.compile("sgd")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+def test_several_outputs_with_loss_weights(make_strategy):
+    def build():
+        inputs = {"a": keras.Input((8,), name="a"), "b": keras.Input((8,), name="b")}
+        joined = layers.Concatenate()([inputs["a"], inputs["b"]])
+        outputs = {
+            "size": layers.Dense(1, name="size")(joined),
+            "kind": layers.Dense(3, activation="softmax", name="kind")(joined),
+        }
+        model = distfit.Model(inputs, outputs)
+        model.compile(
+            "adam",
+            loss={"size": "mse", "kind": "sparse_categorical_crossentropy"},
+            loss_weights={"size": 0.3, "kind": 2.0},
+            metrics={"size": ["mae"], "kind": ["accuracy"]},
+        )
+        return model
+
+    x, y = comparing.regression_data(ROWS)
+    kinds = np.random.default_rng(1).integers(0, 3, ROWS)
+    one = _assert_equal_on_all(
+        make_strategy, build, _fit({"a": x, "b": -x}, {"size": y, "kind": kinds})
+    )
+    assert {"loss", "size_loss", "kind_loss", "size_mae", "kind_accuracy"} == set(
+        one.history
+    )
+
+
+def _sequences():
+    generator = np.random.default_rng(2)
+    tokens = generator.integers(1, 20, (ROWS, 7))
+    lengths = generator.integers(1, 8, ROWS)
+    return np.where(np.arange(7) < lengths[:, None], tokens, 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+def test_masked_sequences(make_strategy, reduction, weighted):
+    def build():
+        inputs = keras.Input((7,), dtype="int32")
+        x = layers.Embedding(20, 5, mask_zero=True)(inputs)
+        x = layers.GRU(4, return_sequences=True)(x)
+        model = distfit.Model(inputs, layers.Dense(20)(x))
+        loss = keras.losses.SparseCategoricalCrossentropy(True, reduction=reduction)
+        model.compile("adam", loss=loss, metrics=["accuracy"])
+        return model
+
+    tokens = _sequences()
+    weights = {}
+    if weighted:
+        weights = {"sample_weight": np.repeat(_weights()[:, None], 7, axis=1)}
+    _assert_equal_on_all(
+        make_strategy, build, _fit(tokens, tokens, **weights), replicas=(2, 4)
+    )
+
+
+class SelectsRows(distfit.Model):
+    """Its loss sees a number of rows that depends on the data."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            chosen = y[:, 0] > 0
+            loss = self.loss_fn(y[chosen], y_pred[chosen])
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_loss_of_rows_chosen_by_the_data(make_strategy):
+    def build():
+        model = guide_model(SelectsRows)
+        model.loss_fn = keras.losses.MeanSquaredError()
+        model.compile("adam")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+def guide_model(cls):
+    inputs = keras.Input((8,))
+    return cls(inputs, layers.Dense(1)(inputs))
+
+
+class NonLinear(distfit.Model):
+    """Uses the value of a loss in ways that only the global one makes right."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            mse, mae = self.loss_fns[0](y, y_pred), self.loss_fns[1](y, y_pred)
+            loss = tf.sqrt(mse) * mae
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "mse": mse}
+
+
+def test_value_of_a_loss_is_global_in_a_product(make_strategy):
+    """Value only: the gradient of a product holds values, and they are global."""
+
+    def build():
+        model = guide_model(NonLinear)
+        model.loss_fns = [
+            keras.losses.MeanSquaredError(),
+            keras.losses.MeanAbsoluteError(),
+        ]
+        model.compile("adam")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+class GlobalMean(distfit.Model):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            errors = tf.square(y - self(x, training=True))
+            loss = distfit.global_mean(errors)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_global_mean_instead_of_reduce_mean(make_strategy):
+    def build():
+        model = guide_model(GlobalMean)
+        model.compile("adam")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+class Contrastive(distfit.Model):
+    """Every row is compared with all rows of the global batch."""
+
+    def train_step(self, data):
+        x, _ = data
+        with tf.GradientTape() as tape:
+            z = self(x, training=True)
+            everyone = distfit.all_gather(z)
+            similarity = tf.matmul(z, everyone, transpose_b=True)
+            loss = distfit.global_mean(tf.reduce_logsumexp(similarity, axis=1))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "rows": tf.cast(tf.shape(everyone)[0], tf.float32)}
+
+
+def test_all_gather_is_differentiable(make_strategy):
+    def build():
+        inputs = keras.Input((8,))
+        model = Contrastive(inputs, layers.Dense(3)(inputs))
+        model.compile(keras.optimizers.SGD(0.05))
+        return model
+
+    one = _assert_equal_on_all(
+        make_strategy, build, _fit(*comparing.regression_data(ROWS))
+    )
+    # By rows: three batches of 14 that see 14 rows and one of 2 that sees 2.
+    assert one.history["rows"][0] == pytest.approx((42 * 14 + 2 * 2) / 44)
+
+
+def test_class_weight(make_strategy):
+    def build():
+        inputs = keras.Input((8,))
+        model = distfit.Model(inputs, layers.Dense(3, activation="softmax")(inputs))
+        model.compile("adam", loss="sparse_categorical_crossentropy")
+        return model
+
+    x, _ = comparing.regression_data(ROWS)
+    kinds = np.random.default_rng(1).integers(0, 3, ROWS)
+    _assert_equal_on_all(
+        make_strategy, build, _fit(x, kinds, class_weight={0: 0.2, 1: 1.0, 2: 3.0})
+    )
+
+
+def test_global_batch_loss_presents_itself_as_the_loss_it_stands_for():
+    stock = keras.losses.Huber(delta=2.0)
+    loss = GlobalBatchLoss(stock)
+    assert isinstance(loss, keras.losses.Huber)
+    assert keras.losses.serialize(loss) == keras.losses.serialize(stock)
+    assert float(loss([[1.0]], [[4.0]])) == float(stock([[1.0]], [[4.0]]))
+
+
+def test_losses_in_lists_and_dicts_are_adapted(make_strategy):
+    model = guide_model(distfit.Model)
+    model.by_name = {"a": keras.losses.MeanSquaredError(), "n": 3}
+    model.in_list = [keras.losses.MeanSquaredError()]
+    assert type(model.by_name["a"]) is GlobalBatchLoss and model.by_name["n"] == 3
+    assert type(model.in_list[0]) is GlobalBatchLoss
