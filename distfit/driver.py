@@ -40,6 +40,7 @@ class StepDriver:
         self.may_be_whole = may_be_whole
         build.check_in_scope(model)
         build.build_layers(model, spec)
+        normalization.adapt(model)
         self.plan = probe.probe(model, step, spec, self.strategy)
         self._build()
         if not model.run_eagerly:
@@ -84,10 +85,9 @@ class StepDriver:
             self.watch = FiniteWatch(self.strategy) if watched else None
         build.check_in_scope(self.model)
         build.check_metrics(self.model)
-        if self.num_replicas > 1:
-            for metric in metrics.all_of(self.model):
-                metrics.adapt(metric)
-            normalization.adapt(self.model)
+        for metric in metrics.all_of(self.model):
+            metrics.adapt(metric)
+        normalization.adapt(self.model)  # Also layers that the step has made.
 
     def _log_metric(self, name: str) -> metrics.RowMean:
         shape = self.plan.shapes[name]

@@ -222,8 +222,14 @@ def _ancestors(tensor: tf.Tensor, stops=frozenset()) -> set[str]:
         if _key(tensor) in seen or _key(tensor) in stops:
             continue
         seen.add(_key(tensor))
-        pending += tensor.op.inputs
+        pending += _inputs_of(tensor)
     return seen
+
+
+def _inputs_of(tensor: tf.Tensor) -> list[tf.Tensor]:
+    if tensor.op.type == "IdentityN":  # Each output is one input; custom gradients
+        return [tensor.op.inputs[tensor.value_index]]  # lead all arguments past it.
+    return list(tensor.op.inputs)
 
 
 def _key(tensor: Any) -> Any:

@@ -1,0 +1,147 @@
+"""Non-trainable state is equal on all replicas, and BatchNormalization is global."""
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import distfit
+from distfit import probe
+
+ROWS, BATCH = 44, 14  # Batches of 14, 14, 14 and 2 rows.
+
+
+def _normalized(dtype="float32"):
+    inputs = keras.Input((8,))
+    x = layers.Dense(6, dtype=dtype)(inputs)
+    x = layers.BatchNormalization(momentum=0.9, dtype=dtype)(x)
+    x = layers.Activation("relu", dtype=dtype)(x)
+    return distfit.Model(inputs, layers.Dense(1, dtype=dtype)(x))
+
+
+def _fit(model, rows=ROWS):
+    return model.fit(
+        *comparing.regression_data(rows),
+        batch_size=BATCH,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+    )
+
+
+def _evaluated(model):
+    x, y = comparing.regression_data(ROWS, seed=1)
+    logs = model.evaluate(x, y, batch_size=BATCH, verbose=0, return_dict=True)
+    return logs, model.predict(x, batch_size=BATCH, verbose=0)
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+@pytest.mark.parametrize("dtype, rows", [("float32", 40), ("float64", ROWS)])
+def test_batch_normalization_equals_one_device(make_strategy, dtype, rows, replicas):
+    """The last batch has 12 rows, or 2: fewer than there are 3 or 4 replicas.
+
+    Two rows normalise to nearly +1 and -1, whatever they are, and the gradient is what
+    remains of large numbers that cancel: only double precision shows that it is right.
+    """
+
+    def build():
+        model = _normalized(dtype)
+        loss = keras.losses.MeanSquaredError(dtype=dtype)
+        model.compile(keras.optimizers.SGD(0.05), loss, metrics=["mae"])
+        return model
+
+    one, many = (
+        comparing.run(make_strategy(n), build, lambda m: _fit(m, rows), _evaluated)
+        for n in (1, replicas)
+    )
+    comparing.assert_same(one, many)
+
+
+def test_masked_batch_normalization_equals_one_device(make_strategy):
+    tokens = np.random.default_rng(0).integers(0, 5, (ROWS, 6))
+
+    def build():
+        inputs = keras.Input((6,), dtype="int32")
+        x = layers.Embedding(5, 4, mask_zero=True)(inputs)
+        x = layers.BatchNormalization()(x)
+        x = layers.GlobalAveragePooling1D()(x)
+        model = distfit.Model(inputs, layers.Dense(1)(x))
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        return model
+
+    def fit(model):
+        y = tokens.sum(axis=1).astype("float32") / 10
+        return model.fit(tokens, y, batch_size=20, epochs=2, shuffle=False, verbose=0)
+
+    one, many = (comparing.run(make_strategy(n), build, fit) for n in (1, 4))
+    comparing.assert_same(one, many)
+
+
+def test_local_batch_statistics_on_request_stay_equal_on_replicas(make_strategy):
+    def train(statistics):
+        def build():
+            model = _normalized()
+            model.batch_statistics = statistics
+            model.compile(keras.optimizers.SGD(0.05), "mse")
+            return model
+
+        return comparing.run(make_strategy(2), build, _fit)
+
+    assert not np.allclose(
+        train("local").history["loss"], train("global").history["loss"], rtol=1e-5
+    )
+
+
+class Codebook(distfit.Model):
+    """Keeps a moving mean of its rows, a counter, and the rows it has seen."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        options = {"shape": (), "initializer": "zeros", "trainable": False}
+        self.mean = self.add_weight(name="mean", **options)
+        self.steps = self.add_weight(name="steps", dtype="int64", **options)
+        self.seen = self.add_weight(name="seen", **options)
+
+    def train_step(self, data):
+        x, _ = data
+        self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x))
+        self.steps.assign_add(1)
+        rows = tf.cast(tf.shape(x)[0], tf.float32)
+        self.seen.assign_add(distfit.global_sum(rows))
+        return super().train_step(data)
+
+
+def _codebook():
+    inputs = keras.Input((8,))
+    model = Codebook(inputs, layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_state_from_local_rows_equals_one_device(make_strategy, replicas):
+    one, many = (comparing.run(make_strategy(n), _codebook, _fit) for n in (1, replicas))
+    comparing.assert_same(one, many)
+
+
+def test_only_state_from_local_rows_is_exchanged(make_strategy):
+    strategy = make_strategy(2)
+    with strategy.scope():
+        model = _codebook()
+    spec = (tf.TensorSpec((None, 8)), tf.TensorSpec((None, 1)))
+    plan = probe.probe(model, model.train_step, spec, strategy)
+    assert [v.name for v in plan.state] == ["mean"]
+
+
+def test_global_statistics_need_no_exchange_of_state(make_strategy):
+    strategy = make_strategy(2)
+    with strategy.scope():
+        model = _normalized()
+        model.compile("sgd", "mse")
+    _fit(model)
+    spec = (tf.TensorSpec((None, 8)), tf.TensorSpec((None, 1)))
+    plan = probe.probe(model, model.train_step, spec, strategy)
+    assert plan.state == []
+    assert plan.proportional == [True]
