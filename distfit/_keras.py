@@ -32,6 +32,7 @@ from keras.src.random import seed_generator as _seed_module
 # The containers in which `compile()` keeps losses and metrics.
 from keras.src.trainers.compile_utils import CompileLoss, CompileMetrics
 from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
@@ -44,6 +45,7 @@ from keras.src.backend.tensorflow.trainer import (
 from keras.src.utils.python_utils import is_default, pythonify_logs
 
 __all__ = [
+    "ArrayDataAdapter",
     "CompileLoss",
     "CompileMetrics",
     "Functional",
@@ -78,7 +80,13 @@ def _unless(when: Callable[[], bool], scale: Callable) -> Callable:
     def gated(value):
         return value if when() else scale(value)
 
+    gated.set_aside = True
     return gated
+
+
+def is_set_aside(scale: Callable) -> bool:
+    """Whether a function of Keras's loss module was replaced by a gated one."""
+    return getattr(scale, "set_aside", False)
 
 
 def mask_of(tensor: Any) -> Any:
@@ -239,6 +247,7 @@ def listens(callback: keras.callbacks.Callback, hook: str) -> bool:
     Keras's `on_train_batch_*` call `on_batch_*`, which may be what is overridden.
     """
     older = hook.replace("_train", "")
-    return not (is_default(getattr(callback, hook)) and is_default(
-        getattr(callback, older, getattr(callback, hook))
-    ))
+    return not (
+        is_default(getattr(callback, hook))
+        and is_default(getattr(callback, older, getattr(callback, hook)))
+    )

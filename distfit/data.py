@@ -86,13 +86,10 @@ class GlobalBatches:
 
     def smallest_batch(self) -> int | None:
         """The number of rows of the smallest batch; None if only the data know."""
-        batch_size = self._adapter.batch_size
-        partial = self._adapter.partial_batch_size
-        if self._adapter.has_partial_batch is None:  # A dataset: its spec may tell.
-            return batch_size
-        if batch_size is None:
-            return None
-        return min(batch_size, partial) if partial else batch_size
+        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+            batch_size = self._adapter.batch_size
+            return min(batch_size, self._adapter.partial_batch_size or batch_size)
+        return tf.nest.flatten(self.spec)[0].shape[0]
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
@@ -224,9 +221,9 @@ def _slice(tensor, start, stop):
     if tensor is None:
         return None
     if isinstance(tensor, tf.SparseTensor):
-        begin = tf.one_hot(0, tensor.shape.rank, tf.cast(start, tf.int64), 0)
         rest = tensor.dense_shape[1:]
-        rows = tf.cast(stop - start, tf.int64)[tf.newaxis]
+        first, rows = (tf.cast([n], tf.int64) for n in (start, stop - start))
+        begin = tf.concat([first, tf.zeros_like(rest)], 0)
         return tf.sparse.slice(tensor, begin, tf.concat([rows, rest], 0))
     return tensor[start:stop]
 

@@ -87,6 +87,9 @@ class StepDriver:
         build.check_metrics(self.model)
         for metric in metrics.all_of(self.model):
             metrics.adapt(metric)
+        for used in self.plan.derived.values():
+            for metric in used:
+                metrics.adapt_result(metric)
         normalization.adapt(self.model)  # Also layers that the step has made.
 
     def _log_metric(self, name: str) -> metrics.RowMean:
@@ -139,9 +142,7 @@ class StepDriver:
                 batch = batches.iterator().get_next_as_optional()
                 done += 1
         else:
-            done, batch = self._run_ahead(
-                batches.iterator(), batch, tf.constant(steps)
-            )
+            done, batch = self._run_ahead(batches.iterator(), batch, tf.constant(steps))
         batches.put_next(batch)
         return int(done)
 

@@ -273,7 +273,8 @@ def _rank_and_dtype(spec) -> str:
 
 def _spec_of(batch) -> Any:
     return tree.map_structure(
-        lambda t: t if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype), batch
+        lambda t: t if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype),
+        batch,
     )
 
 

@@ -43,14 +43,30 @@ class LastValue(RowMean):
     """The latest value of a log that is computed from the results of metrics."""
 
     def update_state(self, value, rows):
-        self.reset_state()
-        super().update_state(value, rows)
+        rows = tf.cast(rows, self.dtype)
+        self.total.assign(tf.cast(value, self.dtype) * rows)
+        self.rows.assign(rows)
 
 
 def adapt(metric: keras.metrics.Metric) -> None:
     """Makes a metric's `update_state` fit for a step of several replicas, in place."""
     if "update_state" not in metric.__dict__:
         metric.update_state = types.MethodType(_update_state, metric)
+
+
+def adapt_result(metric: keras.metrics.Metric) -> None:
+    """Makes `result` that of all replicas where a step computes with it, in place."""
+    metric.result = types.MethodType(_result, metric)
+
+
+def _result(self):
+    share = distributed_share()
+    if share is None:
+        return type(self).result(self)
+    state = share.all_reduce([tf.convert_to_tensor(v.value) for v in self.variables])
+    mapping = list(zip(self.variables, state, strict=True))
+    with keras.StatelessScope(state_mapping=mapping):
+        return type(self).result(self)
 
 
 def _update_state(self, *args, **kwargs):
@@ -68,9 +84,9 @@ def _update_state(self, *args, **kwargs):
 def _counts_steps(args, kwargs) -> bool:
     """Whether an update has only scalars, as with a loss: it counts 1 per step."""
     values = tree.flatten((args, kwargs))
-    return all(v is None or tf.convert_to_tensor(v).shape.rank == 0 for v in values) and (
-        sum(v is not None for v in values) == 1
-    )
+    return all(
+        v is None or tf.convert_to_tensor(v).shape.rank == 0 for v in values
+    ) and (sum(v is not None for v in values) == 1)
 
 
 def _with_local_parts(metric, args, share: Share) -> tuple[Any, ...]:

@@ -93,7 +93,9 @@ class Model(keras.Model):
             ValueError: for data, arguments or objects that cannot be trained, before
                 any work.
         """
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        arguments = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__")
+        }
         return loop.fit(self, **arguments)
 
     def evaluate(

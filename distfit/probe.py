@@ -8,6 +8,7 @@ finds out what the compiled step may leave out or must add: the `Plan`.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,24 +167,25 @@ def fixed_rows(spec: Any) -> Any:
 def _recorded_results(model: keras.Model) -> Iterator[list[tuple]]:
     """Notes which metric each tensor that a `result()` returns belongs to."""
     results: list[tuple[Any, keras.metrics.Metric, str | None]] = []
-    patched = metrics.all_of(model)
-
-    def recording(metric):
-        def result():
-            value = type(metric).result(metric)
-            for key, part in value.items() if isinstance(value, dict) else [(None, value)]:
-                results.append((part, metric, key))
-            return value
-
-        return result
-
-    for metric in patched:
-        metric.__dict__["result"] = recording(metric)
+    adapted = {
+        metric: metric.__dict__.get("result") for metric in metrics.all_of(model)
+    }
+    for metric in adapted:
+        metric.__dict__["result"] = functools.partial(_record_result, metric, results)
     try:
         yield results
     finally:
-        for metric in patched:
+        for metric, result in adapted.items():
             del metric.__dict__["result"]
+            if result is not None:
+                metric.__dict__["result"] = result
+
+
+def _record_result(metric: keras.metrics.Metric, results: list[tuple]) -> Any:
+    value = type(metric).result(metric)
+    parts = value.items() if isinstance(value, dict) else [(None, value)]
+    results += [(part, metric, key) for key, part in parts]
+    return value
 
 
 def _describe_logs(plan: Plan, logs: dict, results: list[tuple]) -> None:

@@ -16,9 +16,8 @@ import distfit
 VIRTUAL_DEVICES = 8
 
 
-@pytest.fixture(scope="session", autouse=True)
-def virtual_devices():
-    distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
+# Before any test module is imported: TensorFlow fixes its devices at its first use.
+distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
 
 
 @functools.cache

@@ -202,9 +202,7 @@ def classes(base: type) -> types.SimpleNamespace:
             # Train the generator (note that we should *not* update the weights
             # of the discriminator)!
             with tf.GradientTape() as tape:
-                predictions = self.discriminator(
-                    self.generator(random_latent_vectors)
-                )
+                predictions = self.discriminator(self.generator(random_latent_vectors))
                 g_loss = self.loss_fn(misleading_labels, predictions)
             grads = tape.gradient(g_loss, self.generator.trainable_weights)
             self.g_optimizer.apply(grads, self.generator.trainable_weights)

@@ -44,7 +44,9 @@ def test_reduction_with_sample_weight(make_strategy, reduction, optimizer):
     def build():
         model = _mlp()
         model.compile(
-            keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.01}}),
+            keras.optimizers.get(
+                {"class_name": optimizer, "config": {"learning_rate": 0.01}}
+            ),
             loss=keras.losses.MeanSquaredError(reduction=reduction),
             metrics=["mae"],
             weighted_metrics=["mse"],
@@ -165,7 +167,9 @@ def _sequences():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean_with_sample_weight"]
+)
 def test_masked_sequences(make_strategy, reduction, weighted):
     def build():
         inputs = keras.Input((7,), dtype="int32")

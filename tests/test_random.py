@@ -23,7 +23,9 @@ class FaithfulGAN(guide.classes(distfit.Model).GAN):
         generated = self.generator(latent)
         labels = tf.concat([tf.ones((rows, 1)) + noise[0], noise[1]], axis=0)
         with tf.GradientTape() as tape:
-            predictions = self.discriminator(tf.concat([generated, real_images], axis=0))
+            predictions = self.discriminator(
+                tf.concat([generated, real_images], axis=0)
+            )
             d_loss = self.loss_fn(labels, predictions)
         grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
         self.d_optimizer.apply(grads, self.discriminator.trainable_weights)

@@ -122,7 +122,9 @@ def _codebook():
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
 def test_state_from_local_rows_equals_one_device(make_strategy, replicas):
-    one, many = (comparing.run(make_strategy(n), _codebook, _fit) for n in (1, replicas))
+    one, many = (
+        comparing.run(make_strategy(n), _codebook, _fit) for n in (1, replicas)
+    )
     comparing.assert_same(one, many)
 
 

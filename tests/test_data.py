@@ -1,0 +1,277 @@
+"""Every input Keras takes: each global batch is trained once, and cut by rows."""
+
+import warnings
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import distfit
+from distfit.collectives import row_bounds
+from distfit.data import GlobalBatches
+
+ROWS, BATCH = 45, 10  # Four batches of 10 and one of 5 rows.
+
+
+class Records(distfit.Model):
+    """Adds up what it sees, so that a lost or doubled row shows."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = tf.cast(tf.nest.flatten(x)[0], tf.float32)
+        rows = tf.cast(tf.shape(x)[0], tf.float32)
+        self.total.update_state(tf.reduce_sum(x, axis=range(1, x.shape.rank)))
+        self.rows.update_state(tf.ones((tf.shape(x)[0],)))
+        return {"total": self.total.result(), "rows": self.rows.result(), "r": rows}
+
+
+def _records(strategy, steps_per_execution=1, run_eagerly=False):
+    with strategy.scope():
+        model = Records()
+        model.total = keras.metrics.Sum(name="total")
+        model.rows = keras.metrics.Sum(name="rows")
+        model.compile(steps_per_execution=steps_per_execution, run_eagerly=run_eagerly)
+    return model
+
+
+def _x():
+    return np.arange(ROWS * 3, dtype="float32").reshape(ROWS, 3)
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = _x()[index * BATCH : (index + 1) * BATCH]
+        return rows, rows[:, :1]
+
+
+def _generator():
+    for index in range(5):
+        yield Batches()[index]
+
+
+INPUTS = {
+    "arrays": lambda: {"x": _x(), "batch_size": BATCH},
+    "shuffled": lambda: {"x": _x(), "batch_size": BATCH, "shuffle": True},
+    "lists": lambda: {"x": [_x(), _x()], "y": _x(), "batch_size": BATCH},
+    "dataset": lambda: {"x": tf.data.Dataset.from_tensor_slices(_x()).batch(BATCH)},
+    "unknown": lambda: {
+        "x": tf.data.Dataset.from_tensor_slices(_x())
+        .batch(BATCH)
+        .filter(lambda t: True)
+    },
+    "pydataset": lambda: {"x": Batches()},
+    "generator": lambda: {"x": _generator()},
+    "dict": lambda: {"x": {"a": _x(), "b": {"c": _x()}}, "batch_size": BATCH},
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("fused", [1, 4])
+def test_every_row_is_trained_once(make_strategy, name, fused):
+    for replicas in (1, 2, 4):
+        model = _records(make_strategy(replicas), fused)
+        logs = model.fit(**INPUTS[name](), verbose=0).history
+        assert logs["rows"] == [ROWS]
+        assert logs["total"] == [_x().sum()]
+
+
+@pytest.mark.parametrize("name", ["arrays", "unknown"])
+def test_every_row_is_trained_once_when_run_eagerly(make_strategy, name):
+    model = _records(make_strategy(2), 2, run_eagerly=True)
+    assert model.fit(**INPUTS[name](), verbose=0).history["rows"] == [ROWS]
+
+
+def test_epochs_of_a_dataset_of_unknown_length(make_strategy):
+    for fused in (1, 4):
+        model = _records(make_strategy(2), fused)
+        history = model.fit(**INPUTS["unknown"](), epochs=3, verbose=0).history
+        assert history["rows"] == [ROWS] * 3
+
+
+def test_steps_per_epoch_continues_through_the_data(make_strategy):
+    x = tf.data.Dataset.from_tensor_slices(_x()).batch(BATCH)
+    for dataset in (x, x.filter(lambda t: True)):
+        model = _records(make_strategy(2), 2)
+        history = model.fit(dataset.repeat(), epochs=3, steps_per_epoch=3, verbose=0)
+        # 10+10+10, 10+5+10, 10+10+10
+        assert history.history["rows"] == [30, 25, 30]
+
+
+def test_running_out_of_data_warns_as_keras_does(make_strategy):
+    for name in ("dataset", "unknown", "generator"):
+        model = _records(make_strategy(2), 2)
+        with pytest.warns(UserWarning, match="ran out of data"):
+            history = model.fit(
+                **INPUTS[name](), epochs=1, steps_per_epoch=9, verbose=0
+            )
+        assert history.history["rows"] == [ROWS]
+
+
+def test_a_generator_is_not_started_anew(make_strategy):
+    """Keras keeps the first batches of a generator to look at, and replays them."""
+    model = _records(make_strategy(2))
+    with pytest.warns(UserWarning, match="ran out of data"):
+        history = model.fit(
+            _generator(), epochs=4, steps_per_epoch=3, verbose=0
+        ).history
+    assert history["rows"] == [30, 15]
+
+
+@pytest.mark.parametrize("dtype", ["string", "bool", "int32", "ragged", "sparse"])
+def test_any_dtype_that_a_layer_accepts(make_strategy, dtype):
+    """Stock Keras crashes in its symbolic build, which averages the first batch."""
+    numbers = np.arange(11)
+    y = numbers.astype("float32")[:, None]
+    x = {
+        "string": tf.constant([str(n) for n in numbers]),
+        "bool": tf.constant(numbers % 2 == 0),
+        "int32": tf.constant(numbers, tf.int32),
+        "ragged": tf.ragged.range(numbers % 4 + 1),
+        "sparse": tf.sparse.from_dense(numbers[:, None] * [0.0, 1.0]),
+    }[dtype]
+
+    class Sums(distfit.Model):
+        def train_step(self, data):
+            x, y = data
+            if dtype == "ragged":
+                x = tf.reduce_sum(x, axis=1)
+            if dtype == "sparse":
+                x = tf.sparse.to_dense(x)[:, 1]
+            if dtype == "string":
+                x = tf.strings.to_number(x)
+            self.total.update_state(tf.cast(x, tf.float32) * y[:, 0])
+            return {"total": self.total.result()}
+
+    totals = []
+    for replicas in (1, 3):
+        with make_strategy(replicas).scope():
+            model = Sums()
+            model.total = keras.metrics.Sum(name="total")
+            model.compile()
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+        totals += model.fit(data, verbose=0).history["total"]
+    assert totals[0] == totals[1] != 0
+
+
+def test_first_batch_that_splits_unevenly(make_strategy):
+    """Stock Keras: AddN must have the same size and shape."""
+    x, y = comparing.regression_data(7)
+    with make_strategy(3).scope():
+        model = distfit.Sequential([layers.Dense(1)])
+        model.compile("sgd", "mse")
+    assert np.isfinite(model.fit(x, y, batch_size=7, verbose=0).history["loss"][0])
+
+
+def test_train_on_batch_splits_the_batch(make_strategy):
+    """Stock Keras gives every replica the whole batch."""
+    x, y = comparing.regression_data(10)
+
+    def build():
+        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
+        model.compile("sgd", "mse", metrics=["mae"])
+        return model
+
+    found = []
+    for replicas in (1, 2, 4):
+        keras.utils.set_random_seed(2)
+        with make_strategy(replicas).scope():
+            model = build()
+        logs = [model.train_on_batch(x, y, return_dict=True) for _ in range(3)]
+        logs.append(model.test_on_batch(x, y, return_dict=True))
+        logs.append({"few": model.test_on_batch(x[:1], y[:1])[0]})
+        logs.append({"sum": float(model.predict_on_batch(x).sum())})
+        found.append(logs)
+    for other in found[1:]:
+        for one_logs, other_logs in zip(found[0], other, strict=True):
+            comparing.assert_close_logs(one_logs, other_logs, 1e-5)
+    with make_strategy(2).scope():
+        model = _records(make_strategy(2))
+    assert model.train_on_batch(_x(), return_dict=True)["rows"] == ROWS
+
+
+def test_train_on_batch_with_class_weight(make_strategy):
+    with make_strategy(2).scope():
+        model = distfit.Sequential([keras.Input((3,)), layers.Dense(2)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss)
+    y = np.arange(ROWS) % 2
+    plain = model.test_on_batch(_x(), y)
+    doubled = model.train_on_batch(_x(), y, class_weight={0: 2.0, 1: 2.0})
+    assert doubled == pytest.approx(2 * plain, rel=1e-5)
+
+
+def test_validation_split_and_frequency(make_strategy):
+    histories = []
+    for replicas in (1, 2):
+        keras.utils.set_random_seed(2)
+        with make_strategy(replicas).scope():
+            model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
+            model.compile("sgd", "mse")
+        x, y = comparing.regression_data(ROWS)
+        history = model.fit(
+            x,
+            y,
+            batch_size=BATCH,
+            epochs=5,
+            initial_epoch=1,
+            validation_split=0.3,
+            validation_freq=2,
+            validation_batch_size=4,
+            shuffle=False,
+            verbose=0,
+        )
+        assert history.epoch == [1, 2, 3, 4]
+        assert len(history.history["val_loss"]) == 2
+        histories.append(history.history)
+    comparing.assert_close_logs(*histories, 1e-5)
+
+
+def test_predict_of_several_outputs_is_complete_and_in_order(make_strategy):
+    x = _x()
+    for replicas in (1, 2, 3, 4):
+        with make_strategy(replicas).scope():
+            inputs = keras.Input((3,))
+            doubled = layers.Rescaling(2.0)(inputs)
+            model = distfit.Model(inputs, {"same": inputs, "double": doubled})
+        for batch_size in (BATCH, 2, 22):
+            predicted = model.predict(x, batch_size=batch_size, verbose=0)
+            np.testing.assert_array_equal(predicted["same"], x)
+            np.testing.assert_array_equal(predicted["double"], 2 * x)
+        unknown = tf.data.Dataset.from_tensor_slices(x).batch(7).filter(lambda t: True)
+        np.testing.assert_array_equal(model.predict(unknown, verbose=0)["same"], x)
+
+
+@pytest.mark.parametrize("rows", range(1, 12))
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_row_bounds_cover_every_row_once(rows, replicas):
+    bounds = [row_bounds(rows, r, replicas) for r in range(replicas)]
+    if rows < replicas:
+        assert all(b == (0, rows, rows, True) for b in bounds)
+        return
+    assert [b[0] for b in bounds[1:]] == [b[1] for b in bounds[:-1]]
+    assert bounds[0][0] == 0 and bounds[-1][1] == rows
+    sizes = [stop - start for start, stop, _, _ in bounds]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
+
+
+def test_smallest_batch_is_known_from_arrays_and_static_specs():
+    assert GlobalBatches(_x(), batch_size=10).smallest_batch() == 5
+    assert GlobalBatches(_x(), batch_size=15).smallest_batch() == 15
+    dataset = tf.data.Dataset.from_tensor_slices(_x())
+    assert GlobalBatches(dataset.batch(10)).smallest_batch() is None
+    full = dataset.batch(10, drop_remainder=True)
+    assert GlobalBatches(full).smallest_batch() == 10
+
+
+def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
+    model = _records(make_strategy(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(**INPUTS["dataset"](), verbose=0)
+        model.fit(**INPUTS["generator"](), verbose=0)

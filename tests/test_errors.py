@@ -1,0 +1,178 @@
+"""Bad input gets one clear error, before any work."""
+
+import subprocess
+import sys
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import distfit
+
+
+def _model(strategy, **compiled):
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = distfit.Model(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse", **compiled)
+    return model
+
+
+DATA = comparing.regression_data(12)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"name": "tpu"}, r"Unknown strategy. Received: name='tpu'"),
+        ({"virtual_devices": -1}, r"at least 1. Received: virtual_devices=-1"),
+        (
+            {"devices": ["CPU:0"], "virtual_devices": 2},
+            r"not both. Received: devices=\['CPU:0'\], virtual_devices=2",
+        ),
+    ],
+)
+def test_strategy_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distfit.create_strategy(**arguments)
+
+
+def test_more_virtual_devices_than_an_initialised_tensorflow_has():
+    tf.constant(1.0)
+    with pytest.raises(
+        RuntimeError, match="initialised already with 8 .*Received: virt"
+    ):
+        distfit.create_strategy("mirrored", virtual_devices=9)
+
+
+def test_fit_before_compile(make_strategy):
+    with make_strategy(2).scope():
+        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
+    for method in ("fit", "evaluate", "train_on_batch", "test_on_batch"):
+        with pytest.raises(ValueError, match=f"compile.*before calling `{method}"):
+            getattr(model, method)(*DATA)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "steps_per_epoch"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one(make_strategy, name, value):
+    model = _model(make_strategy(2))
+    message = f"`{name}` must be at least 1. Received: {name}={value}"
+    with pytest.raises(ValueError, match=message):
+        model.fit(*DATA, **{name: value})
+    assert model.optimizer.iterations.numpy() == 0
+
+
+def _dataset(*tensors):
+    return tf.data.Dataset.from_tensor_slices(tensors)
+
+
+BAD_DATA = {
+    "no rows": ((np.zeros((0, 8)), np.zeros((0, 1))), "no batch at all"),
+    "empty dataset": ((_dataset(*DATA).take(0).batch(4),), "no batch at all"),
+    "empty, unknown length": (
+        (_dataset(*DATA).filter(lambda x, y: False).batch(4),),
+        "no batch at all",
+    ),
+    "not batched": ((_dataset(np.arange(4.0)),), r"Received: a\s+scalar"),
+    "four tensors": ((_dataset(*DATA, *DATA).batch(4),), "Received: a tuple of 4"),
+    "datasets of datasets": ((_dataset(DATA[0]).window(2),), "must be a tensor or a"),
+    "row counts": ((DATA[0], DATA[1][:5]), "(?s)cardinality.*12.*5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_data(make_strategy, name):
+    data, message = BAD_DATA[name]
+    model = _model(make_strategy(2))
+    weights = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        model.fit(*data, verbose=0)
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_distributed_dataset(make_strategy):
+    strategy = make_strategy(2)
+    cut = strategy.experimental_distribute_dataset(_dataset(*DATA).batch(4))
+    with pytest.raises(ValueError, match="cuts global batches itself. Received"):
+        _model(strategy).fit(cut)
+
+
+def test_model_outside_the_scope(make_strategy):
+    inputs = keras.Input((8,))
+    model = distfit.Model(inputs, layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    with make_strategy(2).scope():
+        with pytest.raises(
+            ValueError, match="(?s)The model .*outside the scope.*with s"
+        ):
+            model.fit(*DATA)
+
+
+def test_optimizer_outside_the_scope(make_strategy):
+    optimizer = keras.optimizers.Adam(name="mine")
+    with make_strategy(2).scope():
+        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
+        model.compile(optimizer, "mse")
+    with pytest.raises(
+        ValueError, match="optimizer 'mine' was built outside the scope"
+    ):
+        model.fit(*DATA)
+
+
+def test_metric_outside_the_scope(make_strategy):
+    metric = keras.metrics.Mean(name="mine")
+    with make_strategy(2).scope():
+        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
+        model.tracker = metric
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="metric 'mine' was built outside the scope"):
+        model.fit(*DATA)
+
+
+def test_xla_on_several_replicas(make_strategy):
+    model = _model(make_strategy(2), jit_compile=True)
+    with pytest.raises(ValueError, match="Received: jit_compile=True with 2 replicas"):
+        model.fit(*DATA)
+
+
+def test_log_of_changing_shape(make_strategy):
+    class PerRow(distfit.Model):
+        def train_step(self, data):
+            return {"errors": data[1][data[1] > 0]}
+
+    with make_strategy(2).scope():
+        model = PerRow()
+        model.compile()
+    with pytest.raises(ValueError, match="fixed shape. Received: 'errors'"):
+        model.fit(*DATA)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_loss_that_is_not_finite_names_step_and_replica(make_strategy, replicas):
+    x, y = comparing.regression_data(40)
+    y[29] = np.inf  # Batch 3 of 10 rows; row 9 of it belongs to the last replica.
+    model = _model(make_strategy(replicas))
+    callback = distfit.callbacks.NonFinite()
+    message = f"step 3 on replica {replicas - 1}"
+    with pytest.raises(FloatingPointError, match=message):
+        model.fit(x, y, batch_size=10, shuffle=False, verbose=0, callbacks=[callback])
+
+
+def test_a_finite_run_passes_the_check(make_strategy):
+    model = _model(make_strategy(2))
+    model.fit(*DATA, batch_size=4, verbose=0, callbacks=[distfit.callbacks.NonFinite()])
+    assert model.first_non_finite() is None
+
+
+def test_importing_distfit_does_not_initialise_tensorflow():
+    code = (
+        "import distfit; s = distfit.create_strategy('mirrored', virtual_devices=3);"
+        "assert s.num_replicas_in_sync == 3;"
+        "assert distfit.create_strategy().num_replicas_in_sync == 3"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,150 @@
+"""Sequential, functional and subclassed models live together; stock behaviour stays."""
+
+import comparing
+import keras
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import distfit
+
+
+class Functional(distfit.Model):
+    """Called with inputs and outputs."""
+
+
+class BuildsItself(distfit.Model):
+    """Makes its inputs and outputs in its constructor."""
+
+    def __init__(self):
+        inputs = keras.Input((8,))
+        super().__init__(inputs, layers.Dense(1)(inputs))
+
+
+class Subclassed(distfit.Model):
+    """Has layers and a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(4, activation="relu")
+        self.out = layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+
+class StepBuilds(distfit.Model):
+    """Has no call: its layers are built when its step uses them."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = layers.Dense(1)
+        self.loss_fn = keras.losses.MeanSquaredError()
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_fn(y, self.encoder(x))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+class Base(distfit.Model):
+    """A user's own base of functional and subclassed models."""
+
+
+class FunctionalOfBase(Base):
+    pass
+
+
+class SubclassedOfBase(Base):
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(1)
+
+    def call(self, x):
+        return self.out(x)
+
+
+def _inputs_outputs():
+    inputs = keras.Input((8,))
+    return inputs, layers.Dense(1)(inputs)
+
+
+KINDS = {
+    "functional": lambda: Functional(*_inputs_outputs()),
+    "builds itself": BuildsItself,
+    "subclassed": Subclassed,
+    "plain": lambda: distfit.Model(*_inputs_outputs()),
+    "sequential": lambda: distfit.Sequential([keras.Input((8,)), layers.Dense(1)]),
+    "deferred": lambda: distfit.Sequential([layers.Dense(2), layers.Dense(1)]),
+    "step builds": StepBuilds,
+    "functional of a base": lambda: FunctionalOfBase(*_inputs_outputs()),
+    "subclassed of the base": SubclassedOfBase,
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_kinds_of_models_in_any_order(make_strategy, order):
+    """Keras makes the bases of a functional model functional, up to `keras.Model`."""
+    for kind, build in list(KINDS.items())[::order]:
+        losses = []
+        for replicas in (1, 2):
+            keras.utils.set_random_seed(0)
+            with make_strategy(replicas).scope():
+                model = build()
+                assert isinstance(model, distfit.Model), kind
+                model.compile("sgd", "mse")
+            x, y = comparing.regression_data(20)
+            history = model.fit(x, y, batch_size=7, shuffle=False, verbose=0)
+            losses.append(history.history)
+        comparing.assert_close_logs(*losses, 1e-5)
+    assert keras.Model in distfit.Model.__mro__
+    assert distfit.Model.__bases__ == (keras.Model,)
+    assert Base.__bases__ == (distfit.Model,)
+
+
+def test_without_a_strategy_it_is_a_keras_model():
+    model = KINDS["plain"]()
+    model.compile("sgd", "mse")
+    x, y = comparing.regression_data(20)
+    assert len(model.fit(x, y, epochs=2, verbose=0).history["loss"]) == 2
+
+
+def test_optimizer_keeps_its_identity_and_its_class(make_strategy):
+    optimizer = keras.optimizers.Adam(0.5)
+    model = KINDS["plain"]()
+    model.compile(optimizer, "mse")
+    assert model.optimizer is optimizer
+    assert type(optimizer) is keras.optimizers.Adam
+    optimizer.learning_rate = 0.25
+    assert float(model.optimizer.learning_rate) == 0.25
+
+
+def test_run_eagerly_equals_compiled(make_strategy):
+    histories = []
+    for replicas, eager in ((1, False), (2, True), (2, False)):
+        keras.utils.set_random_seed(0)
+        with make_strategy(replicas).scope():
+            model = KINDS["functional"]()
+            model.compile("adam", "mse", metrics=["mae"], run_eagerly=eager)
+        x, y = comparing.regression_data(20)
+        history = model.fit(x, y, batch_size=7, epochs=2, shuffle=False, verbose=0)
+        histories.append(history.history)
+    for history in histories[1:]:
+        comparing.assert_close_logs(histories[0], history, 1e-5)
+
+
+def test_compile_again_takes_effect(make_strategy):
+    with make_strategy(2).scope():
+        model = KINDS["functional"]()
+        model.compile("sgd", "mse")
+    x, y = comparing.regression_data(20)
+    model.fit(x, y, verbose=0)
+    with make_strategy(2).scope():
+        model.compile(keras.optimizers.SGD(0.0), "mae")
+    before = model.get_weights()
+    loss = model.fit(x, y, verbose=0).history["loss"][0]
+    assert (model.get_weights()[0] == before[0]).all()
+    assert loss == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
