@@ -1,4 +1,4 @@
-"""Train custom `train_step` Keras models on many replicas, with one device's numbers."""
+"""Custom `train_step` Keras models on many replicas, with one device's numbers."""
 
 from distfit import callbacks, losses, random
 from distfit.collectives import all_gather, global_mean, global_sum

@@ -1,35 +1,40 @@
 """Every private Keras name that distfit touches, each with its reason.
 
-Nothing else in the package imports from ``keras.src``. The test of this file fails
-when a name moves or when Keras changes what it relies on.
+Nothing else in the package imports from `keras.src` or uses a private attribute of a
+Keras object. `tests/test_keras.py` fails when a name moves or when Keras changes what
+is relied on.
+
+| names | why |
+|---|---|
+| `get_data_adapter`, `ArrayDataAdapter` | arrays, datasets, PyDatasets, generators, \
+data frames, torch loaders: Keras makes each a `tf.data.Dataset`, with its own checks |
+| `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
+`class_weight`, as Keras means them |
+| `apply_mask`, `squeeze_or_expand_to_same_rank` | masks and weights of a loss |
+| `CompileLoss`, `CompileMetrics` | where `compile()` keeps losses and metrics |
+| `BaseOptimizer` | the update loops that know nothing of tf.distribute |
+| `Functional`, `functional_init_arguments` | what `Model(inputs, outputs)` is |
+| `_loss_module`, `_seed_module`, `global_state` | see below, where they are used |
+| `concat`, `join_batches`, `to_numpy` | predictions of any kind, joined |
+| `pythonify_logs`, `is_default` | logs as numbers; hooks that do nothing |
 """
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
-
-# Arrays, datasets, PyDatasets, generators, pandas, torch loaders: Keras turns each into
-# a `tf.data.Dataset`, with class weights and its own error messages.
-# A model remembers the strategy under whose scope it was made.
 from keras.src.backend.common import global_state
+from keras.src.backend.tensorflow import trainer as _tensorflow_trainer
 from keras.src.losses import loss as _loss_module
-
-# The arithmetic of masks and sample weights, so that it stays Keras's own.
 from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
-
-# What `keras.Model(inputs, outputs)` is underneath.
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
-
-# The update loops that know nothing of tf.distribute: distfit runs them per replica.
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator as _seed_module
-
-# The containers in which `compile()` keeps losses and metrics.
 from keras.src.trainers.compile_utils import CompileLoss, CompileMetrics
 from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
@@ -37,12 +42,11 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
 )
-from keras.src.backend.tensorflow.trainer import (
-    concat,
-    convert_to_np_if_not_ragged as to_numpy,
-    potentially_ragged_concat as join_batches,
-)
 from keras.src.utils.python_utils import is_default, pythonify_logs
+
+concat = _tensorflow_trainer.concat
+join_batches = _tensorflow_trainer.potentially_ragged_concat
+to_numpy = _tensorflow_trainer.convert_to_np_if_not_ragged
 
 __all__ = [
     "ArrayDataAdapter",
@@ -50,16 +54,46 @@ __all__ = [
     "CompileMetrics",
     "Functional",
     "apply_mask",
-    "concat",
-    "to_numpy",
-    "join_batches",
     "class_weight_to_sample_weights",
+    "concat",
     "functional_init_arguments",
     "get_data_adapter",
+    "join_batches",
     "pythonify_logs",
     "squeeze_or_expand_to_same_rank",
+    "to_numpy",
     "train_validation_split",
 ]
+
+
+# --- Models: what stock `fit()` and `evaluate()` ask of them.
+
+
+def initial_epoch(model: keras.Model) -> int | None:
+    """The epoch at which a callback, such as BackupAndRestore, wants to begin."""
+    return model._initial_epoch
+
+
+def should_evaluate(model: keras.Model, epoch: int, validation_freq: Any) -> bool:
+    """Whether validation is due after an epoch."""
+    return model._should_eval(epoch, validation_freq)
+
+
+def in_order_of_metrics(model: keras.Model, logs: dict) -> Any:
+    """Logs as a list, or a number if there is one, as `evaluate()` returns them."""
+    return model._flatten_metrics_in_order(logs)
+
+
+def wrap_losses(compile_loss: CompileLoss, wrap: Callable) -> None:
+    """Replaces the loss of every output, once it is known which outputs there are."""
+    compile_loss._flat_losses = [
+        entry._replace(loss=wrap(entry.loss)) for entry in compile_loss._flat_losses
+    ]
+
+
+def metrics_of(compile_metrics: CompileMetrics) -> Any:
+    """The metrics as they were passed to `compile()`."""
+    return compile_metrics._user_metrics or compile_metrics._user_weighted_metrics
 
 
 # --- Losses: Keras divides by the number of replicas, and multiplies again to report.
@@ -75,18 +109,21 @@ def set_aside_loss_scaling(when: Callable[[], bool]) -> None:
         setattr(_loss_module, name, _unless(when, getattr(_loss_module, name)))
 
 
+_gated: set[Callable] = set()
+
+
 def _unless(when: Callable[[], bool], scale: Callable) -> Callable:
     @functools.wraps(scale)
     def gated(value):
         return value if when() else scale(value)
 
-    gated.set_aside = True
+    _gated.add(gated)
     return gated
 
 
 def is_set_aside(scale: Callable) -> bool:
     """Whether a function of Keras's loss module was replaced by a gated one."""
-    return getattr(scale, "set_aside", False)
+    return scale in _gated
 
 
 def mask_of(tensor: Any) -> Any:
@@ -130,6 +167,16 @@ def set_layer_losses(snapshot: list[tuple]) -> None:
     """Puts back the losses of a `layer_losses` snapshot."""
     for layer, losses in snapshot:
         layer._losses[:] = losses
+
+
+def set_moments(layer: keras.layers.BatchNormalization, moments: Callable) -> None:
+    """Makes `moments(layer, inputs, mask)` the source of a layer's statistics."""
+    layer._moments = types.MethodType(moments, layer)
+
+
+def own_moments(layer: keras.layers.BatchNormalization, inputs, mask) -> Any:
+    """The statistics of the rows at hand, as the class of the layer takes them."""
+    return type(layer)._moments(layer, inputs, mask)
 
 
 def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:

@@ -31,12 +31,13 @@ def _symbolic(spec: tf.TensorSpec) -> keras.KerasTensor:
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """The optimizers that are attributes of a model."""
-    found = []
+    found: dict[int, keras.optimizers.Optimizer] = {}
     for value in vars(model).values():
         items = value.values() if isinstance(value, dict) else [value]
-        items = value if isinstance(value, list | tuple) else items
-        found += [v for v in items if isinstance(v, keras.optimizers.Optimizer)]
-    return list({id(optimizer): optimizer for optimizer in found}.values())
+        for item in value if isinstance(value, list | tuple) else items:
+            if isinstance(item, keras.optimizers.Optimizer):
+                found[id(item)] = item
+    return list(found.values())
 
 
 def check_compiled(model: keras.Model, method: str) -> None:
@@ -83,7 +84,7 @@ def check_metrics(model: keras.Model) -> None:
         if isinstance(metric, _keras.CompileMetrics) and not metric.built:
             raise ValueError(
                 "Metrics were passed to `compile()` that the step never updates. "
-                f"Received: {type(model).__name__} with metrics={metric._user_metrics}."
+                f"Received: {type(model).__name__} with metrics={_keras.metrics_of(metric)}."
                 " Call `self.compute_metrics(x, y, y_pred)` in the step, or leave them "
                 "out of `compile()`."
             )

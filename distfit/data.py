@@ -63,8 +63,8 @@ class GlobalBatches:
         self._one_pass = isinstance(x, types.GeneratorType)
         self._last_length = None
         self._never_ends = self.dataset.cardinality() == tf.data.INFINITE_CARDINALITY
-        self._iterator = None
-        self._next = None
+        self._iterator: Any = None
+        self._next: Any = None
         self._seen = 0
         check_element_spec(self.spec)
         if self.num_batches == 0:

@@ -227,8 +227,8 @@ class PredictDriver:
         build.check_in_scope(model)
         build.build_layers(model, spec)
         if not model.run_eagerly:
-            self._run_next = compiled(self._run_next)
-            self.run_on = compiled(self.run_on)
+            for name in ("_run_next", "run_on"):
+                setattr(self, name, compiled(getattr(self, name)))
 
     def run(self, batches: data.GlobalBatches) -> Any:
         """The predictions for the next global batch, in the order of its rows."""

@@ -61,10 +61,12 @@ def fit(
     model.stop_training = False
     callbacks.on_train_begin()
     logs = None
-    for epoch in range(model._initial_epoch or initial_epoch, epochs):
+    for epoch in range(_keras.initial_epoch(model) or initial_epoch, epochs):
         callbacks.on_epoch_begin(epoch)
         logs = _run_epoch(model, "train", driver, batches, callbacks)
-        if validation is not None and model._should_eval(epoch, validation_freq):
+        if validation is not None and _keras.should_evaluate(
+            model, epoch, validation_freq
+        ):
             logs |= _validate(model, validation, callbacks)
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training or batches.exhausted:

@@ -66,7 +66,7 @@ class GlobalBatchLoss(keras.losses.Loss):
     def dtype(self):
         return self.loss.dtype
 
-    @property
+    @property  # type: ignore[misc]  # What `isinstance` and saving look at.
     def __class__(self):
         return type(self.loss)
 
@@ -81,9 +81,7 @@ class GlobalBatchCompileLoss(_keras.CompileLoss):
 
     def build(self, y_true, y_pred):
         super().build(y_true, y_pred)
-        self._flat_losses = [
-            entry._replace(loss=adapt(entry.loss)) for entry in self._flat_losses
-        ]
+        _keras.wrap_losses(self, adapt)
         for tracker in self.metrics:
             metrics.adapt(tracker)
 

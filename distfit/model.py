@@ -124,7 +124,7 @@ class Model(keras.Model):
             steps=steps,
             callbacks=callbacks,
         )
-        return logs if return_dict else self._flatten_metrics_in_order(logs)
+        return logs if return_dict else _keras.in_order_of_metrics(self, logs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """Predicts every row, in order. Arguments are those of `keras.Model.predict`.
@@ -148,12 +148,12 @@ class Model(keras.Model):
         if class_weight is not None:
             sample_weight = _class_weights(y, class_weight, sample_weight)
         logs = loop.train_on_batch(self, _packed(x, y, sample_weight))
-        return logs if return_dict else self._flatten_metrics_in_order(logs)
+        return logs if return_dict else _keras.in_order_of_metrics(self, logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """Evaluates one global batch, as `keras.Model.test_on_batch`."""
         logs = loop.test_on_batch(self, _packed(x, y, sample_weight))
-        return logs if return_dict else self._flatten_metrics_in_order(logs)
+        return logs if return_dict else _keras.in_order_of_metrics(self, logs)
 
     def predict_on_batch(self, x):
         """Predicts one global batch, as `keras.Model.predict_on_batch`."""

@@ -10,8 +10,6 @@ Algorithm for Computing Sample Variances" (1979):
 which, unlike the mean of squares minus the square of the mean, loses no digits.
 """
 
-import types
-
 import keras
 import tensorflow as tf
 
@@ -23,14 +21,14 @@ def adapt(model: keras.Model) -> None:
     """Gives the BatchNormalization layers of a model global-batch statistics."""
     for layer in _keras.layers_of(model):
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer._moments = types.MethodType(_moments, layer)
+            _keras.set_moments(layer, _moments)
 
 
-def _moments(self, inputs, mask):
+def _moments(layer, inputs, mask):
     share = distributed_share()
     if share is None or share.model.batch_statistics == "local":
-        return type(self)._moments(self, inputs, mask)
-    axes = _keras.reduction_axes(self)
+        return _keras.own_moments(layer, inputs, mask)
+    axes = _keras.reduction_axes(layer)
     count, mean, variance = _local_moments(inputs, mask, axes)
     counts, means, variances = tf.unstack(
         collectives.stack_replicas(tf.stack([count, mean, variance])), axis=1
@@ -39,7 +37,7 @@ def _moments(self, inputs, mask):
 
 
 def _local_moments(inputs, mask, axes):
-    """Count, mean and variance of this replica's rows, each of the shape of the mean."""
+    """Count, mean and variance of this replica's rows, all of the mean's shape."""
     if mask is None:
         mean, variance = tf.nn.moments(inputs, axes, keepdims=True)
         count = collectives.size_of(inputs) / collectives.size_of(mean)

@@ -130,7 +130,7 @@ def _probe(model: keras.Model, step: Callable, spec: Any, strategy) -> Plan:
     batch_spec = spec if num_replicas == 1 else fixed_rows(spec)
     plan = Plan()
     generators: list = []
-    draws = contextlib.nullcontext()
+    draws: contextlib.AbstractContextManager = contextlib.nullcontext()
     if num_replicas > 1:
         draws = _keras.new_global_seed_generator(generators)
 

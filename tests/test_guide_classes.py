@@ -1,4 +1,4 @@
-"""The guide's classes, with only the base class changed, equal stock Keras on one device.
+"""The guide's classes, with another base, equal stock Keras on one device.
 
 A model is built once for each class and number of replicas and set back to its first
 weights before each training, so that the whole product of cases takes minutes.

@@ -1,4 +1,4 @@
-"""What is reported is what one device reports: rows C0 to C8 of what stock gets wrong."""
+"""What is reported is what one device reports."""
 
 import comparing
 import keras

@@ -11,11 +11,6 @@ from distfit.models import gan, mnist_cnn
 REGRESSIONS = ("custom_step", "low_level_step", "weighted_step", "custom_eval")
 SETTINGS = set("dataset batch_size epochs steps_per_epoch learning_rate seed".split())
 
-# Keras asks TensorFlow's distributed variables for an array as NumPy 1 did.
-reads_variables_through_keras = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
-)
-
 
 class BatchLogs(keras.callbacks.Callback):
     """Keeps the logs of every step."""
@@ -226,7 +221,6 @@ def test_image_grid_lays_images_out_by_rows_and_scales_them():
     assert grid.tolist() == [top, top, bottom, bottom]
 
 
-@reads_variables_through_keras
 def test_a_saved_gan_draws_the_same_images(make_strategy, tmp_path):
     model = build("gan", make_strategy(2), configure("gan", latent_dim=4))
     model.save(tmp_path / "gan.keras")
@@ -249,7 +243,6 @@ def test_mnist_cnn_learns(replicas, make_strategy):
     assert history["loss"][-1] < 0.8 * history["loss"][0]
 
 
-@reads_variables_through_keras
 def test_mnist_cnn_lowers_its_learning_rate_by_a_cosine(make_strategy):
     config = configure("mnist_cnn", batch_size=8, epochs=4, steps_per_epoch=1)
     config.learning_rate = 0.1

@@ -1,0 +1,33 @@
+"""Reference models: the programs of Keras's guide on custom steps, one module each.
+
+The guide is https://keras.io/guides/custom_train_step_in_tensorflow/: the steps here do
+what its steps do, in the same order, on `distfit.Model`. A module's docstring gives the
+command that runs it, and the module offers
+
+    get_config() -> ConfigDict              the defaults of every setting that it reads
+    build(config) -> distfit.Model          compiled; called in the strategy's scope
+    data(config) -> (train, validation)     only where `config.dataset` needs a change
+    callbacks(config, workdir) -> list      only where training needs them
+"""
+
+import importlib
+from types import ModuleType
+
+NAMES = (
+    "custom_step",
+    "low_level_step",
+    "weighted_step",
+    "custom_eval",
+    "gan",
+    "mnist_cnn",
+)
+
+
+def get(name: str) -> ModuleType:
+    """Imports and returns the module of the reference model `name`, one of `NAMES`."""
+    if name not in NAMES:
+        raise ValueError(
+            f"Unknown reference model; choose one of {', '.join(NAMES)}. "
+            f"Received: model={name!r}"
+        )
+    return importlib.import_module(f"{__name__}.{name}")
