@@ -33,7 +33,7 @@ test: test-fast
 	$(BIN)/python -m pytest -m integration
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/python -m ruff check

@@ -11,12 +11,13 @@ from distfit import _keras, metrics, strategy
 
 
 def build_layers(model: keras.Model, spec: Any) -> None:
-    """Builds a subclassed model for batches of the given spec.
+    """Builds the layers of a subclassed model for batches of the given spec.
 
-    A model without a `call` of its own, such as a GAN, is built from its parts by its
-    step.
+    A model without a `call`, or with one that takes something else than a batch, as
+    that of a GAN may, is built by its step from parts that are built.
     """
-    if all(layer.built for layer in _keras.layers_of(model)):
+    parts = [layer for layer in _keras.layers_of(model) if layer is not model]
+    if model.built or (parts and all(layer.built for layer in parts)):
         return
     if type(model).call is keras.Model.call:
         return
@@ -84,8 +85,9 @@ def check_metrics(model: keras.Model) -> None:
         if isinstance(metric, _keras.CompileMetrics) and not metric.built:
             raise ValueError(
                 "Metrics were passed to `compile()` that the step never updates. "
-                f"Received: {type(model).__name__} with metrics={_keras.metrics_of(metric)}."
-                " Call `self.compute_metrics(x, y, y_pred)` in the step, or leave them "
+                f"Received: {type(model).__name__} with "
+                f"metrics={_keras.metrics_of(metric)}. Call "
+                "`self.compute_metrics(x, y, y_pred)` in the step, or leave them "
                 "out of `compile()`."
             )
     missing = set(_keras.tracked_metrics(model)) - set(model.metrics)

@@ -58,6 +58,8 @@ class GlobalBatches:
             class_weight=class_weight,
         )
         self.dataset = self._adapter.get_tf_dataset()
+        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+            self.dataset = without_autotune(self.dataset)
         self.num_batches = self._adapter.num_batches
         self.steps_per_epoch = steps_per_epoch
         self._one_pass = isinstance(x, types.GeneratorType)
@@ -193,6 +195,17 @@ def check_element_spec(spec: Any) -> None:
                 "Elements of the data must be batches, with rows first. Received: a "
                 f"scalar, {leaf}. Call `.batch(batch_size)` on the dataset."
             )
+
+
+def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Turns off the tuning of a pipeline that only slices arrays.
+
+    There is nothing to tune, and the tuning thread of TensorFlow 2.21 now and then
+    takes half a minute to end when an iterator is released.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def num_rows(batch: Any) -> Any:

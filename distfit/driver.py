@@ -38,6 +38,7 @@ class StepDriver:
         self.strategy = model.distribute_strategy
         self.num_replicas = self.strategy.num_replicas_in_sync
         self.may_be_whole = may_be_whole
+        self._step_of_replica: Callable = self._replica_step
         build.check_in_scope(model)
         build.build_layers(model, spec)
         normalization.adapt(model)
@@ -103,6 +104,9 @@ class StepDriver:
         return kind(shape, name)
 
     def _compile(self) -> None:
+        if self.model.jit_compile:  # On one replica only: XLA cannot see the others.
+            step = functools.partial(self._replica_step)
+            self._step_of_replica = tf.function(step, autograph=False, jit_compile=True)
         for name in ("_run_next", "_run_many", "_run_ahead", "_run_batch", "_read"):
             setattr(self, name, compiled(getattr(self, name)))
 
@@ -131,7 +135,7 @@ class StepDriver:
         return tf.while_loop(more, body, [tf.constant(0), batch])
 
     def _run_batch(self, batch) -> None:
-        self.strategy.run(self._replica_step, args=(batch,))
+        self.strategy.run(self._step_of_replica, args=(batch,))
 
     def _run_until_end(self, batches: data.GlobalBatches, steps: int) -> int:
         batch = batches.take_next()

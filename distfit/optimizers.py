@@ -33,8 +33,13 @@ def _apply(self, grads, trainable_variables=None):
     Args:
         grads: This replica's share of each gradient; None for variables without one.
         trainable_variables: The variables, in the same order.
+
+    Raises:
+        ValueError: if called in the scope of a strategy but outside of a step.
     """
     share = current_share()
+    if share is None:
+        _check_in_replica_context()
     if trainable_variables is not None:
         trainable_variables = list(trainable_variables)
     if share is not None and share.defers(self, trainable_variables):
@@ -53,6 +58,16 @@ def _apply(self, grads, trainable_variables=None):
         strategy.extended.update(anchor, update, args=(grads,), group=True)
 
     tf.distribute.get_replica_context().merge_call(apply_on_every_device, args=(grads,))
+
+
+def _check_in_replica_context() -> None:
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1 and tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "An optimizer is applied by each replica, to the gradients of its rows. "
+            f"Received: a call outside of a step, in the scope of a strategy of "
+            f"{replicas} replicas. Call `apply()` in `train_step`."
+        )
 
 
 def _update_local_copies(optimizer, variables, _, grads):

@@ -82,8 +82,8 @@ class _Probe(Share):
         return summed
 
     def defers(self, optimizer, variables) -> bool:
-        variables = list(optimizer.variables) if variables is None else variables
-        self.found.optimizers.append((optimizer, variables))
+        if variables is not None:  # Else it must be built already, as Keras has it.
+            self.found.optimizers.append((optimizer, variables))
         return True
 
     def follows_rows(self, call, values) -> bool:

@@ -134,6 +134,14 @@ def test_metric_outside_the_scope(make_strategy):
         model.fit(*DATA)
 
 
+def test_apply_outside_of_a_step(make_strategy):
+    model = _model(make_strategy(2))
+    gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+    with make_strategy(2).scope():
+        with pytest.raises(ValueError, match="outside of a step.* 2 replicas. Call"):
+            model.optimizer.apply(gradients, model.trainable_variables)
+
+
 def test_xla_on_several_replicas(make_strategy):
     model = _model(make_strategy(2), jit_compile=True)
     with pytest.raises(ValueError, match="Received: jit_compile=True with 2 replicas"):

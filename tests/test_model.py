@@ -148,3 +148,16 @@ def test_compile_again_takes_effect(make_strategy):
     loss = model.fit(x, y, verbose=0).history["loss"][0]
     assert (model.get_weights()[0] == before[0]).all()
     assert loss == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
+
+
+def test_xla_on_one_replica_equals_the_same_without(make_strategy):
+    histories = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        with make_strategy(1).scope():
+            model = KINDS["functional"]()
+            model.compile("adam", "mse", metrics=["mae"], jit_compile=jit_compile)
+        x, y = comparing.regression_data(20)
+        history = model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        histories.append(history.history)
+    comparing.assert_close_logs(*histories, 1e-5)
