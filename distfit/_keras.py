@@ -121,6 +121,29 @@ def _unless(when: Callable[[], bool], scale: Callable) -> Callable:
     return gated
 
 
+def intercept_losses(when: Callable[[], bool], wrap: Callable) -> None:
+    """Calls `wrap(loss)` in place of any `keras.losses.Loss` where `when()`.
+
+    This reaches losses that are no attributes of a model. One that a layer calls stays
+    what it is: what the layer adds with `add_loss` is made global later.
+    """
+    call = keras.losses.Loss.__call__
+
+    @functools.wraps(call)
+    def intercepted(self, y_true, y_pred, sample_weight=None):
+        own_call = type(self).__call__ is not keras.losses.Loss.__call__
+        unreduced = getattr(self, "reduction", None) in (None, "none")
+        if own_call or unreduced or _in_layer_call() or not when():
+            return call(self, y_true, y_pred, sample_weight)
+        return wrap(self)(y_true, y_pred, sample_weight)
+
+    keras.losses.Loss.__call__ = intercepted
+
+
+def _in_layer_call() -> bool:
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
 def is_set_aside(scale: Callable) -> bool:
     """Whether a function of Keras's loss module was replaced by a gated one."""
     return scale in _gated
@@ -139,6 +162,22 @@ def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
     return list(model._flatten_layers())
 
 
+def replace_losses(when: Callable[[], bool], collect: Callable) -> None:
+    """Makes `layer.losses`, for every layer and model, `collect(layer)` where `when()`.
+
+    A step may read them from the model or from a part of it, such as an encoder.
+    """
+    stock = keras.layers.Layer.losses.fget
+
+    def losses(self):
+        """List of scalar losses from `add_loss`, regularizers and sublayers."""
+        if when() and not self._losses_override:
+            return collect(self)
+        return stock(self)
+
+    keras.layers.Layer.losses = property(losses)
+
+
 def own_losses(layer: keras.layers.Layer) -> list:
     """What `add_loss` and the activity regularizer of this one layer added."""
     return layer._get_own_losses()
@@ -147,11 +186,6 @@ def own_losses(layer: keras.layers.Layer) -> list:
 def regularization_losses(model: keras.Model) -> list:
     """The penalties of the model's regularised weights."""
     return model._get_regularization_losses()
-
-
-def has_losses_override(model: keras.Model) -> bool:
-    """Whether Keras replaced the list of losses (as it does while exporting)."""
-    return bool(model._losses_override)
 
 
 def layer_losses(model: keras.Model) -> list[tuple]:
@@ -215,25 +249,28 @@ def plain_updates(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
 
     The methods that Keras overrides for tf.distribute would aggregate once more, and
     cannot run inside a `tf.cond`. For the time of the block their backend-agnostic
-    originals stand in.
+    originals stand in, and the class's own `apply` for one that was adapted.
     """
-    swapped = []
+    replaced = [(target, dict(vars(target))) for target, _ in _plain(optimizer)]
     try:
-        for target, methods in _plain_methods(optimizer):
-            for name, function in methods.items():
-                object.__setattr__(target, name, functools.partial(function, target))
-                swapped.append((target, name))
+        for target, methods in _plain(optimizer):
+            for name, function in {**methods, "apply": type(target).apply}.items():
+                target.__dict__[name] = functools.partial(function, target)
         yield
     finally:
-        for target, name in swapped:
-            target.__dict__.pop(name, None)
+        for target, attributes in replaced:
+            for name in (*_PLAIN, *_PLAIN_LOSS_SCALE, "apply"):
+                target.__dict__.pop(name, None)
+                if name in attributes:
+                    target.__dict__[name] = attributes[name]
 
 
-def _plain_methods(optimizer: Any) -> Iterator[tuple[Any, dict]]:
+def _plain(optimizer: Any) -> list[tuple[Any, dict]]:
+    """The optimizer, and the one inside a LossScaleOptimizer, with their methods."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        yield optimizer, _PLAIN_LOSS_SCALE
-        optimizer = optimizer.inner_optimizer
-    yield optimizer, _PLAIN
+        inner = optimizer.inner_optimizer
+        return [(optimizer, _PLAIN_LOSS_SCALE), (inner, _PLAIN)]
+    return [(optimizer, _PLAIN)]
 
 
 # --- Randomness.

@@ -1,5 +1,6 @@
 """Callbacks: Keras's own, called so that they cost nothing where nobody listens."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 
@@ -97,6 +98,8 @@ class CallbackList(keras.callbacks.CallbackList):
         logs = LazyLogs(read)
         for callback in self._listeners[_BATCH_HOOKS[kind][1]]:
             getattr(callback, _BATCH_HOOKS[kind][1])(step, logs)
+        if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
+            len(logs)
 
 
 class LazyLogs(MutableMapping):

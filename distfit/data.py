@@ -109,6 +109,11 @@ class GlobalBatches:
         left = self.num_batches - self._seen
         return min(left, self.steps_per_epoch or left)
 
+    def restart(self) -> None:
+        """Goes back to the first batch, but for data that can be read only once."""
+        if not self._one_pass:
+            self._iterator = None
+
     def has_next(self) -> bool:
         """Whether there is another batch, as far as one has to look to know."""
         return self.length_is_known or bool(self.take_next().has_value())

@@ -167,6 +167,7 @@ def _validate(model, validation: GlobalBatches, callbacks: CallbackList) -> dict
 
 def _test(model, batches: GlobalBatches, callbacks: CallbackList) -> dict:
     driver = _driver(model, "test", batches)
+    batches.restart()
     model.stop_evaluating = False
     callbacks.on_test_begin()
     logs = _run_epoch(model, "test", driver, batches, callbacks)

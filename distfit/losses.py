@@ -20,8 +20,6 @@ from keras import ops, tree
 from distfit import _keras, collectives, metrics
 from distfit.collectives import distributed_share
 
-_keras.set_aside_loss_scaling(when=lambda: distributed_share() is not None)
-
 _UNREDUCED = (None, "none")
 
 
@@ -29,9 +27,9 @@ class GlobalBatchLoss(keras.losses.Loss):
     """A `keras.losses.Loss` whose value is that of the global batch.
 
     This is what a loss becomes when it is assigned to an attribute of a
-    `distfit.Model` or compiled into one. Outside of a step it is the loss it was made
-    from; it presents itself as that loss to `isinstance` and to saving, so that saved
-    files do not mention it.
+    `distfit.Model` or compiled into one, and what stands in for any other that a step
+    calls. Outside of a step it is the loss it was made from; it presents itself as that
+    loss to `isinstance` and to saving, so that saved files do not mention it.
 
     Args:
         loss: The `keras.losses.Loss` to stand for.
@@ -168,3 +166,27 @@ def _reduce_custom_call(value, is_sum: bool = False):
     if is_sum:
         return collectives.global_sum(value)
     return collectives.mean_of_local_means(value)
+
+
+def _collect(layer: keras.layers.Layer) -> list:
+    """The losses of a layer and its parts, of the global batch.
+
+    One that a layer added counts as the mean of its rows, which Keras's activity
+    penalties are too; a penalty on weights is the same on every replica.
+    """
+    added = [
+        collectives.mean_of_local_means(loss)
+        for part in _keras.layers_of(layer)
+        for loss in _keras.own_losses(part)
+    ]
+    penalties = _keras.regularization_losses(layer)
+    return added + [collectives.replicated(penalty) for penalty in penalties]
+
+
+def _in_distributed_step() -> bool:
+    return distributed_share() is not None
+
+
+_keras.set_aside_loss_scaling(_in_distributed_step)
+_keras.intercept_losses(_in_distributed_step, GlobalBatchLoss)
+_keras.replace_losses(_in_distributed_step, _collect)

@@ -75,7 +75,7 @@ def _update_state(self, *args, **kwargs):
     if share is None:
         return update(*args, **kwargs)
     if _counts_steps(args, kwargs):
-        return update(*_with_local_parts(self, args, share), **kwargs)
+        return _update_with_scalar(self, update, args, kwargs, share)
     if share.whole is False:
         return update(*args, **kwargs)
     return _update_once(self, share, functools.partial(update, *args, **kwargs))
@@ -89,15 +89,18 @@ def _counts_steps(args, kwargs) -> bool:
     ) and (sum(v is not None for v in values) == 1)
 
 
-def _with_local_parts(metric, args, share: Share) -> tuple[Any, ...]:
-    """Feeds a mean of losses with N times the local parts: their mean is the loss.
+def _update_with_scalar(metric, update, args, kwargs, share: Share):
+    """Updates a metric with a scalar, in the way that counts a global value once.
 
-    The loss itself then has no reader, and its exchange drops out of the step.
+    A mean is fed with N times the local parts of a loss: their mean is the loss, which
+    then has no reader, and its exchange drops out of the step.
     """
-    if type(metric) is not keras.metrics.Mean or len(args) != 1:
-        return args
-    local = share.local_part(args[0])
-    return args if local is None else (local * share.num_replicas,)
+    local = share.local_part(args[0]) if args else None
+    if local is None:
+        return update(*args, **kwargs)
+    if type(metric) is keras.metrics.Mean:
+        return update(local * share.num_replicas, **kwargs)
+    return update(*args, **kwargs) if share.replica == 0 else None
 
 
 def _update_once(metric, share: Share, update):

@@ -4,8 +4,7 @@ from typing import Any
 
 import keras
 
-from distfit import _keras, collectives, loop, losses, optimizers
-from distfit.collectives import distributed_share
+from distfit import _keras, loop, losses, optimizers
 
 
 class Model(keras.Model):
@@ -43,24 +42,6 @@ class Model(keras.Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _adapted(value))
-
-    @property
-    def losses(self) -> list:
-        """The losses of `add_loss`, regularizers and sublayers, of the global batch.
-
-        A loss that a layer added counts as the mean of its rows, which Keras's activity
-        penalties are too; a penalty on weights is the same on every replica.
-        """
-        share = distributed_share()
-        if share is None or _keras.has_losses_override(self):
-            return super().losses
-        added = [
-            collectives.mean_of_local_means(loss)
-            for layer in _keras.layers_of(self)
-            for loss in _keras.own_losses(layer)
-        ]
-        penalties = _keras.regularization_losses(self)
-        return added + [collectives.replicated(penalty) for penalty in penalties]
 
     def fit(
         self,

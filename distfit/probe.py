@@ -19,9 +19,10 @@ from keras import tree
 from distfit import _keras, data, metrics
 from distfit.collectives import Share
 
-# A prime, and no usual size of a layer: a dimension that is a multiple of it comes
-# from the rows of the batch. Larger ones stand for other dimensions left open.
-ROWS = 1009
+# A dimension that is a multiple of this comes from the rows of the batch: no layer has
+# such a size. It can be divided by 2 to 8, as a step may do with its rows. The primes
+# stand for other dimensions left open.
+ROWS = 1009 * 840
 _OPEN_DIMENSIONS = (1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063)
 
 
@@ -69,6 +70,7 @@ class _Probe(Share):
         self.found = plan
         self.summed: list[tf.Tensor] = []
         self.offsets: list[tf.Tensor] = []
+        self.graph = tf.compat.v1.get_default_graph()
 
     def stream_offset(self, distance):
         self.offsets.append(tf.zeros((), tf.int64))
@@ -77,6 +79,12 @@ class _Probe(Share):
     def all_reduce(self, tensors):
         if self.alone:
             return list(tensors)
+        if tf.compat.v1.get_default_graph() is not self.graph:
+            raise ValueError(
+                "Replicas cannot exchange numbers inside a nested `tf.function`, "
+                "`tf.cond` or `tf.while_loop`. Received: a loss or a collective called "
+                "in one by a step. Remove the decorator, or move the call out of it."
+            )
         summed = [tf.identity(t) for t in tensors]
         self.summed += summed
         return summed
@@ -107,27 +115,27 @@ def probe(model: keras.Model, step: Callable, spec: Any, strategy) -> Plan:
         strategy: The strategy of the model.
     """
     before = _parts(model)
+    fixed = fixed_rows(spec) if strategy.num_replicas_in_sync > 1 else spec
     try:
-        plan = _probe(model, step, spec, strategy)
+        plan = _probe(model, step, fixed, strategy)
     except Exception:
-        # Layers that only the step calls were built by it, a moment too late for its
-        # gradients.
+        # Either layers that only the step calls were built by it, a moment too late for
+        # its gradients, or it cannot take that many rows. Else its error comes again.
         if _parts(model) == before:
-            raise
-        return _probe(model, step, spec, strategy)
+            return _probe(model, step, spec, strategy)
+        return _probe(model, step, fixed, strategy)
     if len(metrics.all_of(model)) == before[1]:
         return plan
     # Metrics that the step made, one for each output's loss, were not yet watched.
-    return _probe(model, step, spec, strategy)
+    return _probe(model, step, fixed, strategy)
 
 
 def _parts(model: keras.Model) -> tuple[int, int]:
     return len(model.variables), len(metrics.all_of(model))
 
 
-def _probe(model: keras.Model, step: Callable, spec: Any, strategy) -> Plan:
+def _probe(model: keras.Model, step: Callable, batch_spec: Any, strategy) -> Plan:
     num_replicas = strategy.num_replicas_in_sync
-    batch_spec = spec if num_replicas == 1 else fixed_rows(spec)
     plan = Plan()
     generators: list = []
     draws: contextlib.AbstractContextManager = contextlib.nullcontext()

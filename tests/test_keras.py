@@ -105,3 +105,15 @@ def test_unseeded_draws_come_from_a_generator_of_the_thread():
         before = int(made[0].state.numpy()[0])
         keras.random.normal((1,))
         assert int(made[0].state.numpy()[0]) != before
+
+
+def test_layers_say_when_a_call_is_under_way():
+    seen = []
+
+    class Looks(layers.Layer):
+        def call(self, x):
+            seen.append(_keras._in_layer_call())
+            return x
+
+    Looks()(tf.ones((1, 2)))
+    assert seen == [True] and not _keras._in_layer_call()

@@ -198,3 +198,42 @@ def test_default_step_equals_one_device_and_evaluates(make_strategy):
         validation_data=comparing.regression_data(31, seed=4),
     )
     assert set(history) == {"loss", "mae", "val_loss", "val_mae"}
+
+
+class Sums(ReturnsLoss):
+    """Adds its losses up instead of averaging them."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sum = keras.metrics.Sum(name="sum")
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        self.sum.update_state(logs["loss"])
+        return {"sum": self.sum.result()}
+
+
+def test_any_metric_counts_a_loss_once(make_strategy):
+    history = _histories(make_strategy, lambda: _model(Sums, loss="mse"))
+    assert history["sum"][0] > 0
+
+
+def test_batch_logs_that_are_kept_do_not_change(make_strategy):
+    kept = []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: kept.append(logs)
+    )
+    with make_strategy(2).scope():
+        model = _model(distfit.Model, loss="mse")
+    _fit(model, epochs=1, callbacks=[callback])
+    assert len({logs["loss"] for logs in kept}) == 4
+
+
+def test_validation_steps_validate_the_same_rows_each_epoch(make_strategy):
+    with make_strategy(2).scope():
+        model = _model(distfit.Model, loss="mse")
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+    data = tf.data.Dataset.from_tensor_slices(comparing.regression_data(30)).batch(10)
+    for validation in (data, data.filter(lambda x, y: True)):
+        history = _fit(model, epochs=3, validation_data=validation, validation_steps=1)
+        assert len(set(history.history["val_loss"])) == 1

@@ -324,3 +324,76 @@ def test_losses_in_lists_and_dicts_are_adapted(make_strategy):
     model.in_list = [keras.losses.MeanSquaredError()]
     assert type(model.by_name["a"]) is GlobalBatchLoss and model.by_name["n"] == 3
     assert type(model.in_list[0]) is GlobalBatchLoss
+
+
+OUTSIDE = keras.losses.MeanSquaredError()
+
+
+class UsesLossFromOutside(distfit.Model):
+    """Calls a loss that is no attribute of it, and reads the losses of a part."""
+
+    def __init__(self):
+        super().__init__()
+        penalised = layers.Dense(1, kernel_regularizer=keras.regularizers.L2(0.1))
+        self.encoder = keras.Sequential([keras.Input((8,)), AddsLoss(), penalised])
+        self.built = True
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = OUTSIDE(y, self.encoder(x)) + sum(self.encoder.losses)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_loss_that_is_no_attribute_and_losses_of_a_part(make_strategy):
+    def build():
+        model = UsesLossFromOutside()
+        model.compile("sgd")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+class HalvesItsRows(distfit.Model):
+    """Splits its rows into parts, as paired views or mixup do."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            halves = tf.split(x, 2)
+            loss = self.loss_fn(y, tf.concat([self(half) for half in halves], 0))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_step_that_divides_its_rows(make_strategy):
+    def build():
+        model = guide_model(HalvesItsRows)
+        model.loss_fn = keras.losses.MeanSquaredError()
+        model.compile("sgd")
+        return model
+
+    data = comparing.regression_data(48)
+    fit = _fit(*data, batch_size=24)
+    _assert_equal_on_all(make_strategy, build, fit, replicas=(2, 4))
+
+
+class Nested(distfit.Model):
+    def train_step(self, data):
+        @tf.function
+        def nested():
+            return self.loss_fn(data[1], self(data[0]))
+
+        return {"loss": nested()}
+
+
+def test_loss_in_a_nested_function_is_a_clear_error(make_strategy):
+    with make_strategy(2).scope():
+        model = guide_model(Nested)
+        model.loss_fn = keras.losses.MeanSquaredError()
+        model.compile("sgd")
+    with pytest.raises(ValueError, match="cannot exchange numbers inside a nested"):
+        _fit(*comparing.regression_data(ROWS))(model)

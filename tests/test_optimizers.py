@@ -107,3 +107,38 @@ def test_variable_without_gradient(make_strategy):
 
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         comparing.assert_same(run(1), run(2))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_mixed_float16_scales_and_skips_as_on_one_device(make_strategy, named):
+    """The last of three batches overflows: everyone skips it and halves the scale."""
+    x, y = comparing.regression_data(12)
+    y[9] = 60000.0
+
+    def run(replicas):
+        keras.utils.set_random_seed(0)
+        with make_strategy(replicas).scope():
+            inputs = keras.Input((8,))
+            model = distfit.Model(inputs, layers.Dense(1)(inputs))
+            optimizer = keras.optimizers.SGD(0.01)
+            if not named:
+                scale = keras.optimizers.LossScaleOptimizer
+                optimizer = scale(optimizer, initial_scale=64.0)
+            model.compile(optimizer, "mse")
+            if named:
+                model.optimizer.initial_scale = 64.0
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+        comparing.check_replicas_agree(make_strategy(replicas), model)
+        return model
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        one, two = run(1), run(2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert type(two.optimizer) is keras.optimizers.LossScaleOptimizer
+    assert (
+        float(two.optimizer.dynamic_scale) == float(one.optimizer.dynamic_scale) == 32
+    )
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        assert a == pytest.approx(b, abs=2e-3)  # The rounding of float16.
