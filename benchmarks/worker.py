@@ -1,0 +1,99 @@
+"""One contender on one workload and number of replicas: a process that takes orders.
+
+    python -m benchmarks.worker CONTENDER WORKLOAD REPLICAS BATCHES
+
+Each line on stdin, `{"fused": k}`, is answered by a line on stdout: what an epoch with
+k steps per execution took, `{"seconds_per_step": s, "logs": {...}}`, or what went
+wrong, `{"error": line}`. The first order for a k is answered by `{}`: the model is
+built and traced, and trained for an epoch. Between orders the process computes nothing.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # The replicas are virtual CPU devices.
+
+import tensorflow as tf
+
+from benchmarks import contenders
+from benchmarks.workloads import WORKLOADS
+from distfit import create_strategy
+
+
+def main(contender: str, workload: str, replicas: str, batches: str) -> None:
+    answers = _own_stdout()
+    work = dataclasses.replace(WORKLOADS[workload], fixed=batches == "fixed")
+    times = _Times(contender, work, int(replicas))
+    for line in sys.stdin:
+        try:
+            answer = times.epoch(**json.loads(line))
+        except Exception as error:  # Whatever a contender raises is its result.
+            answer = {"error": _first_line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class _Times:
+    """Times epochs; for each k there is a model of its own."""
+
+    def __init__(self, contender: str, workload, replicas: int):
+        self.contender = contender
+        self.workload = workload
+        self.strategy = _strategy(replicas)
+        self.trainers: dict[int, Callable] = {}
+
+    def epoch(self, fused: int) -> dict[str, Any]:
+        if fused not in self.trainers:
+            self.trainers[fused] = self._prepare(fused)
+            return {}
+        start = time.perf_counter()
+        logs = self.trainers[fused]()
+        seconds = time.perf_counter() - start
+        return {"seconds_per_step": seconds / self.workload.epoch_steps, "logs": logs}
+
+    def _prepare(self, fused: int) -> Callable:
+        steps = self.workload.epoch_steps
+        if steps % fused:
+            raise ValueError(
+                "An epoch must be a number of whole executions. "
+                f"Received: {fused} fused steps. Choose a divisor of {steps}."
+            )
+        train = contenders.load(self.contender)(self.workload, self.strategy, fused)
+        train()
+        return train
+
+
+def _strategy(replicas: int) -> tf.distribute.Strategy:
+    """The same for all contenders, so that loops are compared and not reductions.
+
+    For one replica it is none at all, which is what stock Keras and a loop by hand are
+    fastest with; for more it has distfit's choice of how CPU devices exchange tensors.
+    """
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    return create_strategy("mirrored", virtual_devices=replicas)
+
+
+def _own_stdout():
+    """The stream for answers; from now on what libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # After this one, TensorFlow lists the Python trace and only then what is wrong.
+    if lines[0] == "Graph execution error:":
+        causes = [line for line in lines if line.startswith("(0)")]
+        lines = [cause.removeprefix("(0)").strip() for cause in causes] or lines
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""The work: a model, its data and its epoch, the same for every contender.
+
+Functions that build something take `keras` as an argument: it is Keras 3 or tf_keras.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distfit.datasets import mnist, synthetic
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        batch_size: Rows of the global batch.
+        epoch_steps: Steps of the epoch that is timed.
+        arrays: Returns `(x, y)`.
+        network: `network(keras)` returns the `(inputs, outputs)` of a functional model.
+        loss: `loss(keras, **kwargs)` returns a Keras loss.
+        metric: `metric(keras)` returns a Keras metric.
+        fixed: Whether the pipeline promises batches of a fixed size.
+    """
+
+    batch_size: int
+    epoch_steps: int
+    arrays: Callable[[], Arrays]
+    network: Callable[[Any], tuple]
+    loss: Callable[..., Any]
+    metric: Callable[[Any], Any]
+    fixed: bool = True
+
+    def dataset(self) -> tf.data.Dataset:
+        """Global batches without end.
+
+        A worker that waits has a few in store, too few to matter in the next epoch.
+        """
+        return (
+            tf.data.Dataset.from_tensor_slices(self.arrays())
+            .batch(self.batch_size, drop_remainder=self.fixed)
+            .repeat()
+            .prefetch(4)
+        )
+
+
+def _regression() -> Arrays:
+    return synthetic.regression(rows=32 * 100)
+
+
+def _digits() -> Arrays:
+    images, labels = mnist.scaled(*mnist.load()[0])
+    rows = 64 * 150  # Full batches only.
+    return images[:rows], labels[:rows]
+
+
+def _mlp_network(keras) -> tuple:
+    inputs = keras.Input((32,))
+    hidden = keras.layers.Dense(16, activation="relu")(inputs)
+    return inputs, keras.layers.Dense(1)(hidden)
+
+
+def _cnn_network(keras) -> tuple:
+    inputs = x = keras.Input((28, 28, 1))
+    for filters in (16, 32):
+        x = keras.layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+        x = keras.layers.MaxPooling2D()(x)
+    return inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x))
+
+
+def _squared_error(keras, **kwargs):
+    return keras.losses.MeanSquaredError(**kwargs)
+
+
+def _crossentropy(keras, **kwargs):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **kwargs)
+
+
+WORKLOADS = {
+    "mlp": Workload(
+        batch_size=32,
+        epoch_steps=500,
+        arrays=_regression,
+        network=_mlp_network,
+        loss=_squared_error,
+        metric=lambda keras: keras.metrics.MeanAbsoluteError(name="mae"),
+    ),
+    "cnn": Workload(
+        batch_size=64,
+        epoch_steps=50,
+        arrays=_digits,
+        network=_cnn_network,
+        loss=_crossentropy,
+        metric=lambda keras: keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+    ),
+}
