@@ -109,15 +109,11 @@ def set_aside_loss_scaling(when: Callable[[], bool]) -> None:
         setattr(_loss_module, name, _unless(when, getattr(_loss_module, name)))
 
 
-_gated: set[Callable] = set()
-
-
 def _unless(when: Callable[[], bool], scale: Callable) -> Callable:
     @functools.wraps(scale)
     def gated(value):
         return value if when() else scale(value)
 
-    _gated.add(gated)
     return gated
 
 
@@ -142,11 +138,6 @@ def intercept_losses(when: Callable[[], bool], wrap: Callable) -> None:
 
 def _in_layer_call() -> bool:
     return global_state.get_global_attribute("current_call_ctx") is not None
-
-
-def is_set_aside(scale: Callable) -> bool:
-    """Whether a function of Keras's loss module was replaced by a gated one."""
-    return scale in _gated
 
 
 def mask_of(tensor: Any) -> Any:
@@ -297,15 +288,14 @@ def offset_seeds(offset: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def global_seed_generator(generator: Any) -> Iterator[None]:
-    """Makes `generator`, unless None, the source of unseeded draws in this thread.
+    """Makes `generator`, or none at all, the source of unseeded draws in this thread.
 
     Keras keeps its global generator per thread, so in a replica's thread it would try
     to create a variable in the middle of the step.
     """
     name = _seed_module.GLOBAL_SEED_GENERATOR
     previous = global_state.get_global_attribute(name)
-    if generator is not None:
-        global_state.set_global_attribute(name, generator)
+    global_state.set_global_attribute(name, generator)
     try:
         yield
     finally:
@@ -315,14 +305,11 @@ def global_seed_generator(generator: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def new_global_seed_generator(made: list) -> Iterator[None]:
     """Hides the global generator; one that is made meanwhile is appended to `made`."""
-    name = _seed_module.GLOBAL_SEED_GENERATOR
-    previous = global_state.get_global_attribute(name)
-    global_state.set_global_attribute(name, None)
-    try:
+    with global_seed_generator(None):
         yield
-        made.append(global_state.get_global_attribute(name))
-    finally:
-        global_state.set_global_attribute(name, previous)
+        made.append(
+            global_state.get_global_attribute(_seed_module.GLOBAL_SEED_GENERATOR)
+        )
 
 
 def listens(callback: keras.callbacks.Callback, hook: str) -> bool:

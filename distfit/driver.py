@@ -4,6 +4,7 @@ A step reads a global batch on the host; each replica takes its rows and runs th
 step on them. Metrics hold the results, so nothing is returned per step.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -156,12 +157,18 @@ class StepDriver:
         share, rows = replica_rows(
             batch, self.num_replicas, self.may_be_whole, self.model, self.plan
         )
-        with share, _keras.global_seed_generator(self.plan.seeds):
+        with share, self._unseeded_draws():
             logs = metrics.flat_logs(self.step(rows))
             self._keep_logs(share, logs)
             self._agree_on_state(share)
             if self.watch:
                 self.watch.look(share, logs)
+
+    def _unseeded_draws(self) -> contextlib.AbstractContextManager:
+        """Where unseeded draws come from; on one replica that is Keras's business."""
+        if self.plan.seeds is None:
+            return contextlib.nullcontext()
+        return _keras.global_seed_generator(self.plan.seeds)
 
     def _keep_logs(self, share: Share, logs: dict) -> None:
         for name, log in self.logs.items():
