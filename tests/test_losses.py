@@ -110,13 +110,20 @@ def test_add_loss_next_to_batch_normalization(make_strategy):
     _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
 
 
-class RawSum(distfit.Model):
+class Minimizes(distfit.Model):
+    """Minimises the loss that `logs_of(x, y)` computes, and returns those logs."""
+
     def train_step(self, data):
-        x, y = data
         with tf.GradientTape() as tape:
-            loss = self.loss_fn(y, self(x, training=True)) + sum(self.losses)
-        gradients = tape.gradient(loss, self.trainable_variables)
+            logs = self.logs_of(*data)
+        gradients = tape.gradient(logs["loss"], self.trainable_variables)
         self.optimizer.apply(gradients, self.trainable_variables)
+        return logs
+
+
+class RawSum(Minimizes):
+    def logs_of(self, x, y):
+        loss = self.loss_fn(y, self(x, training=True)) + sum(self.losses)
         return {"loss": loss}
 
 
@@ -189,17 +196,13 @@ def test_masked_sequences(make_strategy, reduction, weighted):
     )
 
 
-class SelectsRows(distfit.Model):
+class SelectsRows(Minimizes):
     """Its loss sees a number of rows that depends on the data."""
 
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            chosen = y[:, 0] > 0
-            loss = self.loss_fn(y[chosen], y_pred[chosen])
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+    def logs_of(self, x, y):
+        y_pred = self(x, training=True)
+        chosen = y[:, 0] > 0
+        loss = self.loss_fn(y[chosen], y_pred[chosen])
         return {"loss": loss}
 
 
@@ -218,17 +221,13 @@ def guide_model(cls):
     return cls(inputs, layers.Dense(1)(inputs))
 
 
-class NonLinear(distfit.Model):
+class NonLinear(Minimizes):
     """Uses the value of a loss in ways that only the global one makes right."""
 
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            mse, mae = self.loss_fns[0](y, y_pred), self.loss_fns[1](y, y_pred)
-            loss = tf.sqrt(mse) * mae
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+    def logs_of(self, x, y):
+        y_pred = self(x, training=True)
+        mse, mae = self.loss_fns[0](y, y_pred), self.loss_fns[1](y, y_pred)
+        loss = tf.sqrt(mse) * mae
         return {"loss": loss, "mse": mse}
 
 
@@ -247,14 +246,10 @@ def test_value_of_a_loss_is_global_in_a_product(make_strategy):
     _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
 
 
-class GlobalMean(distfit.Model):
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            errors = tf.square(y - self(x, training=True))
-            loss = distfit.global_mean(errors)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+class GlobalMean(Minimizes):
+    def logs_of(self, x, y):
+        errors = tf.square(y - self(x, training=True))
+        loss = distfit.global_mean(errors)
         return {"loss": loss}
 
 
@@ -267,18 +262,14 @@ def test_global_mean_instead_of_reduce_mean(make_strategy):
     _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
 
 
-class Contrastive(distfit.Model):
+class Contrastive(Minimizes):
     """Every row is compared with all rows of the global batch."""
 
-    def train_step(self, data):
-        x, _ = data
-        with tf.GradientTape() as tape:
-            z = self(x, training=True)
-            everyone = distfit.all_gather(z)
-            similarity = tf.matmul(z, everyone, transpose_b=True)
-            loss = distfit.global_mean(tf.reduce_logsumexp(similarity, axis=1))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+    def logs_of(self, x, y):
+        z = self(x, training=True)
+        everyone = distfit.all_gather(z)
+        similarity = tf.matmul(z, everyone, transpose_b=True)
+        loss = distfit.global_mean(tf.reduce_logsumexp(similarity, axis=1))
         return {"loss": loss, "rows": tf.cast(tf.shape(everyone)[0], tf.float32)}
 
 
@@ -329,7 +320,7 @@ def test_losses_in_lists_and_dicts_are_adapted(make_strategy):
 OUTSIDE = keras.losses.MeanSquaredError()
 
 
-class UsesLossFromOutside(distfit.Model):
+class UsesLossFromOutside(Minimizes):
     """Calls a loss that is no attribute of it, and reads the losses of a part."""
 
     def __init__(self):
@@ -338,12 +329,8 @@ class UsesLossFromOutside(distfit.Model):
         self.encoder = keras.Sequential([keras.Input((8,)), AddsLoss(), penalised])
         self.built = True
 
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = OUTSIDE(y, self.encoder(x)) + sum(self.encoder.losses)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+    def logs_of(self, x, y):
+        loss = OUTSIDE(y, self.encoder(x)) + sum(self.encoder.losses)
         return {"loss": loss}
 
 
@@ -356,16 +343,12 @@ def test_loss_that_is_no_attribute_and_losses_of_a_part(make_strategy):
     _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
 
 
-class HalvesItsRows(distfit.Model):
+class HalvesItsRows(Minimizes):
     """Splits its rows into parts, as paired views or mixup do."""
 
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            halves = tf.split(x, 2)
-            loss = self.loss_fn(y, tf.concat([self(half) for half in halves], 0))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
+    def logs_of(self, x, y):
+        halves = tf.split(x, 2)
+        loss = self.loss_fn(y, tf.concat([self(half) for half in halves], 0))
         return {"loss": loss}
 
 
