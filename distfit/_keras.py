@@ -12,23 +12,28 @@ data frames, torch loaders: Keras makes each a `tf.data.Dataset`, with its own c
 `class_weight`, as Keras means them |
 | `apply_mask`, `squeeze_or_expand_to_same_rank` | masks and weights of a loss |
 | `CompileLoss`, `CompileMetrics` | where `compile()` keeps losses and metrics |
-| `BaseOptimizer` | the update loops that know nothing of tf.distribute |
+| `BaseOptimizer`, `TFOptimizer` | the update loops that know nothing of \
+tf.distribute; where accumulators are made |
 | `Functional`, `functional_init_arguments` | what `Model(inputs, outputs)` is |
-| `_loss_module`, `_seed_module`, `global_state` | see below, where they are used |
+| `_loss_module`, `_seed_module`, `_backend_random`, `global_state` | see below, where \
+they are used |
 | `concat`, `join_batches`, `to_numpy` | predictions of any kind, joined |
 | `pythonify_logs`, `is_default` | logs as numbers; hooks that do nothing |
 """
 
 import contextlib
 import functools
+import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
+from keras.src.backend.tensorflow import random as _backend_random
 from keras.src.backend.tensorflow import trainer as _tensorflow_trainer
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as _loss_module
 from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
 from keras.src.models.functional import Functional
@@ -145,6 +150,12 @@ def mask_of(tensor: Any) -> Any:
     return getattr(tensor, "_keras_mask", None)
 
 
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Attaches a mask, unless it is None, to a tensor as layers do."""
+    if mask is not None:
+        tensor._keras_mask = mask
+
+
 # --- Layers: the losses of a forward pass, kept on the layers themselves.
 
 
@@ -188,7 +199,7 @@ def layer_losses(model: keras.Model) -> list[tuple]:
     return [(layer, list(layer._losses)) for layer in layers_of(model)]
 
 
-def set_layer_losses(snapshot: list[tuple]) -> None:
+def set_layer_losses(snapshot: Iterable[tuple]) -> None:
     """Puts back the losses of a `layer_losses` snapshot."""
     for layer, losses in snapshot:
         layer._losses[:] = losses
@@ -209,6 +220,20 @@ def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
     return list(layer._reduction_axes)
 
 
+def intercept_calls(find: Callable[[], Any], wrap: Callable) -> None:
+    """Calls `wrap(found, layer, call)` in place of a layer, where `find()` finds."""
+    stock = keras.layers.Layer.__call__
+
+    @functools.wraps(stock)
+    def intercepted(self, *args, **kwargs):
+        found = find()
+        if found is None:
+            return stock(self, *args, **kwargs)
+        return wrap(found, self, functools.partial(stock, self, *args, **kwargs))
+
+    keras.layers.Layer.__call__ = intercepted
+
+
 # --- Metrics.
 
 
@@ -219,49 +244,115 @@ def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
 
 # --- Optimizers.
 
-_PLAIN = {
-    "_backend_update_step": BaseOptimizer._backend_update_step,
-    "_apply_weight_decay": BaseOptimizer._apply_weight_decay,
-    "_overwrite_model_variables_with_average_value": (
-        BaseOptimizer._overwrite_model_variables_with_average_value
-    ),
-    "_backend_increment_gradient_accumulators": (
-        BaseOptimizer._backend_increment_gradient_accumulators
-    ),
-}
-_PLAIN_LOSS_SCALE = {
-    "_tf_apply": keras.optimizers.LossScaleOptimizer._common_apply,
-}
+_PLAIN = (
+    "_backend_update_step",
+    "_apply_weight_decay",
+    "_overwrite_model_variables_with_average_value",
+    "_backend_increment_gradient_accumulators",
+)
+_updating = threading.local()
 
 
 @contextlib.contextmanager
-def plain_updates(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Lets an optimizer update the local copies of variables, as on one device.
+def plain_updates() -> Iterator[None]:
+    """Lets optimizers update the local copies of variables, as on one device.
 
     The methods that Keras overrides for tf.distribute would aggregate once more, and
     cannot run inside a `tf.cond`. For the time of the block their backend-agnostic
-    originals stand in, and the class's own `apply` for one that was adapted.
+    originals stand in. What a class of optimizers overrides stays overridden.
     """
-    replaced = [(target, dict(vars(target))) for target, _ in _plain(optimizer)]
+    _updating.plainly = True
     try:
-        for target, methods in _plain(optimizer):
-            for name, function in {**methods, "apply": type(target).apply}.items():
-                target.__dict__[name] = functools.partial(function, target)
         yield
     finally:
-        for target, attributes in replaced:
-            for name in (*_PLAIN, *_PLAIN_LOSS_SCALE, "apply"):
-                target.__dict__.pop(name, None)
-                if name in attributes:
-                    target.__dict__[name] = attributes[name]
+        _updating.plainly = False
 
 
-def _plain(optimizer: Any) -> list[tuple[Any, dict]]:
-    """The optimizer, and the one inside a LossScaleOptimizer, with their methods."""
+def in_plain_updates() -> bool:
+    """Whether this thread is in a `plain_updates` block."""
+    return getattr(_updating, "plainly", False)
+
+
+def allow_plain_updates() -> None:
+    """Makes `plain_updates` effective; outside of its blocks nothing changes."""
+    for name in _PLAIN:
+        method = _plainly(getattr(TFOptimizer, name), getattr(BaseOptimizer, name))
+        setattr(TFOptimizer, name, method)
+    loss_scale = keras.optimizers.LossScaleOptimizer
+    loss_scale._tf_apply = _plainly(loss_scale._tf_apply, loss_scale._common_apply)
+
+
+def _plainly(distributed: Callable, plain: Callable) -> Callable:
+    @functools.wraps(distributed)
+    def either(self, *args, **kwargs):
+        method = plain if in_plain_updates() else distributed
+        return method(self, *args, **kwargs)
+
+    return either
+
+
+def with_inner(optimizer: Any) -> list[keras.optimizers.Optimizer]:
+    """An optimizer and those inside a LossScaleOptimizer or a MultiOptimizer."""
+    inner: list = []
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        inner = optimizer.inner_optimizer
-        return [(optimizer, _PLAIN_LOSS_SCALE), (inner, _PLAIN)]
-    return [(optimizer, _PLAIN)]
+        inner = [optimizer.inner_optimizer]
+    elif isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        inner = optimizer.optimizers
+    return [optimizer, *(found for part in inner for found in with_inner(part))]
+
+
+def variables_of(optimizer: keras.optimizers.Optimizer) -> list:
+    """The variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def accumulators(optimizer: keras.optimizers.Optimizer, variables: list) -> dict:
+    """The gradient accumulators of an optimizer, by the places of their variables.
+
+    Except for variables of which a "gradient" is the new value.
+    """
+    if not optimizer.gradient_accumulation_steps:
+        return {}
+    indices = optimizer._trainable_variables_indices
+    keys = {
+        place: optimizer._var_key(variable)
+        for place, variable in enumerate(variables)
+        if not optimizer._overwrite_variable_with_gradient(variable)
+    }
+    return {
+        place: optimizer._accumulated_gradients[indices[key]]
+        for place, key in keys.items()
+        if key in indices
+    }
+
+
+def is_update_step(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """Whether an accumulating optimizer updates its variables at the next `apply`."""
+    return (optimizer._iterations + 1) % optimizer.gradient_accumulation_steps == 0
+
+
+def sum_accumulators_on_read() -> None:
+    """Makes gradient accumulators variables of which each replica has its own part.
+
+    Their value, where one is read, saved or restored, is the sum over the replicas, as
+    is that of a metric's variables: what one device has accumulated.
+    """
+    stock = TFOptimizer.add_variable_from_reference
+
+    def summed_on_read(next_creator, **kwargs):
+        kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+        kwargs["aggregation"] = tf.VariableAggregation.SUM
+        return next_creator(**kwargs)
+
+    @functools.wraps(stock)
+    def add(self, reference_variable, name=None, initializer="zeros"):
+        replaced = self._overwrite_variable_with_gradient(reference_variable)
+        if name != "gradient_accumulator" or replaced:
+            return stock(self, reference_variable, name, initializer)
+        with tf.variable_creator_scope(summed_on_read):
+            return stock(self, reference_variable, name, initializer)
+
+    TFOptimizer.add_variable_from_reference = add
 
 
 # --- Randomness.
@@ -312,6 +403,85 @@ def new_global_seed_generator(made: list) -> Iterator[None]:
         )
 
 
+# What draws, and where each finds the tensors whose rows it draws for.
+_DRAWS_OF_A_SHAPE = (
+    "normal",
+    "uniform",
+    "randint",
+    "truncated_normal",
+    "gamma",
+    "binomial",
+    "beta",
+)
+_DRAWS_FOR_INPUTS = ("dropout", "shuffle", "categorical")
+
+
+@contextlib.contextmanager
+def composed_draws(for_shape: Callable, for_inputs: Callable) -> Iterator[None]:
+    """Draws through `for_shape(draw, shape, seed)` or `for_inputs(draw, inputs, seed)`.
+
+    `draw(shape or inputs, seed)` is Keras's own, and `seed` what it would have drawn
+    with. Layers and `keras.random` alike look these functions up on one module.
+    """
+    stock = {
+        name: getattr(_backend_random, name)
+        for name in _DRAWS_OF_A_SHAPE + _DRAWS_FOR_INPUTS
+    }
+
+    def composed(draw: Callable, compose: Callable) -> Callable:
+        @functools.wraps(draw)
+        def drawn(first, *args, seed=None, **kwargs):
+            def draw_part(part, part_seed):
+                return draw(part, *args, seed=part_seed, **kwargs)
+
+            return compose(draw_part, first, seed)
+
+        return drawn
+
+    try:
+        for name, draw in stock.items():
+            compose = for_inputs if name in _DRAWS_FOR_INPUTS else for_shape
+            setattr(_backend_random, name, composed(draw, compose))
+        yield
+    finally:
+        for name, draw in stock.items():
+            setattr(_backend_random, name, draw)
+
+
+class SharedSeed:
+    """One seed, drawn from a generator when first asked for, for several draws.
+
+    Args:
+        seed: What `keras.random` takes: a generator, a number or None.
+    """
+
+    def __init__(self, seed: Any):
+        self._seed = seed
+        self._drawn: Any = None
+
+    def shifted(self, shift: int) -> keras.random.SeedGenerator:
+        """A generator of this seed plus `shift`; a number is never shifted."""
+        shift = 0 if isinstance(self._seed, int) else shift
+        return _ShiftedSeed(self, tf.constant(shift, tf.int64))
+
+    def draw(self) -> tf.Tensor:
+        if self._drawn is None:
+            self._drawn = _seed_module.draw_seed(self._seed)
+        return self._drawn
+
+
+class _ShiftedSeed(_seed_module.SeedGenerator):
+    def __init__(self, shared: SharedSeed, shift: Any):
+        self._shared, self._shift = shared, shift
+
+    def next(self, ordered=True):
+        seed = self._shared.draw()
+        return seed + tf.stack([tf.cast(self._shift, seed.dtype), 0])
+
+
+# --- Callbacks: what they ask of hooks and of variables.
+
+
 def listens(callback: keras.callbacks.Callback, hook: str) -> bool:
     """Whether a callback does something in a batch hook.
 
@@ -322,3 +492,24 @@ def listens(callback: keras.callbacks.Callback, hook: str) -> bool:
         is_default(getattr(callback, hook))
         and is_default(getattr(callback, older, getattr(callback, hook)))
     )
+
+
+def convert_replicated_scalars() -> None:
+    """Makes `float(variable)` and `int(variable)` work for a variable of N replicas.
+
+    Callbacks ask so for `optimizer.learning_rate` and `optimizer.iterations`; Keras
+    hands the question to TensorFlow, whose distributed variables cannot answer it.
+    """
+    for name, number in (("__float__", float), ("__int__", int)):
+        stock = getattr(keras.Variable, name)
+        setattr(keras.Variable, name, _conversion(stock, number))
+
+
+def _conversion(stock: Callable, number: type) -> Callable:
+    @functools.wraps(stock)
+    def convert(self):
+        if self.ndim > 0 or not isinstance(self.value, tf.distribute.DistributedValues):
+            return stock(self)
+        return number(self.numpy())
+
+    return convert

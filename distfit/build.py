@@ -64,17 +64,6 @@ def check_in_scope(model: keras.Model) -> None:
         strategy.check_created_in_scope(used, what, metric.variables)
 
 
-def check_xla(model: keras.Model) -> None:
-    """Raises a `ValueError` for XLA on several replicas, where it cannot run."""
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if model.jit_compile and replicas > 1:
-        raise ValueError(
-            "XLA cannot compile a step of several replicas. Received: "
-            f"jit_compile=True with {replicas} replicas. Compile the model with "
-            "`jit_compile=False`."
-        )
-
-
 def check_metrics(model: keras.Model) -> None:
     """Checks that metrics are updated by the step and will be reset.
 

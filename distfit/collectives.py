@@ -10,8 +10,9 @@ This is the only file that calls `all_reduce`. Outside a step, and on one replic
 every function is what its name says of the tensor it is given.
 """
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -35,6 +36,7 @@ class Share:
             happen.
         weight: The weight of this replica's rows: 1, or 1 / num_replicas if `whole`.
         plan: What a symbolic run of the step found out, or None.
+        compiles: Whether XLA is to compile what needs no exchange.
     """
 
     def __init__(self, replica, num_replicas, bounds, *, model=None, plan=None):
@@ -45,8 +47,9 @@ class Share:
         self.model = model
         self.plan = plan
         self.loss_calls = 0
-        self.same_draws = False
         self._local_values: list[tuple[Any, Any]] = []
+        self.compiles = False
+        self._in_xla = False
 
     @property
     def alone(self) -> bool:
@@ -79,19 +82,58 @@ class Share:
         """
         if self.replica == 0:
             return None
-        offset = self.replica * distance
-        return offset if self.whole is False else tf.where(self.whole, 0, offset)
+        offset = tf.constant(self.replica * distance, tf.int64)
+        if self.whole is False:
+            return offset
+        return tf.where(self.whole, tf.zeros_like(offset), offset)
 
     def all_reduce(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sums every tensor over the replicas; the gradient is summed likewise."""
         if self.alone:
             return list(tensors)
-        # The threads of other replicas run meanwhile, on the same layer objects.
-        losses = _keras.layer_losses(self.model) if self.model else []
+        if self._in_xla:
+            raise ValueError(
+                "XLA cannot compile an exchange between replicas. Received: a model "
+                "with jit_compile=True, and a layer other than BatchNormalization "
+                "that calls a loss or a collective. Compile the model with "
+                "`jit_compile=False`."
+            )
         context = tf.distribute.get_replica_context()
-        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
-        _keras.set_layer_losses(losses)
+        with self._own_losses():
+            summed = context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
         return list(summed)
+
+    def merge_call(self, function, *args) -> Any:
+        """Calls `function(strategy, *args)` once for all replicas."""
+        with self._own_losses():
+            return tf.distribute.get_replica_context().merge_call(function, args)
+
+    def compiled(self, function: Callable[[], Any]) -> Any:
+        """Calls `function()`, as one XLA computation if the model is compiled so."""
+        if not self.compiles:
+            return function()
+        self._in_xla = True
+        try:
+            with self.not_compiled():
+                return tf.function(function, autograph=False, jit_compile=True)()
+        finally:
+            self._in_xla = False
+
+    @contextlib.contextmanager
+    def not_compiled(self) -> Iterator[None]:
+        """Lets `compiled` just call its function."""
+        compiles, self.compiles = self.compiles, False
+        try:
+            yield
+        finally:
+            self.compiles = compiles
+
+    @contextlib.contextmanager
+    def _own_losses(self) -> Iterator[None]:
+        """The threads of other replicas run meanwhile, on the same layer objects."""
+        losses = _keras.layer_losses(self.model) if self.model else []
+        yield
+        _keras.set_layer_losses(losses)
 
     def remember(self, value: tf.Tensor, local: tf.Tensor) -> tf.Tensor:
         """Notes that the global `value` is the sum over replicas of `local`."""

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, build, data, metrics, normalization, probe
-from distfit.collectives import Share, row_bounds
+from distfit.collectives import Share, distributed_share, row_bounds
 from distfit.finite import FiniteWatch
 
 
@@ -105,7 +105,7 @@ class StepDriver:
         return kind(shape, name)
 
     def _compile(self) -> None:
-        if self.model.jit_compile:  # On one replica only: XLA cannot see the others.
+        if self.model.jit_compile and self.num_replicas == 1:
             step = functools.partial(self._replica_step)
             self._step_of_replica = tf.function(step, autograph=False, jit_compile=True)
         for name in ("_run_next", "_run_many", "_run_ahead", "_run_batch", "_read"):
@@ -209,7 +209,48 @@ def replica_rows(batch, num_replicas, may_be_whole, model=None, plan=None):
     with tf.device("CPU:0"):  # The batch is on the host: only these rows travel.
         bounds = row_bounds(data.num_rows(batch), replica, num_replicas, may_be_whole)
         rows = data.take_rows(batch, bounds[0], bounds[1])
-    return Share(replica, num_replicas, bounds, model=model, plan=plan), rows
+    share = Share(replica, num_replicas, bounds, model=model, plan=plan)
+    share.compiles = bool(model and model.jit_compile)
+    return share, rows
+
+
+def _compiling_share() -> Share | None:
+    share = distributed_share()
+    return share if share is not None and share.compiles else None
+
+
+def _call_compiled(share: Share, layer: keras.layers.Layer, call: Callable) -> Any:
+    """Calls a layer as one XLA computation, of which its gradient is another one.
+
+    A step of several replicas cannot be compiled as a whole, because of the exchanges.
+    What lies between them can: the layers that the step calls, and the update. Where a
+    layer has parts that cannot, its other parts are compiled one by one.
+    """
+    if isinstance(layer, keras.layers.RNN):
+        # The gradient of its loop needs lists, which cannot leave an XLA computation.
+        with share.not_compiled():
+            return call()
+    apart: tuple[type, ...] = (keras.layers.RNN,)
+    if share.model.batch_statistics == "global":
+        apart += (keras.layers.BatchNormalization,)
+    if any(isinstance(part, apart) for part in _keras.layers_of(layer)):
+        return call()
+
+    def forward():
+        """Also returns what tensors and layers would only have as attributes."""
+        outputs = call()
+        masks = [_keras.mask_of(output) for output in tree.flatten(outputs)]
+        return outputs, masks, [taken for _, taken in _keras.layer_losses(share.model)]
+
+    outputs, masks, losses = share.compiled(forward)
+    for output, mask in zip(tree.flatten(outputs), masks, strict=True):
+        _keras.set_mask(output, mask)
+    layers = _keras.layers_of(share.model)
+    _keras.set_layer_losses(zip(layers, losses, strict=True))
+    return outputs
+
+
+_keras.intercept_calls(_compiling_share, _call_compiled)
 
 
 def compiled(method: Callable) -> Callable:
@@ -271,7 +312,7 @@ class PredictDriver:
         if len(parts) == 1:
             return parts[0]
         with tf.device("CPU:0"):
-            return _keras.concat(parts)
+            return _keras.concat(list(parts))
 
 
 def _unless_whole(share: Share, output):

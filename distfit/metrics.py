@@ -74,14 +74,14 @@ def _update_state(self, *args, **kwargs):
     share = distributed_share()
     if share is None:
         return update(*args, **kwargs)
-    if _counts_steps(args, kwargs):
+    if counts_steps(args, kwargs):
         return _update_with_scalar(self, update, args, kwargs, share)
     if share.whole is False:
         return update(*args, **kwargs)
     return _update_once(self, share, functools.partial(update, *args, **kwargs))
 
 
-def _counts_steps(args, kwargs) -> bool:
+def counts_steps(args, kwargs) -> bool:
     """Whether an update has only scalars, as with a loss: it counts 1 per step."""
     values = tree.flatten((args, kwargs))
     return all(

@@ -6,7 +6,9 @@ return the rows that this replica owns, so results do not depend on how many rep
 there are. The price is that every replica draws all rows.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
@@ -15,7 +17,9 @@ from distfit import _keras
 from distfit.collectives import Share, distributed_share
 
 # Distance of the seeds of neighbouring replicas: odd, so no two coincide in 32 bits.
-_STREAM_OFFSET = 0x3C6EF373
+STREAM_OFFSET = 0x3C6EF373
+
+_local = threading.local()
 
 
 def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
@@ -51,20 +55,31 @@ def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
 
 
 def _draw(shape, draw: Callable):
-    share = distributed_share()
-    if share is None:
-        return draw(shape)
-    share.same_draws = True
-    try:
-        if len(shape) == 0 or not _has_local_rows(shape[0], share):
+    with drawing_in_common():
+        share = distributed_share()
+        if share is None or len(shape) == 0 or not _has_local_rows(shape[0], share):
             return draw(shape)
         per_row = shape[0] // share.local_rows
         start = per_row * share.start
         drawn = draw((per_row * share.global_rows, *shape[1:]))
         rows = drawn[start : start + shape[0]]
         return tf.ensure_shape(rows, [None, *drawn.shape[1:]])
+
+
+@contextlib.contextmanager
+def drawing_in_common() -> Iterator[None]:
+    """Marks the draws of this thread as those of the global batch."""
+    before = draws_in_common()
+    _local.in_common = True
+    try:
+        yield
     finally:
-        share.same_draws = False
+        _local.in_common = before
+
+
+def draws_in_common() -> bool:
+    """Whether a draw in this thread is one for the global batch."""
+    return getattr(_local, "in_common", False)
 
 
 def _has_local_rows(first_dimension, share: Share) -> bool:
@@ -82,9 +97,9 @@ def _has_local_rows(first_dimension, share: Share) -> bool:
 def _stream_offset():
     """What this replica adds to seeds: nothing on the first, or for a common draw."""
     share = distributed_share()
-    if share is None or share.same_draws:
+    if share is None or draws_in_common():
         return None
-    return share.stream_offset(_STREAM_OFFSET)
+    return share.stream_offset(STREAM_OFFSET)
 
 
 _keras.offset_seeds(_stream_offset)

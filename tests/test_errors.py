@@ -142,12 +142,6 @@ def test_apply_outside_of_a_step(make_strategy):
             model.optimizer.apply(gradients, model.trainable_variables)
 
 
-def test_xla_on_several_replicas(make_strategy):
-    model = _model(make_strategy(2), jit_compile=True)
-    with pytest.raises(ValueError, match="Received: jit_compile=True with 2 replicas"):
-        model.fit(*DATA)
-
-
 def test_log_of_changing_shape(make_strategy):
     class PerRow(distfit.Model):
         def train_step(self, data):

@@ -3,8 +3,10 @@
 import inspect
 
 import keras
+import pytest
 import tensorflow as tf
 from keras import layers
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as loss_module
 from keras.src.optimizers import base_optimizer
 from keras.src.trainers import compile_utils, trainer
@@ -28,8 +30,6 @@ def test_keras_scales_losses_by_functions_of_its_loss_module():
 
 def test_only_these_optimizer_methods_are_aware_of_distribution():
     """Any other override would aggregate behind distfit's back."""
-    from keras.src.backend.tensorflow.optimizer import TFOptimizer
-
     overridden = {
         name
         for name, method in vars(TFOptimizer).items()
@@ -38,6 +38,61 @@ def test_only_these_optimizer_methods_are_aware_of_distribution():
     known = set(_keras._PLAIN) | {"_clip_by_norm", "_var_key", "stateless_apply"}
     known |= {"assign", "assign_add", "assign_sub", "add_variable_from_reference"}
     assert overridden - {"__init__", "__doc__", "__module__"} <= known
+
+
+def test_updates_are_plain_only_where_asked_for():
+    for name in _keras._PLAIN:
+        stock = getattr(base_optimizer.BaseOptimizer, name)
+        assert getattr(TFOptimizer, name).__wrapped__ is not stock
+    for name in ("_tf_apply", "_common_apply"):
+        assert hasattr(keras.optimizers.LossScaleOptimizer, name)
+    assert not _keras.in_plain_updates()
+    with _keras.plain_updates():
+        assert _keras.in_plain_updates()
+    assert not _keras.in_plain_updates()
+
+
+def test_optimizers_say_which_are_inside_of_them():
+    sgd, adam = keras.optimizers.SGD(), keras.optimizers.Adam()
+    parts = keras.optimizers.OptimizerMap(sgd, {"a": adam})
+    multi = keras.optimizers.MultiOptimizer(parts)
+    outer = keras.optimizers.LossScaleOptimizer(multi)
+    assert _keras.with_inner(outer) == [outer, multi, *multi.optimizers]
+    assert set(multi.optimizers) == {sgd, adam}
+
+
+def test_accumulators_are_summed_on_read_and_counted_by_iterations(make_strategy):
+    with make_strategy(2).scope():
+        variable, other = keras.Variable([1.0]), keras.Variable([2.0])
+        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+        optimizer.build([other, variable])
+    assert _keras.variables_of(optimizer) == [other, variable]
+    accumulators = _keras.accumulators(optimizer, [variable])
+    assert accumulators == {0: optimizer._accumulated_gradients[1]}
+    value = accumulators[0].value
+    assert value.aggregation == tf.VariableAggregation.SUM
+    assert value.synchronization == tf.VariableSynchronization.ON_READ
+    assert not _keras.is_update_step(optimizer)
+    optimizer.variables[0].assign_add(1)  # The iterations come first.
+    assert _keras.is_update_step(optimizer)
+    assert not _keras.accumulators(keras.optimizers.SGD(), [variable])
+
+
+def test_layers_are_called_through_one_method():
+    assert keras.layers.Layer.__call__.__wrapped__
+    for kind in (layers.LSTM, layers.GRU, layers.SimpleRNN, layers.ConvLSTM2D):
+        assert issubclass(kind, layers.RNN)  # What loops, as far as Keras goes.
+
+
+def test_masks_are_attributes_of_tensors():
+    outputs = layers.Embedding(3, 2, mask_zero=True)(tf.constant([[1, 0]]))
+    mask = _keras.mask_of(outputs)
+    assert mask.numpy().tolist() == [[True, False]]
+    other = tf.zeros((1, 2, 2))
+    _keras.set_mask(other, None)
+    assert _keras.mask_of(other) is None
+    _keras.set_mask(other, mask)
+    assert _keras.mask_of(layers.Dense(1)(other)) is mask
 
 
 def test_variables_under_a_strategy_are_assigned_locally(make_strategy):
@@ -117,3 +172,17 @@ def test_layers_say_when_a_call_is_under_way():
 
     Looks()(tf.ones((1, 2)))
     assert seen == [True] and not _keras._in_layer_call()
+
+
+def test_scalars_of_replicas_are_numbers(make_strategy):
+    """Stock Keras: float() argument must be a string or a real number."""
+    with make_strategy(2).scope():
+        rate = keras.Variable(0.5)
+        steps = keras.Variable(3, dtype="int64")
+        total = keras.metrics.Sum()
+        vector = keras.Variable([1.0])
+    total.update_state(4.0)
+    assert float(rate) == 0.5 and int(steps) == 3 and float(total.variables[0]) == 4.0
+    with pytest.raises(TypeError, match="Only scalar arrays"):
+        float(vector)
+    assert float(keras.Variable(0.25)) == 0.25

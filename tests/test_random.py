@@ -184,3 +184,27 @@ def test_seed_state_stays_equal_on_replicas_and_as_on_one_device(make_strategy):
         return [v.numpy() for v in strategy.experimental_local_results(variable)]
 
     assert len({tuple(s) for s in [*state(1), *state(2), *state(4)]}) == 1
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, replicas):
+    """A batch that may be smaller than the replica count is drawn for alike."""
+
+    class Sums(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.seeds = keras.random.SeedGenerator(4)
+
+        def train_step(self, data):
+            drawn = keras.random.uniform((tf.shape(data)[0], 3), seed=self.seeds)
+            return {"mean": tf.reduce_mean(drawn)}
+
+    def mean(drop_remainder):
+        with make_strategy(replicas).scope():
+            model = Sums()
+            model.compile()
+        rows = tf.data.Dataset.from_tensor_slices(np.zeros((16, 1), "float32"))
+        batches = rows.batch(8, drop_remainder=drop_remainder)
+        return model.fit(batches, verbose=0).history["mean"]
+
+    assert mean(drop_remainder=True) == mean(drop_remainder=False)
