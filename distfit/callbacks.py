@@ -1,8 +1,9 @@
 """Callbacks: Keras's own, called so that they cost nothing where nobody listens."""
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable
 
 import keras
 
@@ -91,53 +92,61 @@ class CallbackList(keras.callbacks.CallbackList):
     def batch_begin(self, kind: str, step: int) -> None:
         """Calls `on_{kind}_batch_begin`."""
         for callback in self._listeners[_BATCH_HOOKS[kind][0]]:
-            getattr(callback, _BATCH_HOOKS[kind][0])(step, {})
+            getattr(callback, _BATCH_HOOKS[kind][0])(step, logs={})
 
     def batch_end(self, kind: str, step: int, read: Callable[[], dict]) -> None:
         """Calls `on_{kind}_batch_end` with logs that `read()` gives when asked."""
         logs = LazyLogs(read)
         for callback in self._listeners[_BATCH_HOOKS[kind][1]]:
-            getattr(callback, _BATCH_HOOKS[kind][1])(step, logs)
+            getattr(callback, _BATCH_HOOKS[kind][1])(step, logs=logs)
         if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
-            len(logs)
+            logs.read()
 
 
-class LazyLogs(MutableMapping):
+class LazyLogs(dict):
     """Logs that are read from the devices at the first look.
+
+    A callback may insist on a `dict`, as TensorBoard does, so they are one. It starts
+    with a placeholder: code in C, such as that of `json`, asks how many entries there
+    are before it asks for them.
 
     Args:
         read: Returns the logs.
     """
 
     def __init__(self, read: Callable[[], dict]):
-        self._read = read
-        self._logs: dict | None = None
+        super().__init__({"": None})
+        self._read: Callable[[], dict] | None = read
 
-    def _values(self) -> dict:
-        if self._logs is None:
-            self._logs = self._read()
-        return self._logs
-
-    def __getitem__(self, key):
-        return self._values()[key]
-
-    def __setitem__(self, key, value):
-        self._values()[key] = value
-
-    def __delitem__(self, key):
-        del self._values()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values())
-
-    def __len__(self) -> int:
-        return len(self._values())
+    def read(self) -> None:
+        """Reads the logs, unless that is done."""
+        if self._read is not None:
+            read, self._read = self._read, None
+            super().clear()
+            super().update(read())
 
     def __bool__(self) -> bool:
         return True
 
-    def __repr__(self) -> str:
-        return repr(self._values())
+    def __reduce__(self):
+        return dict, (dict(self),)
 
-    def copy(self) -> dict:
-        return dict(self._values())
+
+def _reads_first(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def reading(self, *args, **kwargs):
+        self.read()
+        return method(self, *args, **kwargs)
+
+    return reading
+
+
+for _name in (
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__"),
+    *("__len__", "__ne__", "__or__", "__repr__", "__reversed__", "__ror__"),
+    *("__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem"),
+    *("setdefault", "update", "values"),
+):
+    setattr(LazyLogs, _name, _reads_first(getattr(dict, _name)))
+
+_keras.convert_replicated_scalars()

@@ -55,9 +55,9 @@ def fit(
     callbacks = _callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
     )
-    driver = _driver(model, "train", batches)
+    driver = step_driver(model, "train", batches)
     if validation is not None:
-        _driver(model, "test", validation)
+        step_driver(model, "test", validation)
     model.stop_training = False
     callbacks.on_train_begin()
     logs = None
@@ -96,19 +96,24 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     driver = _predict_driver(model, batches.spec)
     model.stop_predicting = False
     callbacks.on_predict_begin()
-    outputs: list = []
+    outputs: list = []  # A list of batches for each execution.
 
     def run(step_count: int) -> int:
         new = [driver.run(batches) for _ in range(step_count) if batches.has_next()]
-        outputs.extend(new)
+        outputs.append(new)
         return len(new)
 
     def latest() -> dict:
-        return {"outputs": outputs[-1]}
+        return {"outputs": _joined(outputs[-1])}
 
     _run_steps(model, "predict", run, batches, callbacks, latest)
     callbacks.on_predict_end()
-    joined = tree.map_structure(lambda *p: _keras.join_batches(list(p)), *outputs)
+    return _joined([batch for execution in outputs for batch in execution])
+
+
+def _joined(batches: list) -> Any:
+    """The predictions for several batches, as NumPy arrays where they can be."""
+    joined = tree.map_structure(lambda *p: _keras.join_batches(list(p)), *batches)
     return tree.map_structure(_keras.to_numpy, joined)
 
 
@@ -133,7 +138,6 @@ def predict_on_batch(model, x) -> Any:
 
 def _check_ready(model, method: str) -> None:
     build.check_compiled(model, method)
-    build.check_xla(model)
     check_positive("steps_per_execution", model.steps_per_execution)
 
 
@@ -149,6 +153,13 @@ def _validation_batches(validation_data, batch_size, steps) -> GlobalBatches | N
 def _callback_list(model, callbacks, verbose, epochs, steps, add_history=False):
     if isinstance(callbacks, CallbackList):
         return callbacks
+    if type(callbacks) is keras.callbacks.CallbackList:  # One with its own settings.
+        return CallbackList(
+            callbacks.callbacks,
+            model=model,
+            add_history=add_history,
+            **callbacks.params,
+        )
     return CallbackList(
         callbacks,
         add_history=add_history,
@@ -166,7 +177,7 @@ def _validate(model, validation: GlobalBatches, callbacks: CallbackList) -> dict
 
 
 def _test(model, batches: GlobalBatches, callbacks: CallbackList) -> dict:
-    driver = _driver(model, "test", batches)
+    driver = step_driver(model, "test", batches)
     batches.restart()
     model.stop_evaluating = False
     callbacks.on_test_begin()
@@ -219,7 +230,8 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     return driver.results()
 
 
-def _driver(model, kind: str, batches: GlobalBatches) -> StepDriver:
+def step_driver(model, kind: str, batches: GlobalBatches) -> StepDriver:
+    """The compiled steps of a kind for some data, built if there are none yet."""
     smallest = batches.smallest_batch()
     replicas = model.distribute_strategy.num_replicas_in_sync
     may_be_whole = replicas > 1 and (smallest is None or smallest < replicas)

@@ -41,7 +41,7 @@ class Model(keras.Model):
         super().__init__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _adapted(value))
+        super().__setattr__(name, adapted(value))
 
     def fit(
         self,
@@ -173,18 +173,18 @@ def _become_functional_or_not(model: Model, args, kwargs) -> None:
         cls.__bases__ = (*cls.__bases__, _keras.Functional)
 
 
-def _adapted(value: Any) -> Any:
+def adapted(value: Any) -> Any:
     """The global-batch form of losses and optimizers, also in lists and dicts.
 
     What holds neither is returned as the very object that it is.
     """
     if type(value) is dict:
-        items = {key: _adapted(item) for key, item in value.items()}
+        items = {key: adapted(item) for key, item in value.items()}
         return items if any(items[k] is not value[k] for k in value) else value
     if type(value) in (list, tuple):
-        adapted = [_adapted(item) for item in value]
-        changed = any(a is not b for a, b in zip(adapted, value, strict=True))
-        return type(value)(adapted) if changed else value
+        new = [adapted(item) for item in value]
+        changed = any(a is not b for a, b in zip(new, value, strict=True))
+        return type(value)(new) if changed else value
     return optimizers.adapt(losses.adapt(value))
 
 

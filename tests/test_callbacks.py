@@ -1,5 +1,9 @@
 """Keras's callbacks act as on one device; logs cost nothing where nobody reads them."""
 
+import copy
+import json
+import pickle
+
 import comparing
 import keras
 import pytest
@@ -104,6 +108,30 @@ def test_lazy_logs_are_read_once_and_behave_like_a_dict():
     assert logs["loss"] == 2.0 and logs.get("other") is None and dict(logs)
     logs["extra"] = 1
     assert reads == [1] and len(logs) == 2 and set(logs.copy()) == {"loss", "extra"}
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        dict,
+        copy.copy,
+        lambda logs: {**logs},
+        lambda logs: {} | logs,
+        lambda logs: logs | {},
+        lambda logs: json.loads(json.dumps(logs)),
+        lambda logs: json.loads(json.dumps(logs, indent=1)),
+        lambda logs: pickle.loads(pickle.dumps(logs)),
+        lambda logs: (lambda **named: named)(**logs),
+        lambda logs: {"loss": float("{loss}".format(**logs))},
+        lambda logs: dict(zip(logs, logs.values(), strict=True)),
+        lambda logs: logs if logs == {"loss": 2.0} else None,
+    ],
+)
+def test_any_look_at_lazy_logs_reads_them(look):
+    """Code in C may look past the methods of a `dict` that is a subclass."""
+    logs = LazyLogs(lambda: {"loss": 2.0})
+    assert isinstance(logs, dict) and logs
+    assert dict(look(logs)) == {"loss": 2.0}
 
 
 def test_progress_bar_reads_the_logs_when_it_is_due(capsys):
