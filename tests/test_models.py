@@ -9,6 +9,10 @@ from distfit import datasets, models
 from distfit.models import gan, mnist_cnn
 
 REGRESSIONS = ("custom_step", "low_level_step", "weighted_step", "custom_eval")
+OPTIMIZERS = {
+    "gan": ["d_optimizer", "g_optimizer"],
+    "wgan_gp": ["c_optimizer", "g_optimizer"],
+}  # of models that have others than `optimizer`
 SETTINGS = set("dataset batch_size epochs steps_per_epoch learning_rate seed".split())
 
 
@@ -100,8 +104,10 @@ def test_seed_and_learning_rate_are_honoured(name, make_strategy):
         return build(name, make_strategy(1), configure(name, **settings))
 
     model, again, other = built(learning_rate=0.25), built(), built(seed=7)
-    optimizer = model.d_optimizer if name == "gan" else model.optimizer
-    assert float(optimizer.learning_rate) == 0.25
+    names = OPTIMIZERS.get(name, ["optimizer"])
+    assert [float(getattr(model, n).learning_rate) for n in names] == [0.25] * len(
+        names
+    )
     assert_same_weights(model, again, atol=0)
     kernel, other_kernel = model.trainable_weights[0], other.trainable_weights[0]
     assert not np.allclose(kernel.numpy(), other_kernel.numpy())

@@ -1,7 +1,8 @@
-"""Reference models: the programs of Keras's guide on custom steps, one module each.
+"""Reference models: programs with steps of their own, one module each.
 
-The guide is https://keras.io/guides/custom_train_step_in_tensorflow/: the steps here do
-what its steps do, in the same order, on `distfit.Model`. A module's docstring gives the
+Up to `gan` they are those of Keras's guide on custom steps, with the same operations in
+the same order, https://keras.io/guides/custom_train_step_in_tensorflow/; the others
+show what else a step may do with the global batch. A module's docstring gives the
 command that runs it, and the module offers
 
     get_config() -> ConfigDict              the defaults of every setting that it reads
@@ -20,6 +21,11 @@ NAMES = (
     "custom_eval",
     "gan",
     "mnist_cnn",
+    "vae",
+    "contrastive",
+    "wgan_gp",
+    "distillation",
+    "masked_lm",
 )
 
 

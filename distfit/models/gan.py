@@ -120,15 +120,31 @@ class GAN(distfit.Model):
 
 
 class SampleImages(keras.callbacks.Callback):
-    """Writes an 8 x 8 grid of drawings from fixed latent points after each epoch."""
+    """Writes an 8 x 8 grid of drawings from fixed latent points after each epoch.
 
-    def __init__(self, folder: str | pathlib.Path, *, latent_dim: int, seed: int):
+    Args:
+        folder: Where to write `epoch-001.png`, `epoch-002.png`, ...
+        latent_dim: The dimension of the latent points.
+        seed: Their seed.
+        network: The attribute of the model that draws: from points (64, latent_dim) to
+            images (64, height, width, 1) in [0, 1].
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        latent_dim: int,
+        seed: int,
+        network: str = "generator",
+    ):
         super().__init__()
         self.folder = pathlib.Path(folder)
+        self.network = network
         self.latent_points = keras.random.normal((64, latent_dim), seed=seed)
 
     def on_epoch_end(self, epoch, logs=None):
-        images = self.model.generator(self.latent_points, training=False)
+        images = getattr(self.model, self.network)(self.latent_points, training=False)
         path = self.folder / f"epoch-{epoch + 1:03d}.png"
         tf.io.write_file(str(path), tf.io.encode_png(image_grid(images, columns=8)))
 
