@@ -4,6 +4,7 @@ from distfit import callbacks, losses, random
 from distfit.collectives import all_gather, global_mean, global_sum
 from distfit.model import Model, Sequential
 from distfit.strategy import create_strategy
+from distfit.verification import verify
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "global_sum",
     "losses",
     "random",
+    "verify",
 ]

@@ -9,15 +9,16 @@ finds out what the compiled step may leave out or must add: the `Plan`.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, data, metrics
-from distfit.collectives import Share
+from distfit.collectives import Share, current_share
 
 # A dimension that is a multiple of this comes from the rows of the batch: no layer has
 # such a size. It can be divided by 2 to 8, as a step may do with its rows. The primes
@@ -60,7 +61,7 @@ class Plan:
         return call < len(self.proportional) and self.proportional[call]
 
 
-class _Probe(Share):
+class SymbolicShare(Share):
     """The share of a replica in a step that is only looked at."""
 
     def __init__(self, model, num_replicas: int, plan: Plan):
@@ -142,20 +143,89 @@ def _probe(model: keras.Model, step: Callable, batch_spec: Any, strategy) -> Pla
     if num_replicas > 1:
         draws = _keras.new_global_seed_generator(generators)
 
-    def traced(batch):
-        batch = data.without_optionals(batch)
-        share = _Probe(model, num_replicas, plan)
-        with share, _recorded_results(model) as results:
-            logs = metrics.flat_logs(step(batch))
-        _describe_logs(plan, logs, results)
+    def describe(run: SymbolicRun) -> None:
+        _describe_logs(plan, run.logs, run.results)
         if num_replicas > 1:
-            plan.state = _state_from_local_rows(model, scope, batch, share)
+            plan.state = _state_from_local_rows(model, run)
 
-    with strategy.scope(), draws, keras.StatelessScope(collect_losses=True) as scope:
-        with tf.distribute.ReplicaContext(strategy, 0), keras.SymbolicScope():
-            tf.function(traced, autograph=False).get_concrete_function(batch_spec)
+    with draws:
+        run_symbolically(
+            model, step, batch_spec, strategy, num_replicas, describe, plan
+        )
     plan.seeds = generators[0] if generators else None
     return plan
+
+
+@dataclasses.dataclass
+class SymbolicRun:
+    """What a symbolic run of a step had in its hands; all tensors are symbolic.
+
+    Attributes:
+        batch: The batch.
+        logs: What the step returned, without nesting.
+        results: `(tensor, metric, key)` for each result of a metric.
+        share: The share of the replica, with what it exchanged.
+        scope: Holds the new values of variables.
+    """
+
+    batch: Any
+    logs: dict
+    results: list[tuple[Any, keras.metrics.Metric, str | None]]
+    share: "SymbolicShare"
+    scope: keras.StatelessScope
+
+    def local_sources(self) -> set[str]:
+        """Keys of what differs from replica to replica: rows, and random streams."""
+        batch = tf.nest.flatten(self.batch, expand_composites=True)
+        counts = [
+            operation.outputs[0]
+            for operation in tf.compat.v1.get_default_graph().get_operations()
+            if operation.type == "Const" and _is_row_count(operation.outputs[0])
+        ]
+        tensors = [*batch, *self.share.offsets, *counts]
+        return {key_of(t) for t in tensors if tf.is_tensor(t)}
+
+    def exchanged(self) -> set[str]:
+        """Keys of the tensors that are sums over replicas."""
+        return {key_of(t) for t in self.share.summed}
+
+
+class SymbolicContext(tf.distribute.ReplicaContext):
+    """The context of a replica that has no others, for steps that exchange by hand."""
+
+    def all_reduce(self, reduce_op, value, options=None):
+        summed = tf.nest.map_structure(tf.identity, value)
+        share = current_share()
+        if isinstance(share, SymbolicShare):
+            share.summed += tf.nest.flatten(summed)
+        return summed
+
+
+def run_symbolically(
+    model: keras.Model,
+    step: Callable,
+    spec: Any,
+    strategy,
+    num_replicas: int,
+    look: Callable[[SymbolicRun], None],
+    plan: Plan,
+) -> Any:
+    """Traces `step` as the first of `num_replicas`, then calls `look` in its graph.
+
+    No variable changes. Returns the concrete function.
+    """
+
+    def traced(batch):
+        batch = data.without_optionals(batch)
+        share = SymbolicShare(model, num_replicas, plan)
+        with share, _recorded_results(model) as results:
+            logs = metrics.flat_logs(step(batch))
+            look(SymbolicRun(batch, logs, results, share, scope))
+
+    with strategy.scope(), keras.StatelessScope(collect_losses=True) as scope:
+        with SymbolicContext(strategy, 0), keras.SymbolicScope():
+            function = tf.function(traced, autograph=False)
+            return function.get_concrete_function(spec)
 
 
 def fixed_rows(spec: Any) -> Any:
@@ -196,6 +266,17 @@ def _record_result(metric: keras.metrics.Metric, results: list[tuple]) -> Any:
     return value
 
 
+def _is_row_count(constant: tf.Tensor) -> bool:
+    """Whether a constant is what `tf.shape(x)` gave for the rows of the batch."""
+    if constant.shape.num_elements() > 16 or not (
+        constant.dtype.is_integer or constant.dtype.is_floating
+    ):
+        return False
+    values = tf.get_static_value(constant)
+    values = values[np.isfinite(values)]
+    return bool(np.any((values != 0) & (values % ROWS == 0)))
+
+
 def _describe_logs(plan: Plan, logs: dict, results: list[tuple]) -> None:
     for name, value in logs.items():
         source = next(((m, key) for part, m, key in results if part is value), None)
@@ -204,34 +285,32 @@ def _describe_logs(plan: Plan, logs: dict, results: list[tuple]) -> None:
             continue
         value = tf.convert_to_tensor(value)
         plan.shapes[name] = tuple(value.shape)
-        reached = _ancestors(value)
-        used = [m for part, m, _ in results if _key(part) in reached]
+        reached = ancestors([value])
+        used = [m for part, m, _ in results if key_of(part) in reached]
         if used:
             plan.derived[name] = list(dict.fromkeys(used))
 
 
-def _state_from_local_rows(model, scope, batch, share: _Probe) -> list:
+def _state_from_local_rows(model, run: SymbolicRun) -> list:
     """Non-trainable variables whose new value differs from replica to replica."""
-    local = [*tf.nest.flatten(batch, expand_composites=True), *share.offsets]
-    sources = {_key(t) for t in local if tf.is_tensor(t)}
-    stops = {_key(t) for t in share.summed}
+    sources, stops = run.local_sources(), run.exchanged()
     found = []
     for variable in model.non_trainable_weights:
-        value = scope.get_current_value(variable)
-        if value is not None and sources & _ancestors(value, stops):
+        value = run.scope.get_current_value(variable)
+        if value is not None and sources & ancestors([value], stops):
             found.append(variable)
     return found
 
 
-def _ancestors(tensor: tf.Tensor, stops=frozenset()) -> set[str]:
-    """Names of all tensors that a symbolic tensor is computed from, and its own."""
+def ancestors(tensors: Iterable[tf.Tensor], stops=frozenset()) -> set[str]:
+    """Keys of all tensors that some are computed from, not past `stops`; theirs too."""
     seen: set[str] = set()
-    pending = [tensor]
+    pending = list(tensors)
     while pending:
         tensor = pending.pop()
-        if _key(tensor) in seen or _key(tensor) in stops:
+        if key_of(tensor) in seen or key_of(tensor) in stops:
             continue
-        seen.add(_key(tensor))
+        seen.add(key_of(tensor))
         pending += _inputs_of(tensor)
     return seen
 
@@ -242,5 +321,6 @@ def _inputs_of(tensor: tf.Tensor) -> list[tf.Tensor]:
     return list(tensor.op.inputs)
 
 
-def _key(tensor: Any) -> Any:
+def key_of(tensor: Any) -> Any:
+    """What identifies a tensor of the graph of a symbolic run."""
     return getattr(tensor, "name", id(tensor))

@@ -1,1 +1,1 @@
-"""`python -m launch`: trains and evaluates models of distfit from the command line."""
+"""`python -m launch`: trains, evaluates and verifies models from the command line."""

@@ -1,7 +1,7 @@
-"""python -m launch [train|evaluate] --flag=value ...: `train` is the default.
+"""python -m launch [train|evaluate|verify] --flag=value ...: `train` is the default.
 
-Exit codes: 0 done; 1 training failed; 2 something given is wrong, and nothing was
-trained; 130 interrupted.
+Exit codes: 0 done; 1 training failed, or `verify` has findings; 2 something given is
+wrong, and nothing was trained; 130 interrupted.
 """
 
 import os
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         print(flags.help_text())
         return 0
     try:
-        _run(arguments)
+        return 0 if _run(arguments) else 1
     except UsageError as error:
         return _fail(2, str(error))
     except FloatingPointError as error:  # of NonFinite: it says all there is to say
@@ -30,10 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(1, f"failed with {type(error).__name__}: {error}")
-    return 0
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str]) -> bool:
     # Modules of the user are looked up where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -41,7 +40,7 @@ def _run(arguments: Sequence[str]) -> None:
     model = configuration.preview(command_line).model
     with quiet.tensorflow_import():
         from launch import worker
-    worker.run(command_line, model)
+    return worker.run(command_line, model)
 
 
 def _fail(code: int, message: str) -> int:

@@ -15,7 +15,7 @@ from absl import flags
 
 from launch.errors import UsageError
 
-COMMANDS = ("train", "evaluate")
+COMMANDS = ("train", "evaluate", "verify")
 
 
 class _Kind(NamedTuple):
@@ -64,6 +64,13 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
     ),
     "verbose": (_INTEGER, "0 silent, 1 a progress bar, 2 a line per epoch"),
 }
+# What `verify` alone takes. It makes its own strategies, on devices of its choice.
+VERIFY: dict[str, tuple[_Kind, str]] = {
+    "replicas": (_TEXT, "verify: numbers of replicas to compare (default: 1,2,4)"),
+    "steps": (_INTEGER, "verify: training steps to compare (default: 3)"),
+    "tolerance": (_NUMBER, "verify: largest relative deviation (default: 1e-5)"),
+}
+_NOT_VERIFY = ("strategy", "virtual_devices")
 _CONFIG_HELP = (
     "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
     "what stands after a colon is its argument"
@@ -80,10 +87,12 @@ class CommandLine:
         config: the path of the configuration file, with its argument.
         overrides: the `--config.key=value` arguments as they stand; their keys and
             types are known once the configuration is.
+        verify: the arguments of `distfit.verify` that were given.
     """
 
     command: str = "train"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    verify: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -100,11 +109,17 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         rest = values(["launch", *(a for a in arguments if not _is_override(a))])
     except flags.Error as error:
         raise UsageError(_explain(error)) from error
+    command = _command(rest[1:])
+    given = {
+        name: values[name].value
+        for name in (*SETTINGS, *VERIFY)
+        if values[name].present
+    }
+    _check_flags_of(command, given)
     return CommandLine(
-        command=_command(rest[1:]),
-        settings={
-            name: values[name].value for name in SETTINGS if values[name].present
-        },
+        command=command,
+        settings={name: given[name] for name in given if name in SETTINGS},
+        verify=_verify_arguments(given),
         config=values["config"].value,
         overrides=overrides,
     )
@@ -112,7 +127,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
 def help_text() -> str:
     """Returns what `--help` prints."""
-    rows = [(name, kind.placeholder, text) for name, (kind, text) in SETTINGS.items()]
+    every = {**SETTINGS, **VERIFY}
+    rows = [(name, kind.placeholder, text) for name, (kind, text) in every.items()]
     rows += [("config", "FILE.py", _CONFIG_HELP)]
     rows += [("config.KEY", "VALUE", "one setting of the configuration, by name")]
     lines = [f"python -m launch [{'|'.join(COMMANDS)}] [--flag=value ...]", ""]
@@ -126,7 +142,7 @@ def _define() -> flags.FlagValues:
     # Its own set of flags: absl's global one belongs to whatever else is imported.
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # the command may stand before, between or after flags
-    for name, (kind, text) in SETTINGS.items():
+    for name, (kind, text) in {**SETTINGS, **VERIFY}.items():
         kind.define(name, None, text, flag_values=values)
     flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
     return values
@@ -148,19 +164,58 @@ def _command(positional: Sequence[str]) -> str:
     return positional[0]
 
 
+def _check_flags_of(command: str, given: dict[str, Any]) -> None:
+    """Raises a `UsageError` for a flag that means nothing to the command."""
+    for name in _NOT_VERIFY if command == "verify" else VERIFY:
+        if name in given:
+            raise UsageError(
+                f"The command {command} takes no --{name}. "
+                f"Received: --{name}={given[name]}. "
+                + (
+                    "Give the numbers of replicas as --replicas=1,2,4."
+                    if command == "verify"
+                    else "It is for python -m launch verify."
+                )
+            )
+
+
+def _verify_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `distfit.verify`, checked without TensorFlow."""
+    arguments = {name: given[name] for name in VERIFY if name in given}
+    if "replicas" in arguments:
+        arguments["replicas"] = _numbers("replicas", arguments["replicas"])
+    for name in ("steps", "tolerance"):
+        if name in arguments and not arguments[name] > 0:
+            raise UsageError(
+                f"{name} must be positive. Received: --{name}={arguments[name]}. "
+                "Leave it out for the default."
+            )
+    return arguments
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"--{name} takes whole numbers above 0, with commas between them. "
+            f"Received: --{name}={text}. Give e.g. --{name}=1,2,4."
+        )
+    return tuple(int(part) for part in parts)
+
+
 def _explain(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown(error.flagname)
     # absl's own words: "flag --batch_size=x: invalid literal for int() with base 10".
     illegal = re.match(r"flag --(?P<name>\w+)=(?P<value>.*?): ", str(error))
-    if illegal and illegal["name"] in SETTINGS:
+    if illegal and illegal["name"] in {**SETTINGS, **VERIFY}:
         name, value = illegal["name"], illegal["value"]
-        takes = SETTINGS[name][0].takes
+        takes = {**SETTINGS, **VERIFY}[name][0].takes
         return f"--{name} takes {takes}. Received: --{name}={value}. Give {takes}."
     return f"The flags cannot be read. Received: {error}. See python -m launch --help."
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*SETTINGS, "config"], n=1)
+    near = difflib.get_close_matches(name, [*SETTINGS, *VERIFY, "config"], n=1)
     advice = f"Did you mean --{near[0]}?" if near else "See python -m launch --help."
     return f"There is no such flag. Received: --{name}. {advice}"

@@ -43,25 +43,44 @@ def prepare(command_line: CommandLine, model: str) -> Run:
     Raises:
         UsageError: no run can start with what was given.
     """
-    reference = None if targets.is_path(model) else models.get(model)
-    model_defaults = reference.get_config() if reference else None
-    config = configuration.resolve(command_line, model_defaults)
+    config, reference = resolve(command_line, model)
     # The strategy comes first: virtual devices are made before TensorFlow's first use.
     strategy = distfit.create_strategy(
         config.strategy, virtual_devices=config.virtual_devices
     )
-    if config.mixed_precision is not None:
-        keras.config.set_dtype_policy(config.mixed_precision)
-    train, validation = _load_data(config, reference)
-    built = _build(config, reference, strategy)
+    set_dtype_policy(config)
+    train, validation = load_data(config, reference)
+    with strategy.scope():
+        built = build_model(config, reference)
+    _check_derives_from_distfit(config, built)
     make_callbacks = getattr(reference, "callbacks", None)
     callbacks = make_callbacks(config, config.workdir) if make_callbacks else []
     return Run(config, strategy, built, train, validation, callbacks)
 
 
-def _load_data(
+def resolve(
+    command_line: CommandLine, model: str
+) -> tuple[ConfigDict, types.ModuleType | None]:
+    """Returns the settings, and the module of a reference model."""
+    reference = None if targets.is_path(model) else models.get(model)
+    model_defaults = reference.get_config() if reference else None
+    return configuration.resolve(command_line, model_defaults), reference
+
+
+def set_dtype_policy(config: ConfigDict) -> None:
+    """Sets the policy of `--mixed_precision`, for models that are built afterwards."""
+    if config.mixed_precision is not None:
+        keras.config.set_dtype_policy(config.mixed_precision)
+
+
+def load_data(
     config: ConfigDict, reference: types.ModuleType | None
 ) -> tuple[Any, Any]:
+    """Returns `(train, validation)`.
+
+    Raises:
+        UsageError: the function of --dataset returns something else.
+    """
     adapted = getattr(reference, "data", None)  # the dataset in the model's own form
     if targets.is_path(config.dataset):
         data = targets.load_function("dataset", config.dataset)(config)
@@ -78,29 +97,34 @@ def _load_data(
     return data
 
 
-def _build(
-    config: ConfigDict,
-    reference: types.ModuleType | None,
-    strategy: tf.distribute.Strategy,
-) -> distfit.Model:
+def build_model(config: ConfigDict, reference: types.ModuleType | None) -> keras.Model:
+    """Returns the compiled model. Call it in the scope of a strategy.
+
+    Raises:
+        UsageError: the function of --model returns something else.
+    """
     if reference:
         build = reference.build
     else:
         build = targets.load_function("model", config.model)
     keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = build(config)
-    _check_model(config, model)
+    model = build(config)
+    if not isinstance(model, keras.Model) or not model.compiled:
+        raise _no_model(config, model)
     for name in ("steps_per_execution", "jit_compile"):
         if config[name] is not None:
             setattr(model, name, config[name])
     return model
 
 
-def _check_model(config: ConfigDict, model: Any) -> None:
-    if not isinstance(model, distfit.Model) or not model.compiled:
-        raise UsageError(
-            "The function of --model returns no compiled distfit.Model. "
-            f"Received: {type(model).__name__} from --model={config.model}. "
-            "Derive your class from distfit.Model, and call compile() on the model."
-        )
+def _check_derives_from_distfit(config: ConfigDict, model: keras.Model) -> None:
+    if not isinstance(model, distfit.Model):
+        raise _no_model(config, model)
+
+
+def _no_model(config: ConfigDict, model: Any) -> UsageError:
+    return UsageError(
+        "The function of --model returns no compiled distfit.Model. "
+        f"Received: {type(model).__name__} from --model={config.model}. "
+        "Derive your class from distfit.Model, and call compile() on the model."
+    )

@@ -1,6 +1,7 @@
 """One process of a run: configuration -> strategy, data, model -> fit or evaluate.
 
-With parts.py, saving.py and metrics_log.py the only files here that need TensorFlow.
+With parts.py, saving.py, metrics_log.py and verification.py the only files here that
+need TensorFlow.
 """
 
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import keras
 
 import distfit
-from launch import configuration, parts, refusals, saving, summary
+from launch import configuration, parts, refusals, saving, summary, verification
 from launch.errors import UsageError
 from launch.flags import CommandLine
 from launch.metrics_log import MetricsLog
@@ -18,20 +19,26 @@ from launch.metrics_log import MetricsLog
 METRICS_FILE = "metrics.jsonl"
 
 
-def run(command_line: CommandLine, model: str) -> None:
+def run(command_line: CommandLine, model: str) -> bool:
     """Does what the command line asks for and prints a summary.
 
     Args:
         command_line: what was asked for.
         model: the model that it comes down to.
 
+    Returns:
+        Whether all is well: `verify` may find that it is not.
+
     Raises:
         UsageError: something given is wrong; nothing was trained.
     """
+    if command_line.command == "verify":
+        return verification.run(command_line, model)
     with refusals.as_usage_errors():
         made = parts.prepare(command_line, model)
     rows = train(made) if command_line.command == "train" else evaluate(made)
     print(summary.table({**_description(made), **rows}))
+    return True
 
 
 def train(run: parts.Run) -> dict[str, Any]:

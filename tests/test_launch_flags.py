@@ -25,7 +25,7 @@ BAD_COMMAND_LINES = {
         "--batch_size=x. Give a whole number",
     ),
     "missing value": ("--batch_size", "Missing value for flag --batch_size"),
-    "unknown command": ("serve", "command='serve'. Choose train or evaluate"),
+    "unknown command": ("serve", "command='serve'. Choose train or evaluate or verify"),
     "two commands": ("train evaluate", "command='train evaluate'"),
     "strategy": ("--strategy=multi_worker", "auto, one_device, mirrored"),
     "model": ("--model=gann", "--model=gann. Did you mean gan?"),
@@ -49,6 +49,12 @@ BAD_COMMAND_LINES = {
     "config value": ("--config.epochs=0", "epochs=0"),
     "config value None": ("--config.batch_size=None", "batch_size=None"),
     "nothing trained": ("evaluate --workdir=new", "--workdir=new"),
+    "replicas": ("verify --replicas=1,x", "--replicas=1,x. Give e.g. --replicas=1,2,4"),
+    "no replicas": ("verify --replicas=0", "--replicas=0"),
+    "tolerance": ("verify --tolerance=0", "--tolerance=0"),
+    "steps to verify": ("verify --steps=x", "--steps=x. Give a whole number"),
+    "flag of verify": ("--replicas=2", "command train takes no --replicas"),
+    "flag of train": ("verify --strategy=mirrored", "verify takes no --strategy"),
 }
 
 

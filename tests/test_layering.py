@@ -17,6 +17,7 @@ LAYERS = [
     ("driver",),
     ("loop",),
     ("model",),
+    ("verification",),
     ("__init__",),
     ("datasets",),
     ("models",),
@@ -60,7 +61,13 @@ def test_private_names_and_exchanges_are_in_one_file(path):
 
 
 def test_launch_imports_tensorflow_only_where_a_worker_runs():
-    allowed = {"worker.py", "parts.py", "saving.py", "metrics_log.py"}
+    allowed = {
+        "worker.py",
+        "parts.py",
+        "saving.py",
+        "metrics_log.py",
+        "verification.py",
+    }
     for path in (ROOT / "launch").glob("*.py"):
         roots = {name.split(".")[0] for name in _imported(path)}
         if roots & {"tensorflow", "keras", "distfit"}:

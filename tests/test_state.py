@@ -147,3 +147,30 @@ def test_global_statistics_need_no_exchange_of_state(make_strategy):
     plan = probe.probe(model, model.train_step, spec, strategy)
     assert plan.state == []
     assert plan.proportional == [True]
+
+
+class RowCounter(layers.Layer):
+    """Counts the rows that it sees."""
+
+    def build(self, input_shape):
+        self.rows = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="rows"
+        )
+
+    def call(self, inputs, training=False):
+        if training:
+            self.rows.assign(self.rows + tf.cast(tf.shape(inputs)[0], "float32"))
+        return inputs
+
+
+def test_state_computed_from_the_number_of_rows_stays_equal_on_replicas(make_strategy):
+    """The shape of a batch is known where the step is looked at, not where it runs."""
+    strategy = make_strategy(2)
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = distfit.Model(inputs, layers.Dense(1)(RowCounter()(inputs)))
+        model.compile("sgd", "mse")
+    model.fit(*comparing.regression_data(5), batch_size=5, verbose=0)
+    comparing.check_replicas_agree(strategy, model)
+    # The mean over rows of what each replica counted: 2 of them 2, and 3 of them 3.
+    assert model.layers[1].rows.numpy() == pytest.approx((2 * 2 + 3 * 3) / 5)

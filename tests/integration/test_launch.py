@@ -72,6 +72,20 @@ def dataset(config):
     return tf.data.Dataset.from_tensor_slices(train).batch(config.batch_size), None
 
 
+class LocalMean(Custom):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(y - self(x, training=True)))  # here
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def build_local_mean(config):
+    return build(config, LocalMean)
+
+
 def not_a_number(config):
     (x, y), _ = rows(config)
     x[9] = np.nan  # with batches of 4 on 2 replicas: step 3 and its first replica
@@ -265,6 +279,44 @@ def test_a_broken_data_file_is_refused(folder):
     (folder / "mnist.npz").write_text("no archive")
     result = launch(folder, "--model=mnist_cnn", "--data_dir=.")
     check_refused(result, "no readable .npz archive")
+
+
+def test_verify_passes_a_right_model_and_writes_its_report(folder):
+    done = launch(
+        folder,
+        "verify --model=mine:build --dataset=mine:rows --batch_size=8 --workdir=right",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OK: Custom on 1, 2, 4 replicas is what it is on one device" in done.stdout
+    assert json.loads((folder / "right" / "report.json").read_text())["ok"]
+    assert "<svg" in (folder / "right" / "report.html").read_text()
+    assert not (folder / "right" / "config.json").exists()
+
+
+def test_verify_fails_a_wrong_model_and_names_file_and_line(folder):
+    done = launch(
+        folder,
+        "verify --model=mine:build_local_mean --dataset=mine:dataset --batch_size=6 "
+        "--replicas=2 --workdir=wrong",
+    )
+    assert done.returncode == 1, done.stderr
+    lines = (folder / "mine.py").read_text().splitlines()
+    (line,) = [n for n, text in enumerate(lines, 1) if text.endswith("# here")]
+    assert f"mine.py:{line}" in done.stdout
+    assert "The gradient is 2 times that of one device on 2 replicas" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not json.loads((folder / "wrong" / "report.json").read_text())["ok"]
+
+
+def test_verify_shows_what_keras_itself_gets_wrong(folder):
+    done = launch(
+        folder,
+        "verify --model=mine:build_stock --dataset=mine:rows --batch_size=8 "
+        "--replicas=2 --workdir=stock",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "partial batches under Keras" in done.stdout
+    assert "distfit: worst" in done.stdout
 
 
 def test_an_interrupt_ends_without_a_traceback(folder):

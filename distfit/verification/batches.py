@@ -1,0 +1,142 @@
+"""The batches to compare on: even, uneven, and smaller than the replica count."""
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from distfit import data
+
+KINDS = ("even", "uneven", "few rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A global batch.
+
+    Attributes:
+        kind: One of `KINDS`: it parts evenly among the replicas, or unevenly, or has
+            fewer rows than there are replicas.
+        rows: Number of rows.
+        tensors: What a step is given.
+    """
+
+    kind: str
+    rows: int
+    tensors: Any = dataclasses.field(repr=False)
+
+
+class Source:
+    """Global batches of the user's data, cut to any number of rows.
+
+    Args:
+        data_given: What `fit()` takes: arrays `x` or `(x, y[, sample_weight])`, or a
+            dataset, PyDataset or generator of global batches.
+        batch_size: Rows of a global batch.
+        steps: Number of batches to read. Data with fewer are read from the start again.
+
+    Raises:
+        ValueError: for data that cannot be trained on.
+    """
+
+    def __init__(self, data_given: Any, batch_size: int, steps: int):
+        named = data_given if isinstance(data_given, tuple) else (data_given,)
+        arrays = not isinstance(data_given, tf.data.Dataset) and len(named) <= 3
+        batches = data.GlobalBatches(
+            *(named if arrays else (data_given,)),
+            batch_size=batch_size if _takes_batch_size(named[0]) else None,
+        )
+        taken = list(batches.dataset.take(steps))
+        self._batches = [data.without_optionals(batch) for batch in taken]
+        self._steps = steps
+        self.spec = tree.map_structure(_with_any_rows, _unpadded(batches.spec))
+        self._batches = [_unpadded(batch) for batch in self._batches]
+
+    def batches(self, num_replicas: int) -> list[Batch]:
+        """One batch for each step, of the three kinds in turn.
+
+        Raises:
+            ValueError: if a batch has fewer rows than there are replicas.
+        """
+        kinds = KINDS if num_replicas > 1 else KINDS[:2]
+        return [
+            self._cut(self._batches[step % len(self._batches)], kind, num_replicas)
+            for step, kind in zip(range(self._steps), _repeat(kinds), strict=False)
+        ]
+
+    def _cut(self, tensors: Any, kind: str, num_replicas: int) -> Batch:
+        given = int(data.num_rows(tensors))
+        if given < num_replicas:
+            raise ValueError(
+                "A batch must have at least as many rows as there are replicas, to cut "
+                f"even and uneven ones from it. Received: a batch of {given} rows for "
+                f"{num_replicas} replicas. Raise `batch_size`, or compare fewer "
+                "replicas."
+            )
+        rows = _rows(kind, given, num_replicas)
+        return Batch(kind, rows, data.take_rows(tensors, 0, rows))
+
+    def dataset(self, batches: list[Batch]) -> tf.data.Dataset:
+        """The batches as `fit()` takes them."""
+        tensors = [batch.tensors for batch in batches]
+
+        def generate():
+            # Copies: TensorFlow would share the memory, and overwrite it in a step.
+            return (tree.map_structure(_copy, batch) for batch in tensors)
+
+        dataset = tf.data.Dataset.from_generator(generate, output_signature=self.spec)
+        dataset = data.without_autotune(dataset)
+        return dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
+
+
+def _copy(tensor: Any) -> Any:
+    return tensor.numpy().copy() if isinstance(tensor, tf.Tensor) else tensor
+
+
+def _rows(kind: str, given: int, num_replicas: int) -> int:
+    if kind == "even":
+        return given - given % num_replicas
+    if kind == "few rows":
+        return num_replicas - 1
+    if num_replicas == 1:
+        return max(given - 1, 1)
+    uneven = (n for n in range(given, num_replicas, -1) if n % num_replicas)
+    return next(uneven, num_replicas)
+
+
+def _repeat(kinds):
+    while True:
+        yield from kinds
+
+
+def _takes_batch_size(x: Any) -> bool:
+    """Whether an input is arrays: all others give batches already."""
+    return all(hasattr(leaf, "shape") for leaf in tree.flatten(x)) and not hasattr(
+        x, "element_spec"
+    )
+
+
+def _unpadded(batch: Any) -> Any:
+    """Without the None that stands for weights or targets that there are not."""
+    if isinstance(batch, tuple):
+        kept = list(batch)
+        while len(kept) > 1 and _is_none(kept[-1]):
+            kept.pop()
+        return tuple(kept)
+    return batch
+
+
+def _is_none(part: Any) -> bool:
+    return part is None or isinstance(part, tf.OptionalSpec | tf.NoneTensorSpec)
+
+
+def _with_any_rows(spec: Any) -> Any:
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(
+            [None, *spec.shape[1:]],
+            spec.dtype,
+            spec.ragged_rank,
+            spec.row_splits_dtype,
+        )
+    return type(spec)([None, *spec.shape[1:]], spec.dtype)

@@ -1,0 +1,220 @@
+"""How far N replicas are from one device, quantity by quantity and step by step.
+
+Rounding differs between the two even where the code is right, and an optimizer can make
+much of it: Adam moves a weight whose gradient is nothing but rounding errors by a whole
+step. How much of a deviation rounding explains is measured: the reference runs again,
+from weights that are each off by a few rounding errors.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from distfit.verification.batches import Batch
+from distfit.verification.recording import Recording, Step
+
+# In the order in which a mistake spreads.
+CHECKS = (
+    "log",
+    "gradient",
+    "update",
+    "state",
+    "slot",
+    "replicas agree",
+    "evaluate",
+    "predict",
+)
+# The largest of some random errors may be a few times that of others.
+_ROUNDING_FACTOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """The deviation of one quantity in one step.
+
+    Attributes:
+        replicas: Number of replicas.
+        check: One of `CHECKS`.
+        label: What was compared: a log, or a variable by its path.
+        step: Index of the step, from 0.
+        batch: The global batch of the step; None where it covers all of them.
+        value: The largest difference over the largest magnitude, rounding set aside:
+            to be held against the tolerance.
+        ratio: The factor that N replicas are off by, where they are off by a common
+            factor; else None.
+        ok: Whether the deviation is within the tolerance.
+    """
+
+    replicas: int
+    check: str
+    label: str
+    step: int
+    batch: Batch | None
+    value: float
+    ratio: float | None
+    ok: bool
+
+
+class Comparison:
+    """Compares a recording on N replicas with one on one device.
+
+    Args:
+        replicas: Number of replicas.
+        one: The reference.
+        off: The reference from weights that are off by rounding errors, at least once.
+        many: What N replicas did.
+        tolerance: The largest deviation that passes.
+    """
+
+    def __init__(
+        self,
+        replicas: int,
+        one: Recording,
+        off: Sequence[Recording],
+        many: Recording,
+        tolerance: float,
+    ):
+        self._replicas = replicas
+        self._one, self._off, self._many = one, off, many
+        self._tolerance = tolerance
+
+    def deviations(self) -> list[Deviation]:
+        """Every deviation, within the tolerance or not."""
+        return [*self._fit(), *self._evaluate(), *self._predict()]
+
+    def _fit(self) -> Iterator[Deviation]:
+        runs = [self._one, self._many, *self._off]
+        before = [run.initial for run in runs]
+        for index, steps in enumerate(zip(*(run.fit for run in runs), strict=False)):
+            one = steps[0]
+            place = {"step": index, "batch": one.batch}
+            yield from self._logs("log", steps, place)
+            for (check, label), value in one.values.items():
+                arrays = [step.values.get((check, label)) for step in steps]
+                floor = 0.0
+                if check == "weight":
+                    check, floor = "update", _rounding_of(value)
+                    arrays = [
+                        None if a is None else _difference(a, b["weight", label])
+                        for a, b in zip(arrays, before, strict=True)
+                    ]
+                yield self._deviation(check, label, arrays, floor, **place)
+            yield from self._spread(steps[1], place)
+            before = [step.values for step in steps]
+
+    def _logs(self, check, steps: Sequence[Step], place) -> Iterator[Deviation]:
+        for name, value in steps[0].logs.items():
+            arrays = [step.logs.get(name) for step in steps]
+            yield self._deviation(check, name, arrays, _rounding_of(value), **place)
+
+    def _spread(self, many: Step, place) -> Iterator[Deviation]:
+        """How far the copies of a variable on the replicas are from one another."""
+        for (check, label), copies in many.local.items():
+            if check == "gradient" or "gradient_accumulator" in label:
+                continue
+            worst = max(_largest(_difference(copy, copies[0])) for copy in copies)
+            value = worst / (_largest(copies[0]) or 1.0)
+            yield Deviation(
+                self._replicas,
+                "replicas agree",
+                label,
+                value=value,
+                ratio=None,
+                ok=worst == 0,
+                **place,
+            )
+
+    def _evaluate(self) -> Iterator[Deviation]:
+        runs = [self._one, self._many, *self._off]
+        all_steps = zip(*(run.evaluate for run in runs), strict=False)
+        for index, steps in enumerate(all_steps):
+            place = {"step": index, "batch": steps[0].batch}
+            yield from self._logs("evaluate", steps, place)
+
+    def _predict(self) -> Iterator[Deviation]:
+        runs = [self._one, self._many, *self._off]
+        outputs = zip(*(run.predict or [] for run in runs), strict=False)
+        for index, arrays in enumerate(outputs):
+            label = f"output {index + 1}"
+            floor = _rounding_of(arrays[0])
+            yield self._deviation("predict", label, arrays, floor, step=0, batch=None)
+
+    def _deviation(self, check, label, arrays, floor, **place) -> Deviation:
+        one, many, *off = arrays
+        value, ratio = np.inf, None
+        if many is not None and np.shape(one) == np.shape(many):
+            worst = _largest(_difference(many, one))
+            measured = [
+                _largest(_difference(other, one))
+                for other in off
+                if other is not None and np.shape(other) == np.shape(one)
+            ]
+            explained = floor + _ROUNDING_FACTOR * max(measured, default=0.0)
+            value = _relative(worst, _largest(one), explained / self._tolerance)
+            ratio = _common_ratio(one, many)
+        return Deviation(
+            self._replicas,
+            check,
+            label,
+            value=value,
+            ratio=ratio,
+            ok=value <= self._tolerance,
+            **place,
+        )
+
+
+def _relative(worst: float, scale: float, explained: float) -> float:
+    """`worst / (scale + explained)`, and 0 for 0 / 0.
+
+    What rounding explains, over the tolerance, counts like a larger scale: a deviation
+    passes if `worst <= tolerance * scale + rounding`.
+    """
+    if not np.isfinite(worst):
+        return np.inf
+    if worst == 0:
+        return 0.0
+    whole = scale + explained
+    return worst / whole if whole > 0 else np.inf
+
+
+def _difference(a, b) -> np.ndarray:
+    """`a - b`, where a value that is no number equals another such value."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype.kind not in "fiub":
+        a, b = (a != b).astype("float64"), np.zeros(a.shape)
+    a, b = a.astype("float64"), b.astype("float64")
+    with np.errstate(invalid="ignore"):
+        return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, a - b)
+
+
+def _largest(array) -> float:
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiub" or array.size == 0:
+        return 0.0
+    magnitudes = np.abs(array.astype("float64"))
+    if np.isnan(magnitudes).any():
+        return np.inf
+    return float(magnitudes.max())
+
+
+def _rounding_of(value: np.ndarray) -> float:
+    """What storing a value adds, at least, to a difference: all are float32 somewhere.
+
+    An update is the difference of two weights, and no more exact than these.
+    """
+    value = np.asarray(value)
+    precise = value.dtype == np.float64 and value.ndim > 0
+    return 4 * (2.0**-52 if precise else 2.0**-23) * _largest(value)
+
+
+def _common_ratio(one, many) -> float | None:
+    """The factor c for which `many` is `c * one`, within a thousandth; else None."""
+    a, b = (np.asarray(x, "float64").ravel() for x in (one, many))
+    square = float(a @ a)
+    if not np.isfinite(square) or square == 0 or not np.isfinite(b).all():
+        return None
+    ratio = float(a @ b) / square
+    if np.abs(b - ratio * a).max() > 1e-3 * abs(ratio) * np.abs(a).max():
+        return None
+    return ratio

@@ -1,0 +1,28 @@
+"""The reference models have no finding, on 1, 2, 4 and 8 replicas."""
+
+import keras
+import pytest
+
+import distfit
+from distfit import datasets, models
+
+ROWS, BATCH = 27, 9
+# Smaller than the defaults, where these would take long to compare.
+SETTINGS: dict[str, dict] = {}
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_reference_model_has_no_finding(name):
+    module = models.get(name)
+    config = module.get_config()
+    config.update(SETTINGS.get(name, {}))
+    load = getattr(module, "data", lambda c: datasets.load(c.dataset, c))
+    train, _ = load(config)
+    report = distfit.verify(
+        lambda: module.build(config),
+        keras.tree.map_structure(lambda array: array[:ROWS], train),
+        batch_size=BATCH,
+        replicas=(1, 2, 4, 8),
+    )
+    assert report.ok, str(report)
+    assert report.findings == []
