@@ -18,7 +18,7 @@ ARGS ?=
 help:
 	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
 	@echo "make test       all tests"
-	@echo "make test-fast  the tests that start no processes"
+	@echo "make test-fast  the tests that take no minutes and start no processes"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  distfit and its peers on the same work, side by side"
 	@echo "make clean      remove the environment and what tools have left"
@@ -30,10 +30,11 @@ train: $(READY)
 		--workdir=runs/gan $(ARGS)
 
 test: test-fast
+	$(BIN)/python -m pytest -m slow -n auto
 	$(BIN)/python -m pytest -m integration
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not integration" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/python -m ruff check

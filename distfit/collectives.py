@@ -31,10 +31,9 @@ class Share:
         start, local_rows, global_rows: Where this replica's rows lie in the global
             batch; int32 scalars.
         whole: Whether the global batch has fewer rows than there are replicas. No
-            replica can sit out a collective, so each then processes the whole batch
-            with a weight of 1 / num_replicas. A bool tensor, or False where it cannot
-            happen.
-        weight: The weight of this replica's rows: 1, or 1 / num_replicas if `whole`.
+            replica can sit out a collective, so each then processes the whole batch,
+            and what the first one makes of it counts. A bool tensor, or False where it
+            cannot happen.
         plan: What a symbolic run of the step found out, or None.
         compiles: Whether XLA is to compile what needs no exchange.
     """
@@ -57,23 +56,37 @@ class Share:
         return self.num_replicas == 1
 
     @property
-    def weight(self) -> Any:
+    def num_counted(self) -> Any:
+        """The number of replicas whose rows count: all, or 1 if `whole`."""
         if self.whole is False:
-            return 1.0
-        return tf.where(self.whole, 1.0 / self.num_replicas, 1.0)
+            return self.num_replicas
+        return tf.where(self.whole, 1, self.num_replicas)
 
     @property
     def rows_counted(self) -> Any:
-        """The rows that this replica answers for where rows are counted."""
-        if self.whole is False or self.replica == 0:
-            return self.local_rows
-        return tf.where(self.whole, 0, self.local_rows)
+        """The rows that this replica answers for."""
+        return self.counted(self.local_rows)
 
     @property
     def fraction(self) -> Any:
-        """The part of the global batch that this replica stands for, a float32."""
-        rows = tf.cast(self.local_rows, tf.float32) * self.weight
+        """The part of the global batch that this replica answers for, a float32."""
+        rows = tf.cast(self.rows_counted, tf.float32)
         return rows / tf.cast(self.global_rows, tf.float32)
+
+    def counted(self, tensor: Any) -> Any:
+        """What this replica adds to a sum: nothing if the first one has its rows.
+
+        Copies of a sparse gradient's rows are left out, not zero: optimizers treat a
+        row that occurs twice as two updates.
+        """
+        if self.whole is False or self.replica == 0:
+            return tensor
+        if isinstance(tensor, tf.IndexedSlices):
+            rows = tf.where(self.whole, 0, tf.shape(tensor.indices)[0])
+            values, indices = tensor.values[:rows], tensor.indices[:rows]
+            return tf.IndexedSlices(values, indices, tensor.dense_shape)
+        tensor = tf.convert_to_tensor(tensor)
+        return tf.where(self.whole, tf.zeros_like(tensor), tensor)
 
     def stream_offset(self, distance: int) -> Any:
         """What sets this replica's random stream apart; None if nothing does.
@@ -204,8 +217,8 @@ def global_sum(x):
     share = distributed_share()
     if share is None:
         return tf.convert_to_tensor(x)
-    local = _weighted(tf.convert_to_tensor(x), share)
-    return share.remember(_with_value(local, share.all_reduce([local])[0]), local)
+    local = tf.convert_to_tensor(x)
+    return share.remember(_with_value(local, _sum(local, share)), local)
 
 
 def global_mean(values, sample_weight=None):
@@ -247,7 +260,7 @@ def all_gather(x):
     before = per_row * share.start
     after = per_row * (share.global_rows - share.start - share.local_rows)
     padding = [[before, after]] + [[0, 0]] * (x.shape.rank - 1)
-    return _sum_both_ways(_weighted(tf.pad(x, padding), share))
+    return _sum_both_ways(tf.pad(x, padding))
 
 
 def stack_replicas(x):
@@ -275,11 +288,10 @@ def global_ratio(numerator, divisor, *, divisor_is_global: bool = False):
     share = distributed_share()
     if share is None:
         return tf.math.divide_no_nan(numerator, divisor)
-    numerator = _weighted(numerator, share)
     if divisor_is_global:
         local = tf.math.divide_no_nan(numerator, divisor)
-        return share.remember(_with_value(local, share.all_reduce([local])[0]), local)
-    sums = share.all_reduce([tf.stack([numerator, _weighted(divisor, share)])])[0]
+        return share.remember(_with_value(local, _sum(local, share)), local)
+    sums = _sum(tf.stack([numerator, divisor]), share)
     local = tf.math.divide_no_nan(numerator, sums[1])
     value = tf.math.divide_no_nan(sums[0], sums[1])
     return share.remember(_with_value(local, value), local)
@@ -303,7 +315,7 @@ def replicated(scalar):
     share = distributed_share()
     if share is None:
         return scalar
-    local = scalar / share.num_replicas
+    local = scalar / tf.cast(share.num_counted, scalar.dtype)
     return share.remember(_with_value(local, scalar), local)
 
 
@@ -323,8 +335,9 @@ def _sum_both_ways(x):
     share = distributed_share()
     if share is None:
         return tf.identity(x), lambda upstream: upstream
-    return share.all_reduce([x])[0], _sum_both_ways
+    return _sum(x, share), _sum_both_ways
 
 
-def _weighted(x, share: Share):
-    return x if share.whole is False else x * tf.cast(share.weight, x.dtype)
+def _sum(x, share: Share):
+    """The sum over replicas of what each computed from its rows."""
+    return share.all_reduce([share.counted(x)])[0]

@@ -92,15 +92,21 @@ def counts_steps(args, kwargs) -> bool:
 def _update_with_scalar(metric, update, args, kwargs, share: Share):
     """Updates a metric with a scalar, in the way that counts a global value once.
 
-    A mean is fed with N times the local parts of a loss: their mean is the loss, which
-    then has no reader, and its exchange drops out of the step.
+    A mean is fed with the local parts of a loss, as many times as there are parts:
+    their mean is the loss, which then has no reader, and its exchange drops out of the
+    step. Any other scalar has the weight of the rows that it was computed from.
     """
-    local = share.local_part(args[0]) if args else None
-    if local is None:
+    value = args[0] if args else None
+    local = share.local_part(value)
+    if type(metric) is keras.metrics.Mean and args:
+        if local is None:
+            return update(value, sample_weight=share.fraction)
+        return update(local * tf.cast(share.num_counted, local.dtype))
+    if local is not None:
+        return update(value) if share.replica == 0 else None
+    if share.whole is False:
         return update(*args, **kwargs)
-    if type(metric) is keras.metrics.Mean:
-        return update(local * share.num_replicas, **kwargs)
-    return update(*args, **kwargs) if share.replica == 0 else None
+    return _update_once(metric, share, functools.partial(update, *args, **kwargs))
 
 
 def _update_once(metric, share: Share, update):

@@ -57,6 +57,7 @@ def _apply(self, grads, trainable_variables=None):
     complete = variables and any(grad is not None for grad in grads)
     if share is None or share.alone or not complete:  # Keras says what is missing.
         return type(self).apply(self, grads, trainable_variables)
+    grads = [None if grad is None else share.counted(grad) for grad in grads]
     later = _accumulations(self, grads, variables)
     finite = _finite_everywhere(self, grads, share) if later else True
     done = {at for part in later for at in part.accumulators}
@@ -125,25 +126,9 @@ def _sum(grads: list, share: Share, except_at: set[int]) -> None:
     now = [i for i, g in enumerate(grads) if g is not None and i not in except_at]
     if not now:
         return
-    summed = share.all_reduce([_once(grads[i], share) for i in now])
+    summed = share.all_reduce([grads[i] for i in now])
     for i, grad in zip(now, summed, strict=True):
         grads[i] = grad
-
-
-def _once(grad, share):
-    """Keeps one copy of a sparse gradient whose rows every replica has.
-
-    Copies of dense gradients add up. Those of sparse ones are lined up, and optimizers
-    treat rows that occur twice as two updates.
-    """
-    if share.whole is False or not isinstance(grad, tf.IndexedSlices):
-        return grad
-    is_other = tf.logical_and(share.whole, share.replica != 0)
-    rows = tf.where(is_other, 0, tf.shape(grad.indices)[0])
-    weight = tf.cast(tf.where(share.whole, share.num_replicas, 1), grad.values.dtype)
-    return tf.IndexedSlices(
-        grad.values[:rows] * weight, grad.indices[:rows], grad.dense_shape
-    )
 
 
 @dataclasses.dataclass

@@ -181,7 +181,7 @@ class LocalScalarInMetric(Right):
     def train_step(self, data):
         logs = super().train_step(data)
         x, y = data
-        self.error.update_state(tf.reduce_mean(tf.abs(y - self(x))))  # here
+        self.error.update_state(tf.reduce_max(tf.abs(y - self(x))))  # here
         return {**logs, "error": self.error.result()}
 
 

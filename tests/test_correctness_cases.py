@@ -907,3 +907,15 @@ def test_ragged_predictions(strategy):
         model = distfit.Sequential([ToRagged()])
     predicted = model.predict(x, batch_size=3, verbose=0)
     assert predicted.to_list() == [[1], [2, 3], [4, 5, 6], [], [7, 0, 8]]
+
+
+def test_sparse_predictions(strategy):
+    class ToSparse(layers.Layer):
+        def call(self, x):
+            return tf.sparse.from_dense(x)
+
+    x = np.eye(5, dtype="float32")
+    with strategy.scope():
+        model = distfit.Sequential([ToSparse()])
+    predicted = model.predict(x, batch_size=3, verbose=0)
+    np.testing.assert_array_equal(tf.sparse.to_dense(predicted), x)

@@ -237,3 +237,36 @@ def test_validation_steps_validate_the_same_rows_each_epoch(make_strategy):
     for validation in (data, data.filter(lambda x, y: True)):
         history = _fit(model, epochs=3, validation_data=validation, validation_steps=1)
         assert len(set(history.history["val_loss"])) == 1
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_metric_fed_with_means_of_local_rows(make_strategy, replicas):
+    """And with a constant; the last of the batches has 1 row."""
+
+    class FedWithScalars(distfit.Model):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.error = keras.metrics.Mean(name="error")
+            self.rate = keras.metrics.Mean(name="rate")
+
+        def train_step(self, data):
+            x, y = data
+            self.error.update_state(tf.reduce_mean(tf.abs(y - self(x))))
+            self.rate.update_state(0.25)
+            return {"error": self.error.result(), "rate": self.rate.result()}
+
+        @property
+        def metrics(self):
+            return [self.error, self.rate]
+
+    def history(n):
+        keras.utils.set_random_seed(1)
+        with make_strategy(n).scope():
+            inputs = keras.Input((8,))
+            model = FedWithScalars(inputs, keras.layers.Dense(1)(inputs))
+            model.compile()
+        x, y = comparing.regression_data(15)
+        return model.fit(x, y, batch_size=7, shuffle=False, verbose=0).history
+
+    comparing.assert_close_logs(history(1), history(replicas), 1e-6)
+    assert history(replicas)["rate"] == pytest.approx([0.25])

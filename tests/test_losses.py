@@ -380,3 +380,75 @@ def test_loss_in_a_nested_function_is_a_clear_error(make_strategy):
         model.compile("sgd")
     with pytest.raises(ValueError, match="cannot exchange numbers inside a nested"):
         _fit(*comparing.regression_data(ROWS))(model)
+
+
+class AverageLoss(distfit.Model):
+    """Divides by the size of a global batch, as the guide to tf.distribute does."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            errors = keras.losses.mean_squared_error(y, self(x, training=True))
+            loss = tf.nn.compute_average_loss(errors, global_batch_size=7)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {}
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_loss_that_the_step_scales_itself_in_a_batch_of_few_rows(
+    make_strategy, replicas
+):
+    """The last batch has 1 row, and each replica computes the loss of all of it."""
+
+    def run(strategy):
+        def build():
+            inputs = keras.Input((8,))
+            model = AverageLoss(inputs, layers.Dense(1)(inputs))
+            model.compile(keras.optimizers.SGD(0.1))
+            return model
+
+        x, y = comparing.regression_data(22)
+        return comparing.run(
+            strategy,
+            build,
+            lambda m: m.fit(x, y, batch_size=7, shuffle=False, verbose=0),
+        )
+
+    comparing.assert_same(run(make_strategy(1)), run(make_strategy(replicas)))
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_unreduced_loss_in_a_batch_of_few_rows(make_strategy, replicas):
+    def run(strategy):
+        def build():
+            inputs = keras.Input((8,))
+            model = distfit.Model(inputs, layers.Dense(1)(inputs))
+            loss = keras.losses.MeanAbsoluteError(reduction=None)
+            model.compile(keras.optimizers.SGD(0.1), loss)
+            return model
+
+        x, y = comparing.regression_data(22)
+        return comparing.run(
+            strategy,
+            build,
+            lambda m: m.fit(x, y, batch_size=7, epochs=2, shuffle=False, verbose=0),
+        )
+
+    comparing.assert_same(run(make_strategy(1)), run(make_strategy(replicas)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_all_gather_of_integers(make_strategy, rows):
+    """Numbers of rows, say; also in batches with fewer rows than replicas."""
+
+    class Gathers(distfit.Model):
+        def predict_step(self, data):
+            gathered = distfit.all_gather(data)
+            return tf.repeat(gathered[tf.newaxis], tf.shape(data)[0], axis=0)
+
+    with make_strategy(4).scope():
+        model = Gathers()
+    numbers = np.arange(7, 7 + rows, dtype="int32")
+    gathered = model.predict(numbers, batch_size=rows, verbose=0)
+    np.testing.assert_array_equal(gathered, np.tile(numbers, (rows, 1)))

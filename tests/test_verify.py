@@ -32,7 +32,7 @@ WITH_PLACE = {
     "UnseededNoise": "unseeded noise",
     "OneNumberPerReplica": "noise that is not by row",
     "LargestLog": "log that is no mean of rows",
-    "LocalScalarInMetric": "metric of local means",
+    "LocalScalarInMetric": "metric of local numbers",
     "OptimizerInStep": "made inside the step",
     "VariableInStep": "made inside the step",
     "FirstReplicaOnly": "depends on the replica",

@@ -6,16 +6,15 @@ import pytest
 import distfit
 from distfit import datasets, models
 
+pytestmark = pytest.mark.slow
+
 ROWS, BATCH = 27, 9
-# Smaller than the defaults, where these would take long to compare.
-SETTINGS: dict[str, dict] = {}
 
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_reference_model_has_no_finding(name):
     module = models.get(name)
     config = module.get_config()
-    config.update(SETTINGS.get(name, {}))
     load = getattr(module, "data", lambda c: datasets.load(c.dataset, c))
     train, _ = load(config)
     report = distfit.verify(

@@ -253,9 +253,9 @@ def _of_logs(evidence: Evidence, explained: bool) -> Iterator[Finding]:
         own = [d for d in failed if d.label == label]
         if label in updates:
             yield Finding(
-                "metric of local means",
+                "metric of local numbers",
                 f"{_describe(own)} The metric is fed with a number that each replica "
-                "computes from its own rows, and all replicas count alike.",
+                "computes from its own rows, and that is no mean of them.",
                 "Feed it the values of the rows, or `distfit.global_mean(values)`.",
                 updates[label],
             )
