@@ -34,6 +34,8 @@ class Share:
             replica can sit out a collective, so each then processes the whole batch,
             and what the first one makes of it counts. A bool tensor, or False where it
             cannot happen.
+        graph: The graph of the step. What these tensors are used for must be part of
+            it: TensorFlow takes the trace of a nested function for other steps, too.
         plan: What a symbolic run of the step found out, or None.
         compiles: Whether XLA is to compile what needs no exchange.
     """
@@ -42,6 +44,7 @@ class Share:
         self.replica = replica
         self.num_replicas = num_replicas
         self.start, stop, self.global_rows, self.whole = bounds
+        self.graph = tf.compat.v1.get_default_graph()
         self.local_rows = stop - self.start
         self.model = model
         self.plan = plan
@@ -89,16 +92,10 @@ class Share:
         return tf.where(self.whole, tf.zeros_like(tensor), tensor)
 
     def stream_offset(self, distance: int) -> Any:
-        """What sets this replica's random stream apart; None if nothing does.
-
-        Replicas that process the same rows draw the same numbers.
-        """
+        """What sets this replica's random stream apart; None if nothing does."""
         if self.replica == 0:
             return None
-        offset = tf.constant(self.replica * distance, tf.int64)
-        if self.whole is False:
-            return offset
-        return tf.where(self.whole, tf.zeros_like(offset), offset)
+        return tf.constant(self.replica * distance, tf.int64)
 
     def all_reduce(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sums every tensor over the replicas; the gradient is summed likewise."""

@@ -71,7 +71,6 @@ class SymbolicShare(Share):
         self.found = plan
         self.summed: list[tf.Tensor] = []
         self.offsets: list[tf.Tensor] = []
-        self.graph = tf.compat.v1.get_default_graph()
 
     def stream_offset(self, distance):
         self.offsets.append(tf.zeros((), tf.int64))

@@ -55,15 +55,32 @@ def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
 
 
 def _draw(shape, draw: Callable):
+    shape = dimensions(shape)
     with drawing_in_common():
         share = distributed_share()
         if share is None or len(shape) == 0 or not _has_local_rows(shape[0], share):
             return draw(shape)
+        _check_not_nested(share)
         per_row = shape[0] // share.local_rows
         start = per_row * share.start
         drawn = draw((per_row * share.global_rows, *shape[1:]))
         rows = drawn[start : start + shape[0]]
         return tf.ensure_shape(rows, [None, *drawn.shape[1:]])
+
+
+def _check_not_nested(share: Share) -> None:
+    if share.graph is not tf.compat.v1.get_default_graph():
+        raise ValueError(
+            "The rows of a draw for the global batch are known to the step alone. "
+            "Received: a call of `distfit.random` in a nested `tf.function`, `tf.cond` "
+            "or `tf.while_loop`. Remove the decorator, or draw outside and pass the "
+            "numbers on."
+        )
+
+
+def dimensions(shape) -> tuple:
+    """A shape as a tuple, also one that `tf.shape` gave."""
+    return tuple(tf.unstack(shape) if tf.is_tensor(shape) else shape)
 
 
 @contextlib.contextmanager

@@ -208,3 +208,48 @@ def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, re
         return model.fit(batches, verbose=0).history["mean"]
 
     assert mean(drop_remainder=True) == mean(drop_remainder=False)
+
+
+def _nested(draw):
+    class Nested(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.seeds = keras.random.SeedGenerator(4)
+
+        @tf.function
+        def call(self, x):
+            return x + draw(tf.shape(x), seed=self.seeds)
+
+        def test_step(self, data):
+            return {"mean": tf.reduce_mean(self(data))}
+
+    return Nested
+
+
+def test_draws_in_a_nested_function_can_be_used_by_every_step(make_strategy):
+    """TensorFlow takes the trace of one step for the next."""
+    with make_strategy(4).scope():
+        model = _nested(keras.random.uniform)()
+        model.compile()
+    x = np.zeros((8, 3), "float32")
+    drawn = model.predict(x, batch_size=8, verbose=0)
+    assert len(np.unique(drawn)) == 24
+    for rows in (8, 7, 2):
+        logs = model.evaluate(x[:rows], batch_size=8, verbose=0, return_dict=True)
+        assert 0 < logs["mean"] < 1
+
+
+def test_common_draw_in_a_nested_function_is_refused(make_strategy):
+    with make_strategy(2).scope():
+        model = _nested(distfit.random.uniform)()
+    with pytest.raises(ValueError, match="`distfit.random` in a nested `tf.function`"):
+        model.predict(np.zeros((8, 3), "float32"), verbose=0)
+
+
+def test_common_draw_takes_the_shape_of_a_tensor(make_strategy):
+    def draw(model, rows):
+        x = tf.zeros((rows, 3))
+        return distfit.random.normal(tf.shape(x), seed=model.generator)
+
+    one = _drawn(make_strategy(1), draw)
+    np.testing.assert_array_equal(one, _drawn(make_strategy(3), draw))

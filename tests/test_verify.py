@@ -177,6 +177,17 @@ def test_draws_for_several_inputs_at_once_are_compared(side_by_side):
     assert report.ok, str(report)
 
 
+def test_draws_in_a_nested_function_are_compared():
+    class Nested(mistakes.Right):
+        @tf.function
+        def call(self, x, training=False):
+            return super().call(x, training=training)
+
+    make = mistakes.build(Nested, hidden=[lambda: layers.Dropout(0.5)])
+    report = verify(make)
+    assert report.ok, str(report)
+
+
 def test_rounding_that_an_optimizer_makes_much_of_is_no_finding():
     """A bias before BatchNormalization has no gradient but rounding errors."""
     report = verify(

@@ -110,8 +110,9 @@ class _Verification:
         except Exception as error:
             return self._report("", [], [failure_on_one_device(error, Facts())])
         name = type(reference.model).__name__
-        facts, failure = inspect_step(reference.model, self._source.spec)
-        failure = reference.prepare() or failure or self._first_failure(reference)
+        failure = reference.prepare()
+        facts = inspect_step(reference.model, self._source.spec)
+        failure = failure or self._first_failure(reference)
         if failure is not None:
             return self._report(name, [], [failure_on_one_device(failure, facts)])
         distfit = self._column("distfit", reference, facts)

@@ -410,7 +410,7 @@ def _cause_under_keras(
             return (
                 "identical noise under Keras",
                 " All replicas draw the same random numbers.",
-                next(d.place for d in facts.draws if d.stream == "replica"),
+                next((d.place for d in facts.draws if d.stream == "replica"), None),
             )
         if facts.loss_reads:
             return (

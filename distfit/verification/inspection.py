@@ -18,6 +18,7 @@ from keras import tree
 
 from distfit import _keras, metrics, probe
 from distfit.verification import sources
+from distfit.verification.streams import inlined_functions
 
 # A prime, and more than a step puts batches side by side: `k * ROWS` rows are local.
 _REPLICAS = 101
@@ -44,7 +45,8 @@ class Facts:
     """What the inspection of a `train_step` found; places are `file:line`.
 
     Attributes:
-        draws: The random operations.
+        draws: The random operations, but for those in a nested function.
+        draws_by_replica: Whether replicas draw different numbers anywhere.
         local_means: Sums, means and the like over the rows of this replica alone that
             an optimizer minimises.
         local_logs: By log, such a place if its value is computed so.
@@ -63,6 +65,7 @@ class Facts:
     """
 
     draws: list[Draw] = dataclasses.field(default_factory=list)
+    draws_by_replica: bool = False
     local_means: list[str | None] = dataclasses.field(default_factory=list)
     local_logs: dict[str, str | None] = dataclasses.field(default_factory=dict)
     local_statistics: list[str | None] = dataclasses.field(default_factory=list)
@@ -78,13 +81,8 @@ class Facts:
     )
     local_state: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
-    @property
-    def draws_by_replica(self) -> bool:
-        """Whether replicas draw different numbers."""
-        return any(draw.stream == "replica" for draw in self.draws)
 
-
-def inspect_step(model: keras.Model, spec: Any) -> tuple[Facts, Exception | None]:
+def inspect_step(model: keras.Model, spec: Any) -> Facts:
     """Looks at `model.train_step`.
 
     Args:
@@ -92,15 +90,38 @@ def inspect_step(model: keras.Model, spec: Any) -> tuple[Facts, Exception | None
         spec: Structure of the `tf.TypeSpec`s of a batch.
 
     Returns:
-        `(facts, error)`: what was found, and what the step failed with, if it did.
+        What was found; what a step has done before it failed, if it cannot be traced.
     """
+    before = _python_values(model)
+    fixed = probe.fixed_rows(spec)
+    # Nested functions may need what only their own tracing gives them, and the step may
+    # not be able to take so many rows.
+    for attempt in ((fixed, inlined_functions), (fixed, None), (spec, None)):
+        facts, traced = _look(model, *attempt)
+        if traced:
+            break
+    facts.python_state = _changed(model, before)
+    facts.local_state |= _raw_state(model)
+    listed = set(model.metrics)
+    facts.unlisted_metrics = [
+        metric.name for metric in metrics.all_of(model) if metric not in listed
+    ]
+    return facts
+
+
+def _look(model: keras.Model, spec: Any, within: Callable | None) -> tuple[Facts, bool]:
+    """Traces the step; returns what was found, and whether it could be traced."""
     facts = Facts()
     targets: list = []
-    before = _python_values(model)
+
+    def step(batch):
+        with within() if within else contextlib.nullcontext():
+            return model.train_step(batch)
 
     def look(run: probe.SymbolicRun) -> None:
         graph = _Graph(run)
         facts.draws = graph.draws()
+        facts.draws_by_replica = bool(run.share.offsets)
         facts.local_means = graph.local_reductions(targets)
         facts.local_statistics = graph.local_statistics(targets)
         facts.pairs = graph.pairs(targets)
@@ -112,31 +133,28 @@ def inspect_step(model: keras.Model, spec: Any) -> tuple[Facts, Exception | None
             if graph.is_local(value) and run.share.local_part(value) is None
         ]
 
-    plan = probe.Plan()
-    error = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_keras.new_global_seed_generator([]))
         stack.enter_context(_recording_calls(facts, targets))
         updates = stack.enter_context(_recording_updates(model))
+        strategy = model.distribute_strategy
         try:
-            fixed = probe.fixed_rows(spec)
-            strategy = model.distribute_strategy
             probe.run_symbolically(
-                model, model.train_step, fixed, strategy, _REPLICAS, look, plan
+                model, step, spec, strategy, _REPLICAS, look, probe.Plan()
             )
-        except Exception as raised:
-            error = raised
-    facts.python_state = _changed(model, before)
-    for layer in _keras.layers_of(model):
-        for name, value in vars(layer).items():
-            if isinstance(value, tf.Variable):
-                place = sources.place_of_attribute(type(layer), name)
-                facts.local_state[f"{layer.name}/{name}"] = place
-    listed = set(model.metrics)
-    facts.unlisted_metrics = [
-        metric.name for metric in metrics.all_of(model) if metric not in listed
-    ]
-    return facts, error
+        except Exception:  # Whoever runs the step will see what it fails with.
+            return facts, False
+    return facts, True
+
+
+def _raw_state(model: keras.Model) -> dict[str, str | None]:
+    """Where layers change variables that Keras does not know."""
+    return {
+        f"{layer.name}/{name}": sources.place_of_attribute(type(layer), name)
+        for layer in _keras.layers_of(model)
+        for name, value in vars(layer).items()
+        if isinstance(value, tf.Variable)
+    }
 
 
 class _Graph:

@@ -11,10 +11,11 @@ import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, build, data, loop, metrics, normalization, probe
+from distfit.collectives import current_share
 from distfit.model import Model
 from distfit.verification.batches import Batch, Source
 from distfit.verification.models import as_distfit_model
-from distfit.verification.streams import ReplicaStreams
+from distfit.verification.streams import ReplicaStreams, inlined_functions
 
 MODES = ("fit", "evaluate", "predict")
 # Of a weight, to see how a model responds: it stands for all sums of a step, the terms
@@ -160,7 +161,7 @@ class Gradients:
         apply = optimizer.apply
 
         def listening(grads, trainable_variables=None):
-            grads = list(grads)
+            grads, share = list(grads), current_share()
             of = variables if trainable_variables is None else trainable_variables
             of = list(of)
             for gradient, variable in zip(grads, of, strict=False):
@@ -168,6 +169,8 @@ class Gradients:
                 if gradient is not None and name is not None:
                     self._seen.add(name)
                     gradient = tf.convert_to_tensor(gradient)
+                    if share is not None:
+                        gradient = share.counted(gradient)
                     self._recorded[name].assign_add(gradient)
             return apply(grads, None if trainable_variables is None else of)
 
@@ -268,12 +271,13 @@ class OneDevice:
 
     def _compile(self, step: Callable, streams) -> Callable:
         def run(batch):
-            draws: Any = contextlib.nullcontext()
-            if streams is not None:
-                number, grouped = streams
-                rows = data.num_rows(batch)
-                draws = ReplicaStreams(number, rows, grouped).drawing()
-            with draws, _keras.global_seed_generator(self._unseeded):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_keras.global_seed_generator(self._unseeded))
+                if streams is not None:
+                    number, grouped = streams
+                    composed = ReplicaStreams(number, data.num_rows(batch), grouped)
+                    stack.enter_context(inlined_functions())
+                    stack.enter_context(composed.drawing())
                 return step(batch)
 
         return tf.function(run, autograph=False, input_signature=[self.source.spec])

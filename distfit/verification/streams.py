@@ -13,7 +13,21 @@ import tensorflow as tf
 
 from distfit import _keras
 from distfit.collectives import row_bounds
-from distfit.random import STREAM_OFFSET, draws_in_common
+from distfit.random import STREAM_OFFSET, dimensions, draws_in_common
+
+
+@contextlib.contextmanager
+def inlined_functions() -> Iterator[None]:
+    """Makes nested functions part of what is being traced.
+
+    TensorFlow would take a trace that it has of them, with other draws in it.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 class ReplicaStreams:
@@ -39,6 +53,7 @@ class ReplicaStreams:
             yield
 
     def _for_shape(self, draw, shape, seed):
+        shape = dimensions(shape)
         if draws_in_common() or len(shape) == 0 or not tf.is_tensor(shape[0]):
             return draw(shape, seed)
         per_row = shape[0] // self.rows
