@@ -156,6 +156,18 @@ def test_right_model_is_compared_in_every_respect():
     assert max(d.value for d in deviations) < 1e-5
 
 
+def accumulating():
+    inner = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2, clipnorm=0.1)
+    return keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+
+
+def test_optimizer_that_accumulates_parts_on_each_replica():
+    report = verify(mistakes.build(mistakes.Right, optimizer=accumulating), steps=4)
+    assert report.ok, str(report)
+    labels = {d.label for d in report.columns[0].deviations if d.check == "slot"}
+    assert any("gradient_accumulator" in label for label in labels)
+
+
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_draws_for_several_inputs_at_once_are_compared(side_by_side):
     """A draw for twice the rows: two batches, or two numbers for each row."""
@@ -302,6 +314,19 @@ def test_arguments_are_checked_before_any_work(arguments, message):
 
     with pytest.raises(ValueError, match=message):
         verify(make, **arguments)
+
+
+def test_function_that_returns_no_compiled_model():
+    with pytest.raises(ValueError, match="a compiled `keras.Model`. Received: Seq"):
+        verify(lambda: keras.Sequential([keras.Input((8,)), layers.Dense(1)]))
+
+
+def test_error_of_the_function_that_makes_the_model_is_its_own():
+    def make():
+        raise KeyError("no such setting")
+
+    with pytest.raises(KeyError, match="no such setting"):
+        verify(make)
 
 
 def test_too_few_devices():

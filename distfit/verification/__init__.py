@@ -105,10 +105,7 @@ class _Verification:
         self._tolerance = tolerance
 
     def report(self) -> Report:
-        try:
-            reference = OneDevice(self._make_model, self._source)
-        except Exception as error:
-            return self._report("", [], [failure_on_one_device(error, Facts())])
+        reference = OneDevice(self._make_model, self._source)
         name = type(reference.model).__name__
         failure = reference.prepare()
         facts = inspect_step(reference.model, self._source.spec)

@@ -111,7 +111,7 @@ class Comparison:
     def _spread(self, many: Step, place) -> Iterator[Deviation]:
         """How far the copies of a variable on the replicas are from one another."""
         for (check, label), copies in many.local.items():
-            if check == "gradient" or "gradient_accumulator" in label:
+            if check == "gradient":
                 continue
             worst = max(_largest(_difference(copy, copies[0])) for copy in copies)
             value = worst / (_largest(copies[0]) or 1.0)

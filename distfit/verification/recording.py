@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build, data, loop, metrics, normalization, probe
+from distfit import _keras, build, data, loop, metrics, probe
 from distfit.collectives import current_share
 from distfit.model import Model
 from distfit.verification.batches import Batch, Source
@@ -98,14 +98,15 @@ class Variables:
                 yield check, label, variable
 
     def copies(self) -> dict[tuple[str, str], list[np.ndarray]]:
-        """The value of each, on every replica."""
-        return {
-            (check, label): [
-                _to_numpy(copy)
-                for copy in self._strategy.experimental_local_results(variable)
-            ]
-            for check, label, variable in self
-        }
+        """The value of each, on every replica; one value for a sum of parts."""
+        found = {}
+        for check, label, variable in self:
+            parts = self._strategy.experimental_local_results(variable)
+            copies = [_to_numpy(part) for part in parts]
+            if variable.aggregation == tf.VariableAggregation.SUM:
+                copies = [np.sum(copies, axis=0)]
+            found[check, label] = copies
+        return found
 
     def values(self) -> dict[tuple[str, str], np.ndarray]:
         """The value of each, on the first replica."""
@@ -199,18 +200,17 @@ class OneDevice:
         self.strategy = tf.distribute.get_strategy()
         self.source = source
         model = make_model()
+        _check_compiled(model)
         self.derives_from_distfit = isinstance(model, Model)
         self.model = as_distfit_model(model)
         self._unseeded = keras.random.SeedGenerator(0)
         self._functions: dict[Any, dict[str, Callable]] = {}
-        build.build_layers(self.model, source.spec)
-        normalization.adapt(self.model)
 
     def prepare(self) -> Exception | None:
         """Builds what a step needs, or returns what that failed with."""
         try:
             plan = train_driver(self.model, self.source).plan
-        except Exception as error:
+        except Exception as error:  # It is reported.
             return error
         self.plans = {"fit": plan}
         self.optimizers = build.optimizers_of(self.model)
@@ -431,6 +431,15 @@ def train_driver(model: keras.Model, source: Source):
     spec = source.spec
     dataset = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
     return loop.step_driver(model, "train", data.GlobalBatches(dataset))
+
+
+def _check_compiled(model: Any) -> None:
+    if not isinstance(model, keras.Model) or not model.compiled:
+        raise ValueError(
+            "The function that makes the model must return a compiled `keras.Model`. "
+            f"Received: {type(model).__name__}. Call `compile()` on the model, and "
+            "return it."
+        )
 
 
 def _distinct_names(optimizers: list) -> list[str]:

@@ -281,42 +281,42 @@ def test_a_broken_data_file_is_refused(folder):
     check_refused(result, "no readable .npz archive")
 
 
+def verify_mine(folder, model, *arguments):
+    own = [f"--model=mine:{model}", "--dataset=mine:rows", "--batch_size=8"]
+    return launch(folder, "verify", *own, "--workdir=out", *arguments)
+
+
 def test_verify_passes_a_right_model_and_writes_its_report(folder):
-    done = launch(
-        folder,
-        "verify --model=mine:build --dataset=mine:rows --batch_size=8 --workdir=right",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "OK: Custom on 1, 2, 4 replicas is what it is on one device" in done.stdout
-    assert json.loads((folder / "right" / "report.json").read_text())["ok"]
-    assert "<svg" in (folder / "right" / "report.html").read_text()
-    assert not (folder / "right" / "config.json").exists()
+    result = verify_mine(folder, "build")
+    check_done(result)
+    assert "OK: Custom on 1, 2, 4 replicas is what it is on one device" in result.stdout
+    assert json.loads((folder / "out" / "report.json").read_text())["ok"]
+    assert "<svg" in (folder / "out" / "report.html").read_text()
+    assert not (folder / "out" / "config.json").exists()
 
 
 def test_verify_fails_a_wrong_model_and_names_file_and_line(folder):
-    done = launch(
-        folder,
-        "verify --model=mine:build_local_mean --dataset=mine:dataset --batch_size=6 "
-        "--replicas=2 --workdir=wrong",
-    )
-    assert done.returncode == 1, done.stderr
+    dataset = "--dataset=mine:dataset"
+    result = verify_mine(folder, "build_local_mean", dataset, "--replicas=2")
+    assert (result.returncode, result.stderr) == (1, "")
     lines = (folder / "mine.py").read_text().splitlines()
     (line,) = [n for n, text in enumerate(lines, 1) if text.endswith("# here")]
-    assert f"mine.py:{line}" in done.stdout
-    assert "The gradient is 2 times that of one device on 2 replicas" in done.stdout
-    assert "Traceback" not in done.stderr
-    assert not json.loads((folder / "wrong" / "report.json").read_text())["ok"]
+    assert f"mine.py:{line}" in result.stdout
+    assert "The gradient is 2 times that of one device on 2 replicas" in result.stdout
+    assert not json.loads((folder / "out" / "report.json").read_text())["ok"]
 
 
 def test_verify_shows_what_keras_itself_gets_wrong(folder):
-    done = launch(
-        folder,
-        "verify --model=mine:build_stock --dataset=mine:rows --batch_size=8 "
-        "--replicas=2 --workdir=stock",
-    )
-    assert done.returncode == 1, done.stderr
-    assert "partial batches under Keras" in done.stdout
-    assert "distfit: worst" in done.stdout
+    result = verify_mine(folder, "build_stock", "--replicas=2")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "partial batches under Keras" in result.stdout
+    assert "distfit: worst" in result.stdout
+
+
+def test_verify_refuses_batches_smaller_than_the_replicas(folder):
+    result = verify_mine(folder, "build", "--batch_size=3")
+    check_refused(result, "a batch of 3 rows for 4 replicas")
+    assert not (folder / "out").exists()
 
 
 def test_an_interrupt_ends_without_a_traceback(folder):
