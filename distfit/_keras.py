@@ -23,6 +23,7 @@ they are used |
 
 import contextlib
 import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -242,6 +243,29 @@ def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [m for layer in layers_of(model) for m in layer._metrics]
 
 
+# --- Variables.
+
+
+def underlying(variable: Any) -> tf.Variable:
+    """The TensorFlow variable, also in a scope where Keras shows another value."""
+    return variable._value if isinstance(variable, keras.Variable) else variable
+
+
+@contextlib.contextmanager
+def fresh_names() -> Iterator[None]:
+    """Numbers the names of new layers, metrics and variables from the start.
+
+    A function that makes a model gives its parts the same names each time then.
+    """
+    name = "object_name_uids"
+    before = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, before)
+
+
 # --- Optimizers.
 
 _PLAIN = (
@@ -429,12 +453,20 @@ def composed_draws(for_shape: Callable, for_inputs: Callable) -> Iterator[None]:
     }
 
     def composed(draw: Callable, compose: Callable) -> Callable:
-        @functools.wraps(draw)
-        def drawn(first, *args, seed=None, **kwargs):
-            def draw_part(part, part_seed):
-                return draw(part, *args, seed=part_seed, **kwargs)
+        signature = inspect.signature(draw)
+        of = next(iter(signature.parameters))  # The shape, or the inputs.
 
-            return compose(draw_part, first, seed)
+        @functools.wraps(draw)
+        def drawn(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            seed = given.pop("seed", None)
+
+            def draw_part(part, part_seed):
+                return draw(
+                    **{**given, **_noise_of(part, given), of: part}, seed=part_seed
+                )
+
+            return compose(draw_part, given[of], seed)
 
         return drawn
 
@@ -446,6 +478,14 @@ def composed_draws(for_shape: Callable, for_inputs: Callable) -> Iterator[None]:
     finally:
         for name, draw in stock.items():
             setattr(_backend_random, name, draw)
+
+
+def _noise_of(part: Any, given: dict) -> dict:
+    """The `noise_shape` of dropout for some of the rows."""
+    if given.get("noise_shape") is None:
+        return {}
+    rows, *rest = given["noise_shape"]
+    return {"noise_shape": (tf.shape(part)[0] if tf.is_tensor(rows) else rows, *rest)}
 
 
 class SharedSeed:

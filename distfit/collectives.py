@@ -154,6 +154,10 @@ class Share:
         """The summand that this replica gave to a global value, if `value` is one."""
         return next((part for v, part in self._local_values if v is value), None)
 
+    def remembered_keys(self, key_of: Callable[[Any], Any]) -> set:
+        """What identifies the global values so far."""
+        return {key_of(value) for value, _ in self._local_values}
+
     @property
     def local_parts(self) -> list[tf.Tensor]:
         """This replica's summand of every global value so far."""

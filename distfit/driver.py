@@ -194,7 +194,7 @@ class StepDriver:
         found = {name: log.result() for name, log in self.logs.items()}
         for name, (metric, key) in self.plan.tracked.items():
             result = metric.result()
-            found[name] = result if key is None else result[key]
+            found[name] = result if key is None else metrics.flat_logs(result)[key]
         return found
 
 

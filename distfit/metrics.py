@@ -101,7 +101,13 @@ def _update_with_scalar(metric, update, args, kwargs, share: Share):
     if type(metric) is keras.metrics.Mean and args:
         if local is None:
             return update(value, sample_weight=share.fraction)
-        return update(local * tf.cast(share.num_counted, local.dtype))
+        parts = tf.cast(share.num_counted, local.dtype)
+        if share.whole is False:
+            return update(local * parts)
+        # As much weight in all as in other steps, and all of it on the first replica.
+        whole_weight = share.num_replicas if share.replica == 0 else 0
+        weight = tf.where(share.whole, whole_weight, 1)
+        return update(local * parts, sample_weight=weight)
     if local is not None:
         return update(value) if share.replica == 0 else None
     if share.whole is False:

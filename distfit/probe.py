@@ -189,6 +189,33 @@ class SymbolicRun:
         return {key_of(t) for t in self.share.summed}
 
 
+@contextlib.contextmanager
+def _gradients_of_assigned_weights() -> Iterator[None]:
+    """Lets a tape differentiate weights that the step has assigned.
+
+    Their new values are in the scope, not in the variables: the gradient is taken for
+    nothing but its shape.
+    """
+    stock = tf.GradientTape.gradient
+
+    def gradient(tape, target, sources, *args, **kwargs):
+        if not any(_is_assigned(source) for source in tf.nest.flatten(sources)):
+            return stock(tape, target, sources, *args, **kwargs)
+        sources = tf.nest.map_structure(_keras.underlying, sources)
+        zero = tf.UnconnectedGradients.ZERO
+        return stock(tape, target, sources, unconnected_gradients=zero)
+
+    tf.GradientTape.gradient = gradient
+    try:
+        yield
+    finally:
+        tf.GradientTape.gradient = stock
+
+
+def _is_assigned(source: Any) -> bool:
+    return isinstance(source, keras.Variable) and not hasattr(source.value, "handle")
+
+
 class SymbolicContext(tf.distribute.ReplicaContext):
     """The context of a replica that has no others, for steps that exchange by hand."""
 
@@ -222,7 +249,8 @@ def run_symbolically(
             look(SymbolicRun(batch, logs, results, share, scope))
 
     with strategy.scope(), keras.StatelessScope(collect_losses=True) as scope:
-        with SymbolicContext(strategy, 0), keras.SymbolicScope():
+        context = SymbolicContext(strategy, 0)
+        with context, keras.SymbolicScope(), _gradients_of_assigned_weights():
             function = tf.function(traced, autograph=False)
             return function.get_concrete_function(spec)
 
@@ -260,7 +288,8 @@ def _recorded_results(model: keras.Model) -> Iterator[list[tuple]]:
 
 def _record_result(metric: keras.metrics.Metric, results: list[tuple]) -> Any:
     value = type(metric).result(metric)
-    parts = value.items() if isinstance(value, dict) else [(None, value)]
+    is_dict = isinstance(value, dict)
+    parts = metrics.flat_logs(value).items() if is_dict else [(None, value)]
     results += [(part, metric, key) for key, part in parts]
     return value
 

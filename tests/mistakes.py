@@ -91,6 +91,19 @@ class LocalPairs(Right):
         return loss(labels, similarities) + self.compute_loss(y=y, y_pred=self(x))
 
 
+class PenaltyByHand(Right):
+    def loss_of(self, x, y):
+        kernel = self.trainable_variables[0]
+        penalty = tf.reduce_sum(tf.square(kernel))  # here
+        return super().loss_of(x, y) + 0.1 * penalty
+
+
+class DescentByHand(Right):
+    def update(self, gradients):
+        for variable, gradient in zip(self.trainable_variables, gradients, strict=True):
+            variable.assign_sub(0.1 * gradient)
+
+
 class CentredRows(layers.Layer):
     def call(self, inputs):
         return inputs - tf.reduce_mean(inputs, axis=0)  # here

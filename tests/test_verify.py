@@ -221,6 +221,174 @@ def test_datasets_ragged_rows_and_weights(make_strategy):
     assert verify(make, (x, y, weights)).ok
 
 
+def images():
+    generator = np.random.default_rng(1)
+    x = generator.random((24, 6, 6, 1), "float32")
+    return x, generator.random((24, 1), "float32")
+
+
+def augmented():
+    inputs = keras.Input((6, 6, 1))
+    x = layers.RandomFlip(seed=1)(inputs)
+    x = layers.RandomRotation(0.2, seed=2)(x)
+    x = layers.Conv2D(3, 3)(x)
+    x = layers.SpatialDropout2D(0.4, seed=3)(x)
+    outputs = layers.Dense(1)(layers.Flatten()(x))
+    model = distfit.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+    return model
+
+
+class Unseeded(mistakes.Right):
+    """Draws from Keras's global generator, and makes a layer that holds nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.best = float("nan")
+
+    def loss_of(self, x, y):
+        x = layers.LeakyReLU()(x)
+        noise = keras.random.normal(tf.shape(x)) + distfit.random.normal(tf.shape(x))
+        return super().loss_of(x + 0.1 * noise, y)
+
+    def note(self):
+        return self.best
+
+
+class TrackedMean(mistakes.Right):
+    """Its loss is known from other numbers on each replica, if there are few rows."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tracker = keras.metrics.Mean(name="tracked")
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+    def loss_of(self, x, y):
+        loss = distfit.global_mean(tf.square(y - self(x, training=True)))
+        self.tracker.update_state(loss)
+        return loss
+
+    def train_step(self, data):
+        return {**super().train_step(data), "tracked": self.tracker.result()}
+
+
+class ClippedWeights(mistakes.Right):
+    """Assigns weights before it differentiates them."""
+
+    def loss_of(self, x, y):
+        for weight in self.trainable_variables:
+            weight.assign(tf.clip_by_value(weight, -0.3, 0.3))
+        return super().loss_of(x, y)
+
+
+class Spread(keras.metrics.Metric):
+    """Has a dict as its result."""
+
+    def __init__(self, name="spread", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.total = self.add_variable((), "zeros")
+        self.rows = self.add_variable((), "zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign(self.total + tf.reduce_sum(y_pred))
+        self.rows.assign(self.rows + tf.cast(tf.shape(y_pred)[0], "float32"))
+
+    def result(self):
+        return {"mean": self.total / self.rows, "rows": self.rows}
+
+
+def twice_named():
+    inputs = keras.Input((8,))
+
+    class Twins(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = layers.Dense(4, name="same")
+            self.second = layers.Dense(1, name="same")
+
+        def call(self, x):
+            return self.second(self.first(x))
+
+    model = Twins()
+    model(inputs)
+    model.compile(keras.optimizers.Adafactor(0.01), "mse")
+    return model
+
+
+def measured():
+    model = mistakes.build(distfit.Model)()
+    metrics = [keras.metrics.MeanAbsoluteError(), Spread()]
+    model.compile("adam", "mse", metrics=metrics)
+    return model
+
+
+def in_bfloat16():
+    with_policy = {"dtype": "mixed_bfloat16"}
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(6, activation="tanh", **with_policy)(inputs)
+    model = distfit.Model(inputs, layers.Dense(1, **with_policy)(hidden))
+    model.compile("sgd", "mse")
+    return model
+
+
+def by_xla():
+    model = mistakes.build(distfit.Model, hidden=[lambda: layers.Dropout(0.5)])()
+    model.compile("sgd", "mse", jit_compile=True)
+    return model
+
+
+class Words(distfit.Model):
+    def predict_step(self, data):
+        positive = self(data[0]) > 0
+        ragged = tf.RaggedTensor.from_tensor(tf.cast(data[0] > 0, "int32"), padding=0)
+        return {"text": tf.as_string(positive), "ragged": ragged}
+
+    def train_step(self, data):
+        return {**super().train_step(data), "log[/red]": tf.constant(1.0)}
+
+
+RIGHT = {
+    "augmentation": augmented,
+    "unseeded draws": mistakes.build(Unseeded),
+    "tracked loss": mistakes.build(
+        TrackedMean, hidden=[lambda: layers.Dropout(0.5, seed=1)]
+    ),
+    "clipped weights": mistakes.build(ClippedWeights),
+    "spectral normalisation": mistakes.build(
+        mistakes.Right, hidden=[lambda: layers.SpectralNormalization(layers.Dense(4))]
+    ),
+    "names that occur twice": twice_named,
+    "metrics": measured,
+    "bfloat16": in_bfloat16,
+    "XLA": by_xla,
+    "predictions of text": mistakes.build(Words),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_model_has_no_finding(name):
+    data = images() if name == "augmentation" else None
+    report = verify(RIGHT[name], data, replicas=(2,))
+    assert report.ok, str(report)
+    checks = {d.check for d in report.columns[0].deviations}
+    assert {"gradient", "update", "log"} <= checks
+    assert "OK" in str(report)
+
+
+def test_penalty_that_every_replica_counts_is_named_with_its_line():
+    (finding,) = verify(mistakes.build(mistakes.PenaltyByHand), replicas=(2,)).findings
+    assert finding.kind == "penalty that every replica counts"
+    assert finding.place == mistakes.place(mistakes.PenaltyByHand)
+
+
+def test_weights_changed_by_hand_are_named():
+    (finding,) = verify(mistakes.build(mistakes.DescentByHand), replicas=(2,)).findings
+    assert finding.kind == "weights of one replica"
+
+
 # Models of Keras itself.
 
 
@@ -255,7 +423,7 @@ def test_raw_losses_are_named_under_keras():
 # The report.
 
 
-class Words(html.parser.HTMLParser):
+class Page(html.parser.HTMLParser):
     """The text of a page and the kinds of its elements."""
 
     def __init__(self, page):
@@ -288,7 +456,7 @@ def test_report_is_a_table_json_and_a_page_of_its_own(tmp_path):
     ]
     assert gradients
     assert all(d["ratio"] == pytest.approx(2) for d in gradients)
-    page = Words((tmp_path / "new" / "report.html").read_text())
+    page = Page((tmp_path / "new" / "report.html").read_text())
     assert {"svg", "table", "h1"} <= page.tags
     assert page.references == []
     assert "mean of local rows" in page.text
@@ -327,6 +495,18 @@ def test_error_of_the_function_that_makes_the_model_is_its_own():
 
     with pytest.raises(KeyError, match="no such setting"):
         verify(make)
+
+
+def test_the_same_model_twice():
+    model = mistakes.build(mistakes.Right)()
+    with pytest.raises(ValueError, match="a new one each time. Received: the same"):
+        verify(lambda: model)
+
+
+def test_call_in_the_scope_of_a_strategy(make_strategy):
+    with make_strategy(2).scope():
+        with pytest.raises(ValueError, match="of its own. Received: a call in the"):
+            verify(mistakes.build(mistakes.Right))
 
 
 def test_too_few_devices():

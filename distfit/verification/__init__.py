@@ -11,16 +11,19 @@ report.py           the result as a table, JSON and HTML
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from distfit import _keras
 from distfit import strategy as strategies
 from distfit.verification.batches import Batch, Source
 from distfit.verification.comparison import Comparison, Deviation
 from distfit.verification.diagnosis import (
+    REFERENCE,
     Evidence,
     Finding,
     diagnose,
@@ -103,6 +106,7 @@ class _Verification:
         self._batches = batches
         self._devices = devices
         self._tolerance = tolerance
+        self._made: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
     def report(self) -> Report:
         reference = OneDevice(self._make_model, self._source)
@@ -127,7 +131,18 @@ class _Verification:
 
     def _make_model(self) -> keras.Model:
         keras.utils.set_random_seed(0)
-        return self._model_fn()
+        with _keras.fresh_names():
+            model = self._model_fn()
+        if not isinstance(model, keras.Model):
+            return model  # Whoever uses it says so.
+        if model in self._made:
+            raise ValueError(
+                "The function that makes the model must make a new one each time. "
+                f"Received: the same {type(model).__name__} again. Build and compile "
+                "the model inside the function."
+            )
+        self._made.add(model)
+        return model
 
     def _first_failure(self, reference: OneDevice) -> Exception | None:
         """What training fails with on one device."""
@@ -142,12 +157,8 @@ class _Verification:
                 devices=self._devices[:number],
             )
             stock = name == "Keras"
-            try:
-                many = Replicas(self._make_model, reference, strategy, stock)
-                recording = many.record(batches)
-            except Exception as error:
-                column.errors.append((number, "fit", error))
-                continue
+            many = Replicas(self._make_model, reference, strategy, stock)
+            recording = many.record(batches)
             candidates: list[list[Deviation]] = []
             for streams in _streams(number, facts):
                 one = reference.record(batches, streams)
@@ -157,6 +168,8 @@ class _Verification:
                 if all(deviation.ok for deviation in candidates[-1]):
                     break
             column.deviations += min(candidates, key=_failures)
+            if "fit" in one.errors:  # It trained before: it cannot draw like replicas.
+                column.errors.append((number, REFERENCE, one.errors["fit"]))
             column.errors += [
                 (number, mode, error)
                 for mode, error in recording.errors.items()
@@ -177,6 +190,11 @@ def _failures(deviations: Iterable[Deviation]) -> int:
 
 
 def _check(replicas: Sequence[int], steps: int, tolerance: float) -> None:
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "`verify` makes strategies of its own. Received: a call in the scope of "
+            f"{type(tf.distribute.get_strategy()).__name__}. Call it outside."
+        )
     if not replicas or min(replicas) < 1:
         raise ValueError(
             "The numbers of replicas must be at least 1. Received: "

@@ -60,8 +60,11 @@ class Source:
             ValueError: if a batch has fewer rows than there are replicas.
         """
         kinds = KINDS if num_replicas > 1 else KINDS[:2]
+        # Not what is left over at the end, if other batches have rows enough.
+        large = [b for b in self._batches if int(data.num_rows(b)) >= num_replicas]
+        given = large or self._batches
         return [
-            self._cut(self._batches[step % len(self._batches)], kind, num_replicas)
+            self._cut(given[step % len(given)], kind, num_replicas)
             for step, kind in zip(range(self._steps), _repeat(kinds), strict=False)
         ]
 

@@ -210,6 +210,8 @@ def _rounding_of(value: np.ndarray) -> float:
 
 def _common_ratio(one, many) -> float | None:
     """The factor c for which `many` is `c * one`, within a thousandth; else None."""
+    if np.asarray(one).dtype.kind not in "fiu":
+        return None
     a, b = (np.asarray(x, "float64").ravel() for x in (one, many))
     square = float(a @ a)
     if not np.isfinite(square) or square == 0 or not np.isfinite(b).all():

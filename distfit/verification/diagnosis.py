@@ -13,8 +13,11 @@ import keras
 
 from distfit import _keras
 from distfit.verification import sources
-from distfit.verification.comparison import Deviation
+from distfit.verification.comparison import CHECKS, Deviation
 from distfit.verification.inspection import Facts
+
+# In place of a mode: the run on one device that replicas are compared with.
+REFERENCE = "one device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         findings += _of_logs(evidence, explained=bool(causes) or drawn)
         if not findings:
             findings.append(_unexplained(evidence))
-    return findings
+    return list(dict.fromkeys(findings))
 
 
 _NOISE = ("identical noise", "unseeded noise")
@@ -127,7 +130,15 @@ def _certain(facts: Facts) -> Iterator[Finding]:
 
 def _of_errors(evidence: Evidence) -> Iterator[Finding]:
     for mode, (replicas, error) in _first_by_mode(evidence.errors).items():
-        if "outside the scope" in str(error):
+        if mode == REFERENCE:
+            yield Finding(
+                "cannot be compared",
+                f"One device cannot draw what {replicas} replicas draw: "
+                f"{type(error).__name__}: {_first_sentences(error)}",
+                "Draw with `distfit.random`, which gives one device's numbers.",
+                sources.place_of_error(error),
+            )
+        elif "outside the scope" in str(error):
             yield Finding(
                 "made outside the scope",
                 _first_sentences(error),
@@ -198,6 +209,15 @@ def _of_gradients(evidence: Evidence) -> Iterator[Finding]:
                 "or a `keras.losses.Loss`.",
                 place,
             )
+    for place in facts.penalties:
+        yield Finding(
+            "penalty that every replica counts",
+            f"{what} The loss has a part that depends on the weights alone, and the "
+            "gradients of all replicas are summed.",
+            "Let it count once: `distfit.global_mean(penalty)`, or use a regularizer "
+            "or `add_loss` of Keras, and `self.losses`.",
+            place,
+        )
     for draw in facts.draws:
         if draw.stream == "replica" and not draw.by_row:
             yield Finding(
@@ -226,6 +246,16 @@ def _of_state(evidence: Evidence) -> Iterator[Finding]:
     """State of layers that replicas keep apart, or that is no mean of rows."""
     facts = evidence.facts
     failed = evidence.failed("state", "replicas agree")
+    trainable = {v.path for v in evidence.model.trainable_variables}
+    parted = [d for d in failed if d.check == "replicas agree" and d.label in trainable]
+    if parted:
+        yield Finding(
+            "weights of one replica",
+            f"{_describe(parted)} Each replica changes its own by hand.",
+            "Change weights through an optimizer, or from values that "
+            "`distfit.global_sum` and `distfit.global_mean` make the same everywhere.",
+        )
+        return
     normalizations = {
         v.path for layer in _normalizations(evidence.model) for v in layer.variables
     }
@@ -271,10 +301,12 @@ def _of_logs(evidence: Evidence, explained: bool) -> Iterator[Finding]:
 
 
 def _unexplained(evidence: Evidence) -> Finding:
-    first = min(evidence.failed(), key=lambda d: (d.step, -d.value))
+    failed = evidence.failed()
+    first = min(failed, key=lambda d: (d.step, CHECKS.index(d.check)))
+    alike = [d for d in failed if (d.step, d.check) == (first.step, first.check)]
     return Finding(
         "differs from one device",
-        f"{_describe([first])} No known mistake explains it.",
+        f"{_describe(alike)} No known mistake explains it.",
         "Look at what the step computes from the rows of its replica: the first "
         f"deviation is in step {first.step + 1}.",
     )
@@ -388,10 +420,14 @@ def diagnose_stock(evidence: Evidence, mended: Evidence) -> list[Finding]:
     checks = list(dict.fromkeys(d.check for d in evidence.failed()))
     if "gradient" in checks:  # The rest of the training follows from it.
         checks = [check for check in checks if check not in ("update", "slot")]
-    for check in checks:
+    # What has no cause of its own comes last: another may explain it.
+    for check in sorted(checks, key=lambda check: check in ("log", "evaluate")):
         failed = evidence.failed(check)
         kind, cause, place = _cause_under_keras(check, failed, evidence)
-        if any(finding.kind == kind for finding in findings):
+        known = [finding.kind for finding in findings]
+        if kind in known or (
+            kind == "differs under Keras" and known and check == "log"
+        ):
             continue
         message = f"By Keras's own fit: {_describe(failed)}{cause}"
         advice = _advice(not mended.failed(check))

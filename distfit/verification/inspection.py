@@ -53,6 +53,8 @@ class Facts:
         local_statistics: Such places where rows are reduced and the result is used for
             rows again.
         pairs: Operations that pair rows of this replica with one another.
+        penalties: Where something computed from weights alone is added up for what an
+            optimizer minimises.
         loss_reads: Where the step reads `losses` itself.
         exchanges: Where the step exchanges something by hand.
         replica_ids: Where the step asks which replica it is.
@@ -70,6 +72,7 @@ class Facts:
     local_logs: dict[str, str | None] = dataclasses.field(default_factory=dict)
     local_statistics: list[str | None] = dataclasses.field(default_factory=list)
     pairs: list[str | None] = dataclasses.field(default_factory=list)
+    penalties: list[str | None] = dataclasses.field(default_factory=list)
     loss_reads: list[str | None] = dataclasses.field(default_factory=list)
     exchanges: list[str | None] = dataclasses.field(default_factory=list)
     replica_ids: list[str | None] = dataclasses.field(default_factory=list)
@@ -113,6 +116,7 @@ def _look(model: keras.Model, spec: Any, within: Callable | None) -> tuple[Facts
     """Traces the step; returns what was found, and whether it could be traced."""
     facts = Facts()
     targets: list = []
+    created: list = []
 
     def step(batch):
         with within() if within else contextlib.nullcontext():
@@ -125,6 +129,7 @@ def _look(model: keras.Model, spec: Any, within: Callable | None) -> tuple[Facts
         facts.local_means = graph.local_reductions(targets)
         facts.local_statistics = graph.local_statistics(targets)
         facts.pairs = graph.pairs(targets)
+        facts.penalties = graph.penalties(targets)
         facts.local_logs = graph.local_logs()
         facts.local_state = graph.local_state(model)
         facts.scalar_updates = [
@@ -134,8 +139,10 @@ def _look(model: keras.Model, spec: Any, within: Callable | None) -> tuple[Facts
         ]
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_keras.new_global_seed_generator([]))
-        stack.enter_context(_recording_calls(facts, targets))
+        generator = keras.random.SeedGenerator(0)
+        stack.enter_context(_keras.global_seed_generator(generator))
+        stack.callback(lambda: facts.created.extend(_with_state(created)))
+        stack.enter_context(_recording_calls(facts, targets, created))
         updates = stack.enter_context(_recording_updates(model))
         strategy = model.distribute_strategy
         try:
@@ -219,6 +226,24 @@ class _Graph:
             and all(_row_dimensions(t) < 2 for t in operation.inputs)
         )
 
+    def penalties(self, targets) -> list[str | None]:
+        """Where numbers that have nothing to do with rows become one number."""
+        stops = self.stops | self.run.share.remembered_keys(probe.key_of)
+        reached = probe.ancestors(targets, stops)
+        return _unique(
+            _place(operation)
+            for operation in self.operations
+            for output in operation.outputs
+            if operation.type in ("Sum", "Mean", "L2Loss", "EuclideanNorm")
+            and output.shape.rank == 0
+            and probe.key_of(output) in reached
+            and self._depends_on_weights_alone(output)
+        )
+
+    def _depends_on_weights_alone(self, tensor: tf.Tensor) -> bool:
+        keys = probe.ancestors([tensor])
+        return not keys & self.sources and any("ReadVariable" in key for key in keys)
+
     def _before_the_loss(self, targets) -> set[str]:
         """What the summands of this replica are computed from, without an exchange."""
         return probe.ancestors([*targets, *self.run.share.local_parts], self.stops)
@@ -229,7 +254,8 @@ class _Graph:
         for name, value in self.run.logs.items():
             if self.is_local(value) and not results & probe.ancestors([value]):
                 places = self.local_reductions([value])
-                found[name] = places[-1] if places else _place(value.op)
+                known = [place for place in places if place is not None]
+                found[name] = known[-1] if known else _place(value.op)
         return found
 
     def local_state(self, model: keras.Model) -> dict[str, str | None]:
@@ -303,7 +329,7 @@ def _unique(items) -> list:
 
 
 @contextlib.contextmanager
-def _recording_calls(facts: Facts, targets: list) -> Iterator[None]:
+def _recording_calls(facts: Facts, targets: list, created: list) -> Iterator[None]:
     context = probe.SymbolicContext
     gradient = tf.GradientTape.gradient
     all_reduce = context.all_reduce
@@ -340,9 +366,9 @@ def _recording_calls(facts: Facts, targets: list) -> Iterator[None]:
             keras.metrics.Metric,
             keras.Variable,
         ):
-            init = _recording_init(kind.__init__, facts.created)
+            init = _recording_init(kind.__init__, created)
             stack.enter_context(_replaced(kind, "__init__", init))
-        creator = _recording_creator(facts.created)
+        creator = _recording_creator(created)
         stack.enter_context(tf.variable_creator_scope(creator))
         yield
 
@@ -350,7 +376,7 @@ def _recording_calls(facts: Facts, targets: list) -> Iterator[None]:
 def _recording_init(init: Callable, created: list) -> Callable:
     @functools.wraps(init)
     def recording(self, *args, **kwargs):
-        _keep_created(created, type(self).__name__)
+        _keep_created(created, self, type(self).__name__)
         init(self, *args, **kwargs)
 
     return recording
@@ -358,19 +384,29 @@ def _recording_init(init: Callable, created: list) -> Callable:
 
 def _recording_creator(created: list) -> Callable:
     def creator(next_creator, **kwargs):
-        _keep_created(created, "tf.Variable")
+        _keep_created(created, None, "tf.Variable")
         return next_creator(**kwargs)
 
     return creator
 
 
-def _keep_created(created: list, what: str) -> None:
+def _keep_created(created: list, made: Any, what: str) -> None:
     """Notes an object that the step made, unless it belongs to a part being built."""
     if sources.called_by("build"):
         return
     place = sources.calling_place(skip="__init__")
-    if place is not None and all(place != known for _, known in created):
-        created.append((what, place))
+    if place is not None:
+        created.append((made, what, place))
+
+
+def _with_state(created: list) -> list[tuple[str, str | None]]:
+    """The objects made in a step, but for layers that hold nothing."""
+    found: dict[str | None, str] = {}
+    for made, what, place in created:
+        if isinstance(made, keras.layers.Layer) and not made.variables:
+            continue
+        found.setdefault(place, what)
+    return [(what, place) for place, what in found.items()]
 
 
 def _keep(places: list, place: str | None) -> None:
@@ -435,7 +471,7 @@ def _changed(model: keras.Model, before: dict) -> list[tuple[str, str | None]]:
     for (layer, name), value in after.items():
         # What a class declares becomes an attribute of the object when it changes.
         known = before.get((layer, name), getattr(type(layer), name, value))
-        if known != value:
+        if repr(known) != repr(value):  # A NaN is no other NaN.
             place = sources.place_of_attribute(type(layer), name)
             if place is not None:  # Else Keras itself keeps something there.
                 found.append((f"{type(layer).__name__}.{name}", place))

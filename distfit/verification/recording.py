@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 from keras import tree
@@ -87,7 +89,8 @@ class Variables:
         self.labels = labels if labels is not None else {}
         for check, variables in self._by_check.items():
             known = self.labels.setdefault(check, [])
-            known += [name for name, _ in variables[len(known) :]]
+            for name, _ in variables[len(known) :]:
+                known.append(_distinct(name, known))
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
         """`(check, label, tf.Variable)` of each."""
@@ -332,6 +335,7 @@ class Replicas:
             model = make_model()
             self.model = model if stock else as_distfit_model(model)
         self.model.steps_per_execution = 1
+        self.model.jit_compile = False  # XLA draws other random numbers.
 
     def record(self, batches: list[Batch]) -> Recording:
         """Runs the batches from the initial weights of the reference."""
@@ -443,10 +447,16 @@ def _check_compiled(model: Any) -> None:
 
 
 def _distinct_names(optimizers: list) -> list[str]:
-    names = [optimizer.name for optimizer in optimizers]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    names: list[str] = []
+    for optimizer in optimizers:
+        names.append(_distinct(optimizer.name, names))
+    return names
+
+
+def _distinct(name: str, known: list[str]) -> str:
+    """The name, with a number if it is known already."""
+    candidates = (f"{name} ({n})" if n > 1 else name for n in itertools.count(1))
+    return next(candidate for candidate in candidates if candidate not in known)
 
 
 def _raw_variables(model: keras.Model) -> list[tuple[str, tf.Variable]]:
@@ -464,7 +474,7 @@ def _precision(model: keras.Model) -> float:
     used = {layer.compute_dtype for layer in _keras.layers_of(model)}
     used |= {variable.dtype for variable in model.trainable_variables}
     floats = [dtype for dtype in map(tf.as_dtype, used) if dtype.is_floating]
-    return max(tf.experimental.numpy.finfo(d.as_numpy_dtype).eps for d in floats)
+    return max(float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats)
 
 
 def _to_numpy(variable: tf.Variable) -> np.ndarray:
@@ -477,4 +487,16 @@ def _to_numpy(variable: tf.Variable) -> np.ndarray:
 
 
 def _flat_arrays(outputs: Any) -> list[np.ndarray]:
-    return [np.asarray(part) for part in tree.flatten(outputs)]
+    arrays: list[np.ndarray] = []
+    for part in tree.flatten(outputs):
+        if isinstance(part, tf.RaggedTensor):
+            arrays += [
+                part.flat_values.numpy(),
+                *(s.numpy() for s in part.nested_row_splits),
+            ]
+        elif isinstance(part, tf.SparseTensor):
+            arrays += [part.indices.numpy(), part.values.numpy()]
+        else:
+            arrays.append(np.asarray(part))
+    small = "bfloat16"  # Which NumPy does not know as a number.
+    return [a.astype("float32") if a.dtype.name == small else a for a in arrays]

@@ -15,6 +15,7 @@ from typing import Any
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from distfit.verification import plot
 from distfit.verification.comparison import CHECKS, Deviation
@@ -137,9 +138,8 @@ class Report:
             shown = [row for row in rows if row in bad[:_MOST_ROWS] or row in good]
         for row in shown:
             cells = [_cells(row.worst.get(column.name)) for column in self.columns]
-            table.add_row(
-                row.part, row.check, *(text for pair in cells for text in pair)
-            )
+            texts = [row.part, row.check, *(text for pair in cells for text in pair)]
+            table.add_row(*map(rich.text.Text, texts))  # No markup, whatever is in it.
         text = io.StringIO()
         rich.console.Console(file=text, width=110).print(table)
         left = len(rows) - len(shown)

@@ -84,19 +84,32 @@ def place_of_attribute(cls: type, name: str) -> str | None:
             continue
         tree = ast.parse(textwrap.dedent("".join(lines)))
         found = [
-            node.lineno
+            getattr(node, "lineno", first)
             for method in ast.walk(tree)
             if isinstance(method, ast.FunctionDef)
             and method.name not in ("__init__", "build")
             for node in ast.walk(method)
-            if isinstance(node, ast.Attribute)
-            and node.attr == name
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "self"
+            if _changes(node, name)
         ]
         if found:
             return f"{file}:{first + min(found) - 1}"
     return None
+
+
+def _changes(node: ast.AST, name: str) -> bool:
+    """Whether a node assigns `self.name`, or calls a method of it."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return _is_own(node.func.value, name)
+    return _is_own(node, name) and isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+def _is_own(node: ast.AST, name: str) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == name
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
 
 
 def _inside_step(frames: Iterable[traceback.FrameSummary]) -> list:
