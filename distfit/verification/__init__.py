@@ -55,6 +55,8 @@ def verify(
     which calls the step by hand. Where the model draws random numbers, that device
     draws those of the replicas.
 
+    Nothing is compiled by XLA, which draws other random numbers.
+
     A `keras.Model` that is no `distfit.Model` runs twice: by Keras's own `fit`, and as
     if its class derived from `distfit.Model`.
 

@@ -69,11 +69,11 @@ def diagnose(evidence: Evidence) -> list[Finding]:
     findings = list(_certain(evidence.facts))
     findings += _of_errors(evidence)
     if evidence.failed():
-        causes = [*_of_gradients(evidence), *_of_state(evidence)]
         drawn = any(finding.kind in _NOISE for finding in findings)
+        causes = [*_of_gradients(evidence), *_of_state(evidence)]
+        causes += _of_logs(evidence, explained=bool(causes) or drawn)
         findings += causes
-        findings += _of_logs(evidence, explained=bool(causes) or drawn)
-        if not findings:
+        if not (causes or drawn or evidence.errors):
             findings.append(_unexplained(evidence))
     return list(dict.fromkeys(findings))
 
