@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -254,12 +255,18 @@ def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
         ("--dataset=mine:alone", "no pair (train, validation)"),
         ("--dataset=mine:none_such", "Define none_such(config)"),
         ("--model=mine:build_stock", "no compiled distfit.Model"),
-        ("--jit_compile", "jit_compile"),
     ],
 )
 def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, expected):
     check_refused(launch_mine(folder, flag), expected)
     assert not (folder / "out").exists()
+
+
+def test_xla_compiles_on_two_devices_and_gives_the_same_numbers(folder):
+    check_done(launch_mine(folder, "--workdir=plain"))
+    check_done(launch_mine(folder, "--jit_compile"))
+    plain, compiled = epochs(folder, "plain"), epochs(folder)
+    assert compiled[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=1e-5)
 
 
 def test_an_override_that_the_reference_model_does_not_know_is_refused(folder):
@@ -328,10 +335,12 @@ def test_an_interrupt_ends_without_a_traceback(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Of a test run in the background, children would ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         process.stdout.readline()  # "Epoch 1/100000"
-        process.send_signal(subprocess.signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
