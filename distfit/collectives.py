@@ -11,6 +11,7 @@ every function is what its name says of the tensor it is given.
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,22 +31,27 @@ class Share:
         num_replicas: Number of replicas, an int.
         start, local_rows, global_rows: Where this replica's rows lie in the global
             batch; int32 scalars.
-        whole: Whether the global batch has fewer rows than there are replicas. No
-            replica can sit out a collective, so each then processes the whole batch,
-            and what the first one makes of it counts. A bool tensor, or False where it
-            cannot happen.
+        idle: Whether the rows at hand are not this replica's own, since there are none
+            for it. No replica can sit out a collective, so it processes the rows of
+            others, and what it makes of them counts for nothing. A bool tensor, or
+            False where it cannot happen.
+        num_counted: The number of replicas that are not idle; an int or an int32.
+        is_first: Whether this is the first replica that is not idle; a bool or a bool
+            tensor.
         graph: The graph of the step. What these tensors are used for must be part of
             it: TensorFlow takes the trace of a nested function for other steps, too.
         plan: What a symbolic run of the step found out, or None.
         compiles: Whether XLA is to compile what needs no exchange.
     """
 
-    def __init__(self, replica, num_replicas, bounds, *, model=None, plan=None):
+    def __init__(self, replica, num_replicas, rows, *, model=None, plan=None):
         self.replica = replica
         self.num_replicas = num_replicas
-        self.start, stop, self.global_rows, self.whole = bounds
+        self.start, self.global_rows = rows.start, rows.total
+        self.local_rows = rows.stop - rows.start
+        self.idle, self.num_counted = rows.idle, rows.num_counted
+        self.is_first = rows.is_first
         self.graph = tf.compat.v1.get_default_graph()
-        self.local_rows = stop - self.start
         self.model = model
         self.plan = plan
         self.loss_calls = 0
@@ -59,13 +65,6 @@ class Share:
         return self.num_replicas == 1
 
     @property
-    def num_counted(self) -> Any:
-        """The number of replicas whose rows count: all, or 1 if `whole`."""
-        if self.whole is False:
-            return self.num_replicas
-        return tf.where(self.whole, 1, self.num_replicas)
-
-    @property
     def rows_counted(self) -> Any:
         """The rows that this replica answers for."""
         return self.counted(self.local_rows)
@@ -77,19 +76,19 @@ class Share:
         return rows / tf.cast(self.global_rows, tf.float32)
 
     def counted(self, tensor: Any) -> Any:
-        """What this replica adds to a sum: nothing if the first one has its rows.
+        """What this replica adds to a sum: nothing if it is idle.
 
-        Copies of a sparse gradient's rows are left out, not zero: optimizers treat a
-        row that occurs twice as two updates.
+        Rows of a sparse gradient are left out, not zero: optimizers treat a row that
+        occurs twice as two updates.
         """
-        if self.whole is False or self.replica == 0:
+        if self.idle is False:
             return tensor
         if isinstance(tensor, tf.IndexedSlices):
-            rows = tf.where(self.whole, 0, tf.shape(tensor.indices)[0])
+            rows = tf.where(self.idle, 0, tf.shape(tensor.indices)[0])
             values, indices = tensor.values[:rows], tensor.indices[:rows]
             return tf.IndexedSlices(values, indices, tensor.dense_shape)
         tensor = tf.convert_to_tensor(tensor)
-        return tf.where(self.whole, tf.zeros_like(tensor), tensor)
+        return tf.where(self.idle, tf.zeros_like(tensor), tensor)
 
     def stream_offset(self, distance: int) -> Any:
         """What sets this replica's random stream apart; None if nothing does."""
@@ -187,23 +186,68 @@ def distributed_share() -> Share | None:
     return None if share is None or share.alone else share
 
 
-def row_bounds(rows, replica: int, num_replicas: int, may_be_whole: bool = True):
-    """The rows of a global batch that belong to a replica.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows `[start, stop)` that a replica processes of a global batch of `total`.
 
-    Replica r of N has rows `[rows * r // N, rows * (r + 1) // N)`; a batch of fewer
-    rows than replicas belongs to every replica as a whole.
+    The other attributes are those of `Share`.
+    """
+
+    start: Any
+    stop: Any
+    total: Any
+    idle: Any = False
+    num_counted: Any = 1
+    is_first: Any = True
+
+
+def rows_of_replica(total, replica: int, num_replicas: int, may_be_few: bool = True):
+    """The rows of a global batch of `total` rows that a replica processes.
+
+    Replica r of N has rows `[total * r // N, total * (r + 1) // N)`. Of a batch with
+    fewer rows than replicas, which `may_be_few` says may come, everyone processes all
+    rows, and the first replica alone is not idle.
 
     Returns:
-        `(start, stop, rows, whole)`.
+        The `Rows`.
     """
-    start = rows * replica // num_replicas
-    stop = rows * (replica + 1) // num_replicas
-    if not may_be_whole or num_replicas == 1:
-        return start, stop, rows, False
-    whole = rows < num_replicas
-    if isinstance(rows, int):
-        return (0, rows, rows, True) if whole else (start, stop, rows, False)
-    return tf.where(whole, 0, start), tf.where(whole, rows, stop), rows, whole
+    start = total * replica // num_replicas
+    stop = total * (replica + 1) // num_replicas
+    first = replica == 0
+    if not may_be_few or num_replicas == 1:
+        return Rows(start, stop, total, False, num_replicas, first)
+    few = tf.convert_to_tensor(total) < num_replicas
+    return Rows(
+        start=tf.where(few, 0, start),
+        stop=tf.where(few, total, stop),
+        total=total,
+        idle=False if first else few,
+        num_counted=tf.where(few, 1, num_replicas),
+        is_first=first,
+    )
+
+
+def rows_of_shard(counts, replica: int) -> Rows:
+    """The rows of a replica where each one brings its own, `counts[r]` for replica r.
+
+    One without rows is idle and stands in with a single row, the first of the batch as
+    far as its place is concerned.
+
+    Args:
+        counts: int32 of shape (num_replicas,).
+        replica: The index of the replica.
+    """
+    own, brings = counts[replica], counts > 0
+    idle = own == 0
+    start = tf.where(idle, 0, tf.reduce_sum(counts[:replica]))
+    return Rows(
+        start=start,
+        stop=start + tf.maximum(own, 1),
+        total=tf.reduce_sum(counts),
+        idle=idle,
+        num_counted=tf.reduce_sum(tf.cast(brings, tf.int32)),
+        is_first=tf.argmax(brings, output_type=tf.int32) == replica,
+    )
 
 
 def global_sum(x):

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, build, data, metrics, normalization, probe
-from distfit.collectives import Share, distributed_share, row_bounds
+from distfit.collectives import Rows, Share, distributed_share, rows_of_replica
 from distfit.finite import FiniteWatch
 
 
@@ -28,17 +28,17 @@ class StepDriver:
         model: A compiled `distfit.Model`.
         step: The bound `train_step` or `test_step`.
         spec: Structure of the specs of a global batch.
-        may_be_whole: Whether a batch may have fewer rows than there are replicas.
+        may_be_few: Whether a batch may have fewer rows than there are replicas.
     """
 
     def __init__(
-        self, model: keras.Model, step: Callable, spec: Any, may_be_whole: bool
+        self, model: keras.Model, step: Callable, spec: Any, may_be_few: bool
     ):
         self.model = model
         self.step = step
         self.strategy = model.distribute_strategy
         self.num_replicas = self.strategy.num_replicas_in_sync
-        self.may_be_whole = may_be_whole
+        self.may_be_few = may_be_few
         self._step_of_replica: Callable = self._replica_step
         build.check_in_scope(model)
         build.build_layers(model, spec)
@@ -155,7 +155,7 @@ class StepDriver:
         """One step of one replica."""
         batch = data.without_optionals(batch)
         share, rows = replica_rows(
-            batch, self.num_replicas, self.may_be_whole, self.model, self.plan
+            batch, self.num_replicas, self.may_be_few, self.model, self.plan
         )
         with share, self._unseeded_draws():
             logs = metrics.flat_logs(self.step(rows))
@@ -177,11 +177,11 @@ class StepDriver:
     def _agree_on_state(self, share: Share) -> None:
         """Makes state that was computed from local rows the mean over all rows.
 
-        Integers have no mean: they become the first replica's.
+        Integers have no mean: they become those of the first replica with rows.
         """
         if share.alone or not self.plan.state:
             return
-        first = float(share.replica == 0)
+        first = share.is_first
         parts = []
         for variable in self.plan.state:
             part = share.fraction if tf.as_dtype(variable.dtype).is_floating else first
@@ -198,20 +198,20 @@ class StepDriver:
         return found
 
 
-def replica_rows(batch, num_replicas, may_be_whole, model=None, plan=None):
+def replica_rows(batch, num_replicas, may_be_few, model=None, plan=None):
     """Cuts a replica's rows out of a global batch: `(share, rows)`."""
     if num_replicas == 1:
         rows = data.num_rows(batch)
-        bounds = (0, rows, rows, False)
-        return Share(0, 1, bounds, model=model, plan=plan), batch
+        return Share(0, 1, Rows(0, rows, rows), model=model, plan=plan), batch
     context = tf.distribute.get_replica_context()
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     with tf.device("CPU:0"):  # The batch is on the host: only these rows travel.
-        bounds = row_bounds(data.num_rows(batch), replica, num_replicas, may_be_whole)
-        rows = data.take_rows(batch, bounds[0], bounds[1])
-    share = Share(replica, num_replicas, bounds, model=model, plan=plan)
+        total = data.num_rows(batch)
+        rows = rows_of_replica(total, replica, num_replicas, may_be_few)
+        batch = data.take_rows(batch, rows.start, rows.stop)
+    share = Share(replica, num_replicas, rows, model=model, plan=plan)
     share.compiles = bool(model and model.jit_compile)
-    return share, rows
+    return share, batch
 
 
 def _compiling_share() -> Share | None:
@@ -303,9 +303,9 @@ class PredictDriver:
         share, rows = replica_rows(batch, self.num_replicas, True, self.model)
         with share:
             outputs = self.model.predict_step(rows)
-        if share.whole is False or share.replica == 0:
+        if share.idle is False:
             return outputs
-        return tree.map_structure(lambda t: _unless_whole(share, t), outputs)
+        return tree.map_structure(lambda t: _unless_idle(share, t), outputs)
 
     def _join(self, output) -> Any:
         parts = self.strategy.experimental_local_results(output)
@@ -315,9 +315,9 @@ class PredictDriver:
             return _keras.concat(list(parts))
 
 
-def _unless_whole(share: Share, output):
-    """The rows of an output, but none where the first replica has them all."""
+def _unless_idle(share: Share, output):
+    """The rows of an output, but none where they are those of other replicas."""
     if output.shape.rank == 0:
         return output
-    rows = tf.where(share.whole, 0, data.num_rows(output))
+    rows = tf.where(share.idle, 0, data.num_rows(output))
     return data.take_rows(output, 0, rows)

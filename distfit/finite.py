@@ -23,6 +23,7 @@ class FiniteWatch:
         values = share.local_parts or list(logs.values())
         floats = [v for v in map(tf.convert_to_tensor, values) if v.dtype.is_floating]
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(v)) for v in floats])
+        finite = tf.logical_or(finite, share.idle)
         step = self._step.value + 1
         known = self._first_bad_step.value
         is_first = tf.logical_and(tf.equal(known, 0), tf.logical_not(finite))

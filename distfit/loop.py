@@ -234,8 +234,8 @@ def step_driver(model, kind: str, batches: GlobalBatches) -> StepDriver:
     """The compiled steps of a kind for some data, built if there are none yet."""
     smallest = batches.smallest_batch()
     replicas = model.distribute_strategy.num_replicas_in_sync
-    may_be_whole = replicas > 1 and (smallest is None or smallest < replicas)
-    return _cached_driver(model, kind, batches.spec, may_be_whole)
+    may_be_few = replicas > 1 and (smallest is None or smallest < replicas)
+    return _cached_driver(model, kind, batches.spec, may_be_few)
 
 
 class _Drivers:
@@ -252,12 +252,12 @@ def _drivers(model, kind: str) -> dict[tuple, Any]:
     return getattr(model, attribute).by_key
 
 
-def _cached_driver(model, kind: str, spec, may_be_whole: bool) -> StepDriver:
+def _cached_driver(model, kind: str, spec, may_be_few: bool) -> StepDriver:
     drivers = _drivers(model, kind)
-    key = (_signature(spec), may_be_whole, model.run_eagerly, model.check_finite)
+    key = (_signature(spec), may_be_few, model.run_eagerly, model.check_finite)
     if key not in drivers:
         step = getattr(model, f"{kind}_step")
-        drivers[key] = StepDriver(model, step, spec, may_be_whole)
+        drivers[key] = StepDriver(model, step, spec, may_be_few)
     return drivers[key]
 
 

@@ -2,7 +2,7 @@
 
 The state of a metric is local to a replica and summed when it is read, so an update
 with local rows needs no exchange. Two kinds of update need care: one with a loss, which
-is global already, and one in a step where every replica holds all rows.
+is global already, and one on a replica that is idle.
 """
 
 import functools
@@ -76,7 +76,7 @@ def _update_state(self, *args, **kwargs):
         return update(*args, **kwargs)
     if counts_steps(args, kwargs):
         return _update_with_scalar(self, update, args, kwargs, share)
-    if share.whole is False:
+    if share.idle is False:
         return update(*args, **kwargs)
     return _update_once(self, share, functools.partial(update, *args, **kwargs))
 
@@ -101,27 +101,25 @@ def _update_with_scalar(metric, update, args, kwargs, share: Share):
     if type(metric) is keras.metrics.Mean and args:
         if local is None:
             return update(value, sample_weight=share.fraction)
+        if isinstance(share.num_counted, int):
+            return update(local * share.num_counted)
+        # As much weight in all as in other steps, however many replicas are idle.
         parts = tf.cast(share.num_counted, local.dtype)
-        if share.whole is False:
-            return update(local * parts)
-        # As much weight in all as in other steps, and all of it on the first replica.
-        whole_weight = share.num_replicas if share.replica == 0 else 0
-        weight = tf.where(share.whole, whole_weight, 1)
-        return update(local * parts, sample_weight=weight)
+        weight = share.counted(share.num_replicas / parts)
+        return update(share.counted(local) * parts, sample_weight=weight)
     if local is not None:
         return update(value) if share.replica == 0 else None
-    if share.whole is False:
+    if share.idle is False:
         return update(*args, **kwargs)
     return _update_once(metric, share, functools.partial(update, *args, **kwargs))
 
 
 def _update_once(metric, share: Share, update):
-    """Every replica holds the same rows: only those of the first one count."""
+    """Updates a metric unless the replica is idle."""
     before = [tf.identity(v.value) for v in metric.variables]
     update()
-    undo = tf.logical_and(share.whole, share.replica != 0)
     for variable, value in zip(metric.variables, before, strict=True):
-        variable.assign(tf.where(undo, value, variable.value))
+        variable.assign(tf.where(share.idle, value, variable.value))
 
 
 def all_of(model: keras.Model) -> list[keras.metrics.Metric]:

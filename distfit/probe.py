@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, data, metrics
-from distfit.collectives import Share, current_share
+from distfit.collectives import Rows, Share, current_share
 
 # A dimension that is a multiple of this comes from the rows of the batch: no layer has
 # such a size. It can be divided by 2 to 8, as a step may do with its rows. The primes
@@ -65,8 +65,8 @@ class SymbolicShare(Share):
     """The share of a replica in a step that is only looked at."""
 
     def __init__(self, model, num_replicas: int, plan: Plan):
-        bounds = (0, ROWS, ROWS * num_replicas, False)
-        super().__init__(0, num_replicas, bounds, model=model)
+        rows = Rows(0, ROWS, ROWS * num_replicas, num_counted=num_replicas)
+        super().__init__(0, num_replicas, rows, model=model)
         self.plan = self
         self.found = plan
         self.summed: list[tf.Tensor] = []

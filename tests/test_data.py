@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit.collectives import row_bounds
+from distfit.collectives import rows_of_replica, rows_of_shard
 from distfit.data import GlobalBatches
 
 ROWS, BATCH = 45, 10  # Four batches of 10 and one of 5 rows.
@@ -249,15 +249,31 @@ def test_predict_of_several_outputs_is_complete_and_in_order(make_strategy):
 
 @pytest.mark.parametrize("rows", range(1, 12))
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
-def test_row_bounds_cover_every_row_once(rows, replicas):
-    bounds = [row_bounds(rows, r, replicas) for r in range(replicas)]
+def test_rows_of_replicas_cover_every_row_once(rows, replicas):
+    parts = [_numbers(rows_of_replica(rows, r, replicas)) for r in range(replicas)]
     if rows < replicas:
-        assert all(b == (0, rows, rows, True) for b in bounds)
+        assert all((p["start"], p["stop"]) == (0, rows) for p in parts)
+        assert [p["idle"] for p in parts] == [False] + [True] * (replicas - 1)
+        assert all(p["num_counted"] == 1 for p in parts)
         return
-    assert [b[0] for b in bounds[1:]] == [b[1] for b in bounds[:-1]]
-    assert bounds[0][0] == 0 and bounds[-1][1] == rows
-    sizes = [stop - start for start, stop, _, _ in bounds]
+    assert [p["start"] for p in parts[1:]] == [p["stop"] for p in parts[:-1]]
+    assert parts[0]["start"] == 0 and parts[-1]["stop"] == rows
+    sizes = [p["stop"] - p["start"] for p in parts]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
+    assert not any(p["idle"] for p in parts)
+
+
+def test_rows_of_shards_follow_each_other_and_those_without_stand_in():
+    counts = tf.constant([0, 3, 0, 2])
+    parts = [_numbers(rows_of_shard(counts, r)) for r in range(4)]
+    assert [(p["start"], p["stop"]) for p in parts] == [(0, 1), (0, 3), (0, 1), (3, 5)]
+    assert [p["idle"] for p in parts] == [True, False, True, False]
+    assert [p["is_first"] for p in parts] == [False, True, False, False]
+    assert all((p["total"], p["num_counted"]) == (5, 2) for p in parts)
+
+
+def _numbers(rows):
+    return {name: np.asarray(value).item() for name, value in vars(rows).items()}
 
 
 def test_smallest_batch_is_known_from_arrays_and_static_specs():

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.collectives import row_bounds
+from distfit.collectives import rows_of_replica
 from distfit.random import STREAM_OFFSET, dimensions, draws_in_common
 
 
@@ -85,10 +85,8 @@ class ReplicaStreams:
 
     def _bounds(self, replica: int):
         """The rows that a replica draws for; all, by the first, where there are few."""
-        start, stop, _, whole = row_bounds(self.rows, replica, self.num_replicas)
-        if replica > 0 and self.num_replicas > 1:
-            stop = tf.where(whole, start, stop)
-        return start, stop
+        rows = rows_of_replica(self.rows, replica, self.num_replicas)
+        return rows.start, tf.where(rows.idle, rows.start, rows.stop)
 
     def _split(self, tensor, per_row):
         first = [per_row, -1] if self.grouped else [-1, per_row]
