@@ -1,8 +1,8 @@
-"""Every private Keras name that distfit touches, each with its reason.
+"""Every private name of Keras and TensorFlow that distfit touches, with its reason.
 
-Nothing else in the package imports from `keras.src` or uses a private attribute of a
-Keras object. `tests/test_keras.py` fails when a name moves or when Keras changes what
-is relied on.
+Nothing else in the package imports from `keras.src` or `tensorflow.python`, or uses a
+private attribute of an object of theirs. `tests/test_keras.py` fails when a name moves
+or when what is relied on changes.
 
 | names | why |
 |---|---|
@@ -19,6 +19,7 @@ tf.distribute; where accumulators are made |
 they are used |
 | `concat`, `join_batches`, `to_numpy` | predictions of any kind, joined |
 | `pythonify_logs`, `is_default` | logs as numbers; hooks that do nothing |
+| `tf_context` | the seed of TensorFlow's random operations, to compare on workers |
 """
 
 import contextlib
@@ -26,10 +27,12 @@ import functools
 import inspect
 import threading
 import types
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import random as _backend_random
@@ -49,6 +52,7 @@ from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
 )
 from keras.src.utils.python_utils import is_default, pythonify_logs
+from tensorflow.python.eager import context as tf_context
 
 concat = _tensorflow_trainer.concat
 join_batches = _tensorflow_trainer.potentially_ragged_concat
@@ -519,7 +523,52 @@ class _ShiftedSeed(_seed_module.SeedGenerator):
         return seed + tf.stack([tf.cast(self._shift, seed.dtype), 0])
 
 
+# --- Workers: what TensorFlow does for them on its own, and what it does not tell.
+
+
+def keep_initial_values_local(strategy: tf.distribute.Strategy) -> None:
+    """Stops a strategy of several workers from sending around each initial value.
+
+    One exchange for each variable that is made would wait for ever where workers make
+    different models. distfit compares the models first and then exchanges at once what
+    differs.
+    """
+    extended = strategy.extended
+    alike = super(type(extended), extended)._get_variable_creator_initial_value
+    extended._get_variable_creator_initial_value = alike
+
+
+def tensorflow_random_state() -> str | None:
+    """What TensorFlow's next random operation depends on; None if nobody seeded it."""
+    seed = tf_context.global_seed()
+    if seed is None:
+        return None
+    generator = tf_context.context()._rng.getstate()
+    return f"{seed} {zlib.crc32(repr(generator).encode())}"
+
+
+def is_summed_on_read(variable: Any) -> bool:
+    """Whether replicas have parts of a variable, and its value is made of them."""
+    value = underlying(variable)
+    return value.synchronization == tf.VariableSynchronization.ON_READ
+
+
+def local_value(variable: Any) -> np.ndarray:
+    """The value that the first replica of this worker has of a variable."""
+    value = underlying(variable)
+    return np.asarray(getattr(value, "values", [value])[0])
+
+
 # --- Callbacks: what they ask of hooks and of variables.
+
+
+# Where BackupAndRestore writes, beside its public `backup_dir`.
+BACKUP_PATHS = (
+    "_weights_path",
+    "_training_metadata_path",
+    "_prev_weights_path",
+    "_prev_training_metadata_path",
+)
 
 
 def listens(callback: keras.callbacks.Callback, hook: str) -> bool:

@@ -1,13 +1,22 @@
-"""Callbacks: Keras's own, called so that they cost nothing where nobody listens."""
+"""Callbacks: Keras's own, called so that they cost nothing where nobody listens.
 
+On several workers each has the same callbacks, which see the same logs and so decide
+alike. Those of Keras that write files write them on the chief.
+"""
+
+import contextlib
 import functools
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
-from distfit import _keras
+from distfit import _keras, workers
+from distfit.workers import Workers
 
 _BATCH_HOOKS = {
     "train": ("on_train_batch_begin", "on_train_batch_end"),
@@ -20,8 +29,11 @@ class NonFinite(keras.callbacks.Callback):
     """Stops training with an error at the first loss that is NaN or infinite.
 
     The error names the step and the replica whose rows gave the value. The check is
-    part of the compiled step, and its outcome is read after every execution.
+    part of the compiled step, and its outcome is read after every execution. Of several
+    workers, the error is raised on the one whose replica it is.
     """
+
+    in_step_with_others = True
 
     def set_model(self, model):
         super().set_model(model)
@@ -56,10 +68,16 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     def _update_progbar(self, batch, logs=None):
         self.seen = batch + 1
-        if self.verbose != 1 or self._clock() < self._due:
+        if self.verbose != 1 or not self._is_due():
             return
         self._show(logs)
         super()._update_progbar(batch, logs)
+        self._schedule()
+
+    def _is_due(self) -> bool:
+        return self._clock() >= self._due
+
+    def _schedule(self) -> None:
         self._due = self._clock() + self._interval
 
     def _finalize_progbar(self, logs):
@@ -74,20 +92,162 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         self.progbar.stateless_metrics.update(logs or {})
 
 
-class CallbackList(keras.callbacks.CallbackList):
-    """Keras's list of callbacks, with logs that are read when somebody reads them."""
+class SharedProgressBar(ProgressBar):
+    """The progress bar of several workers, shown by the chief.
 
-    def __init__(self, callbacks=None, *, add_progbar: bool = False, **arguments):
+    To read the metrics takes all workers. So all have the bar, and each time it is
+    redrawn the chief says after how many executions it will be next.
+
+    Args:
+        team: The workers.
+        interval, clock: As for `ProgressBar`.
+    """
+
+    in_step_with_others = True
+
+    def __init__(self, team: Workers, **arguments):
+        super().__init__(**arguments)
+        self._team = team
+        self._executions = self._next = 1
+        self._drawn = self._clock()
+
+    def _is_due(self) -> bool:
+        self._next -= 1
+        return self._next <= 0
+
+    def _schedule(self) -> None:
+        now = self._clock()
+        pace = self._executions * self._interval / max(now - self._drawn, 1e-6)
+        self._drawn = now
+        own = min(max(int(pace), 1), 10 * self._executions)  # Tracing slows the first.
+        self._executions = self._next = self._team.from_chief("the progress bar", own)
+
+    def _show(self, logs):
+        if self._team.is_chief:
+            super()._show(logs)
+        elif logs:
+            dict(logs)  # Reads them, as the chief does.
+
+    def _maybe_init_progbar(self):
+        if self._team.is_chief:
+            super()._maybe_init_progbar()
+
+
+class ChiefOnly(keras.callbacks.Callback):
+    """Calls another callback on the chief alone, for what writes or reports.
+
+    On several workers that callback must not do what takes all of them: `evaluate()`,
+    `predict()` and `fit()` raise an error in it, and saving a model works, except that
+    of metrics it saves the part of the chief. Hooks for batches cost an exchange after
+    every execution, in which the logs are read.
+
+    Args:
+        callback: The callback.
+    """
+
+    def __init__(self, callback: keras.callbacks.Callback):
+        super().__init__()
+        self.callback = callback
+        self._team: Workers | None = None
+        for name in _hooks_of(callback):
+            setattr(self, name, functools.partial(self._call, name))
+
+    def set_params(self, params):
+        super().set_params(params)
+        self.callback.set_params(params)
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._team = workers.of(model.distribute_strategy)
+        if self._team.is_chief:
+            self.callback.set_model(model)
+
+    def _call(self, name: str, *args, **kwargs) -> None:
+        if self._team is None or self._team.count == 1:
+            getattr(self.callback, name)(*args, **kwargs)
+        elif self._team.is_chief:
+            with workers.alone(self.model.distribute_strategy):
+                getattr(self.callback, name)(*args, **kwargs)
+
+
+def _hooks_of(callback: keras.callbacks.Callback) -> list[str]:
+    """The names of the hooks in which a callback does something."""
+    names = [n for n in vars(keras.callbacks.Callback) if n.startswith("on_")]
+    batch_hooks = [hook for hooks in _BATCH_HOOKS.values() for hook in hooks]
+    return [n for n in names if n not in batch_hooks or _keras.listens(callback, n)]
+
+
+class CallbackList(keras.callbacks.CallbackList):
+    """Keras's list of callbacks, with logs that are read when somebody reads them.
+
+    Args:
+        callbacks: Callbacks, as `fit()` takes them.
+        team: The workers, all of which make this list at the same place.
+        add_progbar: Whether to add a progress bar; on several workers, the chief's
+            word counts.
+        arguments: As for Keras's list.
+
+    Attributes:
+        may_stop_alone: For each kind of step, whether a callback of some worker may
+            stop it after an execution although those of other workers do not.
+    """
+
+    def __init__(
+        self,
+        callbacks=None,
+        *,
+        team: Workers,
+        add_progbar: bool = False,
+        verbose: Any = "auto",
+        **arguments,
+    ):
         callbacks = list(keras.tree.flatten(callbacks)) if callbacks else []
+        if team.count > 1:
+            add_progbar, verbose = team.from_chief(
+                "its progress bar", (add_progbar, verbose)
+            )
+            callbacks = [_only_on_chief(callback) for callback in callbacks]
         shown = any(isinstance(c, keras.callbacks.ProgbarLogger) for c in callbacks)
         if add_progbar and not shown:
-            callbacks.append(ProgressBar())
-        super().__init__(callbacks, **arguments)
+            bar = ProgressBar() if team.count == 1 else SharedProgressBar(team)
+            callbacks.append(bar)
+        super().__init__(callbacks, verbose=verbose, **arguments)
+        self._team = team
         self._listeners = {
             hook: [c for c in self.callbacks if _keras.listens(c, hook)]
             for hooks in _BATCH_HOOKS.values()
             for hook in hooks
         }
+        own = {kind: self._independent(kind) for kind in _BATCH_HOOKS}
+        told = team.tell("its callbacks", own)
+        self.may_stop_alone = {
+            kind: any(each[kind] for each in told)
+            or len({str(each[kind]) for each in told}) > 1
+            for kind in _BATCH_HOOKS
+        }
+
+    def _independent(self, kind: str) -> list[str]:
+        """What listens to batches and may do other things than on other workers."""
+        listeners = [c for hook in _BATCH_HOOKS[kind] for c in self._listeners[hook]]
+        return [type(c).__name__ for c in listeners if not _in_step_with_others(c)]
+
+    @contextlib.contextmanager
+    def writing_on_chief(self) -> Iterator[None]:
+        """Sends what callbacks of Keras write on other workers to a folder that goes.
+
+        They cannot just be left out there: saving a model takes all workers.
+        """
+        if self._team.is_chief:
+            yield
+            return
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                for name in _paths_of(callback):
+                    stack.callback(setattr, callback, name, getattr(callback, name))
+                    setattr(callback, name, _moved(getattr(callback, name), folder))
+                if isinstance(callback, keras.callbacks.TensorBoard):
+                    callback.set_model(self._model)  # It looks at its folder there.
+            yield
 
     def batch_begin(self, kind: str, step: int) -> None:
         """Calls `on_{kind}_batch_begin`."""
@@ -97,10 +257,47 @@ class CallbackList(keras.callbacks.CallbackList):
     def batch_end(self, kind: str, step: int, read: Callable[[], dict]) -> None:
         """Calls `on_{kind}_batch_end` with logs that `read()` gives when asked."""
         logs = LazyLogs(read)
+        if self.may_stop_alone[kind]:
+            logs.read()  # It takes all workers, and some may not ask for them.
         for callback in self._listeners[_BATCH_HOOKS[kind][1]]:
             getattr(callback, _BATCH_HOOKS[kind][1])(step, logs=logs)
         if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
             logs.read()
+
+
+_PATHS: dict[type, tuple[str, ...]] = {
+    keras.callbacks.ModelCheckpoint: ("filepath",),
+    keras.callbacks.CSVLogger: ("filename",),
+    keras.callbacks.TensorBoard: ("log_dir",),
+    keras.callbacks.BackupAndRestore: ("backup_dir", *_keras.BACKUP_PATHS),
+}
+
+
+def _paths_of(callback: keras.callbacks.Callback) -> tuple[str, ...]:
+    """The attributes of a callback of Keras that say where it writes."""
+    return next((p for cls, p in _PATHS.items() if isinstance(callback, cls)), ())
+
+
+def _moved(path: str, folder: str) -> str:
+    return os.path.join(folder, os.path.relpath(path, os.sep))
+
+
+def _only_on_chief(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+    if isinstance(callback, keras.callbacks.RemoteMonitor):
+        return ChiefOnly(callback)
+    return callback
+
+
+def _in_step_with_others(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback reads logs and stops training at the same step everywhere.
+
+    Callbacks of Keras do, since they decide by the logs. One that overrides a hook, or
+    is made of functions, may look at a clock or at a file.
+    """
+    if isinstance(callback, keras.callbacks.LambdaCallback):
+        return False
+    of_keras = type(callback).__module__.startswith("keras.")
+    return of_keras or getattr(callback, "in_step_with_others", False)
 
 
 class LazyLogs(dict):

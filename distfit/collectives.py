@@ -13,7 +13,7 @@ every function is what its name says of the tensor it is given.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -107,10 +107,13 @@ class Share:
                 "that calls a loss or a collective. Compile the model with "
                 "`jit_compile=False`."
             )
-        context = tf.distribute.get_replica_context()
+        summed = list(tensors)
         with self._own_losses():
-            summed = context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
-        return list(summed)
+            for places in _by_dtype(tensors):
+                parts = _all_reduce([tensors[i] for i in places])
+                for i, part in zip(places, parts, strict=True):
+                    summed[i] = part
+        return summed
 
     def merge_call(self, function, *args) -> Any:
         """Calls `function(strategy, *args)` once for all replicas."""
@@ -173,6 +176,50 @@ class Share:
 
     def __exit__(self, *exc_info):
         _local.share = self._outer
+
+
+def _all_reduce(tensors: list) -> list:
+    """One exchange. On several workers the tensors travel as one flat buffer."""
+    context = tf.distribute.get_replica_context()
+    # TensorFlow asks each for its device, which one that was read or passed lacks.
+    placed = [tensor if tensor.device else tf.identity(tensor) for tensor in tensors]
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+
+
+def _by_dtype(tensors: Sequence) -> Iterable[list[int]]:
+    """The places of tensors that can share a buffer."""
+    places: dict[tf.DType, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.dtype, []).append(place)
+    return places.values()
+
+
+def gather_counts(strategy, counts: tf.Tensor, first_replica: int) -> tf.Tensor:
+    """What the replicas of this worker count, and those of all others.
+
+    Args:
+        strategy: The strategy; call this outside of its steps, on every worker.
+        counts: int32 of shape (replicas of this worker,).
+        first_replica: The index of the first of them.
+
+    Returns:
+        int32 of shape (num_replicas,).
+    """
+    local, total = counts.shape[0], strategy.num_replicas_in_sync
+    if local == total:
+        return counts
+    # As float32, for which every device has a collective, and exact up to 2^24.
+    own = tf.pad(
+        tf.cast(counts, tf.float32), [[first_replica, total - first_replica - local]]
+    )
+
+    def add() -> list:
+        context = tf.distribute.get_replica_context()
+        replica = tf.get_static_value(context.replica_id_in_sync_group)
+        return _all_reduce([own if replica == first_replica else tf.zeros_like(own)])
+
+    (summed,) = strategy.run(add)
+    return tf.cast(strategy.experimental_local_results(summed)[0], tf.int32)
 
 
 def current_share() -> Share | None:

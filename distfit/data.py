@@ -6,14 +6,16 @@ turn arrays, datasets, PyDatasets and generators into a `tf.data.Dataset`; it is
 a plain iterator on the host, and each replica cuts its rows inside the compiled step.
 """
 
+import functools
 import types
 import warnings
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras
+from distfit import _keras, collectives, workers
 
 
 class GlobalBatches:
@@ -26,6 +28,7 @@ class GlobalBatches:
 
     Attributes:
         dataset: A `tf.data.Dataset` of global batches.
+        spec: The `tf.TypeSpec`s of a global batch.
         num_batches: Number of batches in the data; None if unknown or infinite.
         epoch_steps: Number of steps of an epoch; None if unknown.
 
@@ -68,14 +71,11 @@ class GlobalBatches:
         self._iterator: Any = None
         self._next: Any = None
         self._seen = 0
+        self.spec = self.dataset.element_spec
+        self._arrays = (x, y, sample_weight)
         check_element_spec(self.spec)
         if self.num_batches == 0:
             raise ValueError(_EMPTY)
-
-    @property
-    def spec(self) -> Any:
-        """The `tf.TypeSpec`s of a global batch."""
-        return self.dataset.element_spec
 
     @property
     def epoch_steps(self) -> int | None:
@@ -92,6 +92,16 @@ class GlobalBatches:
             batch_size = self._adapter.batch_size
             return min(batch_size, self._adapter.partial_batch_size or batch_size)
         return tf.nest.flatten(self.spec)[0].shape[0]
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on every worker."""
+        return {
+            "batches": self.num_batches,
+            "steps_per_epoch": self.steps_per_epoch,
+            "kind of data": self.spec,
+            "size of batches": getattr(self._adapter, "batch_size", None),
+            "sample of the data": [_sample(a) for a in tree.flatten(self._arrays)],
+        }
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
@@ -157,10 +167,149 @@ class GlobalBatches:
         self._adapter.on_epoch_end()
 
 
+class Shards(GlobalBatches):
+    """Batches that each worker reads itself: its shard of data too large for all.
+
+    A global batch is then what the replicas bring, in their order. The epoch ends when
+    nobody brings rows any more; until then who has none stands in with rows that count
+    for nothing, since no replica can sit out an exchange.
+
+    Args:
+        dataset_fn: `dataset_fn(input_context)` returns the `tf.data.Dataset` of this
+            worker, with the batches of a replica.
+        strategy: The strategy of the model.
+        steps_per_epoch, class_weight: As in `Model.fit`.
+    """
+
+    def __init__(
+        self, dataset_fn, strategy, *, steps_per_epoch=None, class_weight=None
+    ):
+        super().__init__(
+            shard(dataset_fn, strategy),
+            steps_per_epoch=steps_per_epoch,
+            class_weight=class_weight,
+        )
+        self.strategy = strategy
+        self.dataset = with_stand_ins(self.dataset)
+        self.spec = self.dataset.element_spec[0]
+        self.num_batches = None  # Those of other workers are not known.
+        self._never_ends = False
+
+    def smallest_batch(self) -> int | None:
+        return None
+
+    def has_next(self) -> bool:
+        """Whether any replica brings rows to the next step."""
+        return bool(np.any(self.take_next()[1]))
+
+    def take_next(self) -> tuple:
+        """`(batches of this worker's replicas, rows of all replicas)`, for a step."""
+        if self._next is None:
+            self._next = _first_shards(self._iterator, self.strategy)
+        return self._next
+
+
 _EMPTY = (
     "The data have no batch at all. Received: an empty dataset. Give at least one row, "
     "and check filters, shards and `drop_remainder`."
 )
+
+
+def make_batches(strategy, x, y=None, sample_weight=None, **arguments) -> GlobalBatches:
+    """The batches of what `fit()` takes, which may be a `dataset_fn`."""
+    is_function = callable(x) and not isinstance(x, tf.data.Dataset)
+    if not is_function:
+        return GlobalBatches(x, y, sample_weight, **arguments)
+    if y is not None or sample_weight is not None:
+        raise ValueError(
+            "The dataset of a `dataset_fn(input_context)` gives targets and weights "
+            f"itself. Received: x={x}, with y or sample_weight. Give x alone."
+        )
+    kept = {k: arguments.get(k) for k in ("steps_per_epoch", "class_weight")}
+    if strategy.num_replicas_in_sync == 1:
+        return GlobalBatches(shard(x, strategy), **kept)
+    return Shards(x, strategy, **kept)
+
+
+def shard(dataset_fn, strategy) -> tf.data.Dataset:
+    """The dataset of this worker.
+
+    Raises:
+        ValueError: if the function returns something else.
+    """
+    own = workers.of(strategy)
+    context = tf.distribute.InputContext(
+        num_input_pipelines=own.count,
+        input_pipeline_id=own.index,
+        num_replicas_in_sync=strategy.num_replicas_in_sync,
+    )
+    dataset = dataset_fn(context)
+    if not isinstance(dataset, tf.data.Dataset):
+        raise ValueError(
+            "A function given as x must return the `tf.data.Dataset` of a worker's "
+            f"batches. Received: {type(dataset).__name__} from {dataset_fn}."
+        )
+    return dataset
+
+
+def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Batches and their numbers of rows, and then one row without end, counted as 0.
+
+    That row is the first of the data, with which a step can do what it does with any;
+    zeros where there are no data at all.
+    """
+    several = isinstance(dataset.element_spec, tuple)
+
+    def counted(*batch):
+        batch = batch if several else batch[0]
+        return batch, num_rows(batch)
+
+    def stand_in(batch, rows):
+        return take_rows(batch, 0, 1), 0
+
+    own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
+    first = own.take(1).map(stand_in).repeat()
+    blank = tree.map_structure(_blank_row, dataset.element_spec)
+    return own.concatenate(first).concatenate(
+        tf.data.Dataset.from_tensors((blank, 0)).repeat()
+    )
+
+
+def _blank_row(spec: tf.TypeSpec) -> Any:
+    shape = [1, *(size or 1 for size in spec.shape[1:])]
+    blank = tf.zeros(shape, spec.dtype)  # Empty texts where it holds text.
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.sparse.from_dense(blank)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        ragged = tf.RaggedTensor.from_tensor(blank, ragged_rank=spec.ragged_rank)
+        return ragged.with_row_splits_dtype(spec.row_splits_dtype)
+    return blank
+
+
+def next_shards(iterator, strategy) -> tuple:
+    """Reads a step's batches of this worker's replicas and learns all row counts.
+
+    Returns:
+        An optional with a tuple of batches, and int32 of shape (num_replicas,).
+    """
+    own = workers.of(strategy)
+    local_replicas = strategy.num_replicas_in_sync // own.count
+    batches, rows = zip(*(next(iterator) for _ in range(local_replicas)), strict=True)
+    counts = collectives.gather_counts(strategy, tf.stack(rows), own.first_replica)
+    return tf.experimental.Optional.from_value(batches), counts
+
+
+@functools.partial(tf.function, autograph=False, reduce_retracing=True)
+def _first_shards(iterator, strategy):
+    return next_shards(iterator, strategy)
+
+
+def _sample(array: Any) -> Any:
+    """The shape of an array, and what tells a few of its rows from others."""
+    if not isinstance(array, np.ndarray):
+        return None
+    rows = array[:: max(len(array) // 64, 1)]
+    return array.shape, workers.checksum(np.ascontiguousarray(rows).tobytes())
 
 
 def check_positive(name: str, value: Any) -> None:

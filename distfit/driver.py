@@ -13,8 +13,14 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build, data, metrics, normalization, probe
-from distfit.collectives import Rows, Share, distributed_share, rows_of_replica
+from distfit import _keras, build, data, metrics, normalization, probe, workers
+from distfit.collectives import (
+    Rows,
+    Share,
+    distributed_share,
+    rows_of_replica,
+    rows_of_shard,
+)
 from distfit.finite import FiniteWatch
 
 
@@ -31,12 +37,11 @@ class StepDriver:
         may_be_few: Whether a batch may have fewer rows than there are replicas.
     """
 
-    def __init__(
-        self, model: keras.Model, step: Callable, spec: Any, may_be_few: bool
-    ):
+    def __init__(self, model: keras.Model, step: Callable, spec: Any, may_be_few: bool):
         self.model = model
         self.step = step
         self.strategy = model.distribute_strategy
+        self.workers = workers.of(self.strategy)
         self.num_replicas = self.strategy.num_replicas_in_sync
         self.may_be_few = may_be_few
         self._step_of_replica: Callable = self._replica_step
@@ -50,6 +55,8 @@ class StepDriver:
 
     def run(self, batches: data.GlobalBatches, steps: int) -> int:
         """Runs up to `steps` steps and returns how many the data were good for."""
+        if isinstance(batches, data.Shards):
+            return self._run_on_shards(batches, steps)
         if not batches.length_is_known:
             return self._run_until_end(batches, steps)
         if steps == 1 or self.model.run_eagerly:
@@ -74,6 +81,14 @@ class StepDriver:
     def results(self) -> dict[str, float]:
         """Reads the logs: a sum over replicas and, on several workers, an exchange."""
         return _keras.pythonify_logs(self._read())
+
+    @property
+    def own_variables(self) -> list[keras.Variable]:
+        """What a step needs and the model does not hold."""
+        seeds = self.plan.seeds
+        optimizers = [optimizer for optimizer, _ in self.plan.optimizers]
+        variables = [v for optimizer in optimizers for v in optimizer.variables]
+        return variables + ([] if seeds is None else [seeds.state])
 
     # Building.
 
@@ -108,7 +123,10 @@ class StepDriver:
         if self.model.jit_compile and self.num_replicas == 1:
             step = functools.partial(self._replica_step)
             self._step_of_replica = tf.function(step, autograph=False, jit_compile=True)
-        for name in ("_run_next", "_run_many", "_run_ahead", "_run_batch", "_read"):
+        for name in (
+            *("_run_next", "_run_many", "_run_ahead", "_run_shards"),
+            *("_run_batch", "_read"),
+        ):
             setattr(self, name, compiled(getattr(self, name)))
 
     # What is compiled.
@@ -151,12 +169,34 @@ class StepDriver:
         batches.put_next(batch)
         return int(done)
 
-    def _replica_step(self, batch) -> None:
+    def _run_on_shards(self, batches: data.Shards, steps: int) -> int:
+        done, *ahead = self._run_shards(
+            batches.iterator(), *batches.take_next(), tf.constant(steps)
+        )
+        batches.put_next(tuple(ahead))
+        return int(done)
+
+    def _run_shards(self, iterator, shards, counts, steps):
+        """Runs steps while one replica has rows. Counts are exchanged a step ahead."""
+
+        def body(step, shards, counts):
+            self.strategy.run(self._step_of_replica, args=(shards.get_value(), counts))
+            return step + 1, *data.next_shards(iterator, self.strategy)
+
+        def more(step, shards, counts):
+            return tf.logical_and(step < steps, tf.reduce_any(counts > 0))
+
+        return tf.while_loop(more, body, [tf.constant(0), shards, counts])
+
+    def _replica_step(self, batch, counts=None) -> None:
         """One step of one replica."""
         batch = data.without_optionals(batch)
-        share, rows = replica_rows(
-            batch, self.num_replicas, self.may_be_few, self.model, self.plan
-        )
+        if counts is None:
+            share, rows = replica_rows(
+                batch, self.num_replicas, self.may_be_few, self.model, self.plan
+            )
+        else:
+            share, rows = shard_rows(batch, counts, self.model, self.plan)
         with share, self._unseeded_draws():
             logs = metrics.flat_logs(self.step(rows))
             self._keep_logs(share, logs)
@@ -172,7 +212,7 @@ class StepDriver:
 
     def _keep_logs(self, share: Share, logs: dict) -> None:
         for name, log in self.logs.items():
-            log.update_state(logs[name], share.rows_counted)
+            log.keep(logs[name], share)
 
     def _agree_on_state(self, share: Share) -> None:
         """Makes state that was computed from local rows the mean over all rows.
@@ -191,6 +231,22 @@ class StepDriver:
             variable.assign(value)
 
     def _read(self) -> dict:
+        if self.workers.count == 1:
+            return self._results()
+        read = self.strategy.run(self._read_together)
+        return tree.map_structure(
+            lambda t: self.strategy.experimental_local_results(t)[0], read
+        )
+
+    def _read_together(self) -> dict:
+        """The logs on one replica of several workers, after a single exchange."""
+        replica, total = replica_index(), self.num_replicas
+        share = Share(replica, total, Rows(0, 1, total, num_counted=total))
+        read = [*self.logs.values(), *(m for m, _ in self.plan.tracked.values())]
+        with metrics.read(dict.fromkeys(read), share):
+            return self._results()
+
+    def _results(self) -> dict:
         found = {name: log.result() for name, log in self.logs.items()}
         for name, (metric, key) in self.plan.tracked.items():
             result = metric.result()
@@ -203,15 +259,39 @@ def replica_rows(batch, num_replicas, may_be_few, model=None, plan=None):
     if num_replicas == 1:
         rows = data.num_rows(batch)
         return Share(0, 1, Rows(0, rows, rows), model=model, plan=plan), batch
-    context = tf.distribute.get_replica_context()
-    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    replica = replica_index()
     with tf.device("CPU:0"):  # The batch is on the host: only these rows travel.
         total = data.num_rows(batch)
         rows = rows_of_replica(total, replica, num_replicas, may_be_few)
         batch = data.take_rows(batch, rows.start, rows.stop)
+    return _share(replica, num_replicas, rows, model, plan), batch
+
+
+def shard_rows(shards, counts, model, plan=None):
+    """What this replica brings to a step itself: `(share, rows)`.
+
+    Args:
+        shards: The batches of this worker's replicas.
+        counts: The rows of all replicas, int32 of shape (num_replicas,).
+        model, plan: As for `Share`.
+    """
+    replica = replica_index()
+    own = shards[replica - workers.of(model.distribute_strategy).first_replica]
+    with tf.device("CPU:0"):
+        rows = rows_of_shard(counts, replica)
+    return _share(replica, counts.shape[0], rows, model, plan), own
+
+
+def replica_index() -> int:
+    """Which replica this thread runs, among those of all workers."""
+    context = tf.distribute.get_replica_context()
+    return int(tf.get_static_value(context.replica_id_in_sync_group))
+
+
+def _share(replica: int, num_replicas: int, rows: Rows, model, plan) -> Share:
     share = Share(replica, num_replicas, rows, model=model, plan=plan)
     share.compiles = bool(model and model.jit_compile)
-    return share, batch
+    return share
 
 
 def _compiling_share() -> Share | None:
@@ -279,28 +359,39 @@ class PredictDriver:
         build.check_in_scope(model)
         build.build_layers(model, spec)
         if not model.run_eagerly:
-            for name in ("_run_next", "run_on"):
+            for name in ("_run_next", "_run_shards", "run_on"):
                 setattr(self, name, compiled(getattr(self, name)))
 
     def run(self, batches: data.GlobalBatches) -> Any:
-        """The predictions for the next global batch, in the order of its rows."""
+        """The predictions for this worker's rows of the next batch, in their order."""
+        if isinstance(batches, data.Shards):
+            outputs, *ahead = self._run_shards(batches.iterator(), *batches.take_next())
+            batches.put_next(tuple(ahead))
+            return outputs
         if batches.length_is_known:
             return self._run_next(batches.iterator())
         batch = batches.take_next().get_value()
         batches.put_next(None)
         return self.run_on(batch)
 
-    def run_on(self, batch: Any) -> Any:
-        """The predictions for one global batch of tensors."""
-        outputs = self.strategy.run(self._replica_step, args=(batch,))
+    def run_on(self, batch: Any, counts: Any = None) -> Any:
+        """The predictions for this worker's rows of one global batch of tensors."""
+        outputs = self.strategy.run(self._replica_step, args=(batch, counts))
         return tree.map_structure(self._join, outputs)
 
     def _run_next(self, iterator) -> Any:
         return self.run_on(next(iterator))
 
-    def _replica_step(self, batch) -> Any:
+    def _run_shards(self, iterator, shards, counts) -> Any:
+        outputs = self.run_on(shards.get_value(), counts)
+        return outputs, *data.next_shards(iterator, self.strategy)
+
+    def _replica_step(self, batch, counts) -> Any:
         batch = data.without_optionals(batch)
-        share, rows = replica_rows(batch, self.num_replicas, True, self.model)
+        if counts is None:
+            share, rows = replica_rows(batch, self.num_replicas, True, self.model)
+        else:
+            share, rows = shard_rows(batch, counts, self.model)
         with share:
             outputs = self.model.predict_step(rows)
         if share.idle is False:

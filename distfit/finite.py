@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from distfit import workers
 from distfit.collectives import Share
 
 
@@ -36,9 +37,13 @@ class FiniteWatch:
         self._first_bad_step.assign(0)
 
     def first(self) -> tuple[int, int] | None:
-        """The first bad step, counted from 1, and its replica; None if all was well."""
+        """The first bad step, counted from 1, and its replica; None if all was well.
+
+        Of several workers, each looks at its own replicas.
+        """
         copies = self._strategy.experimental_local_results(self._first_bad_step.value)
-        found = [(int(c), replica) for replica, c in enumerate(copies) if int(c) > 0]
+        first = workers.of(self._strategy).first_replica
+        found = [(int(c), r) for r, c in enumerate(copies, first) if int(c) > 0]
         return min(found, default=None)
 
 

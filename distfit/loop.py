@@ -7,11 +7,10 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build
+from distfit import _keras, agreement, build, predictions, workers
 from distfit.callbacks import CallbackList
-from distfit.data import GlobalBatches, check_positive, num_rows
+from distfit.data import GlobalBatches, check_positive, make_batches, num_rows
 from distfit.driver import PredictDriver, StepDriver
-from distfit.strategy import is_chief
 
 
 def fit(
@@ -36,11 +35,14 @@ def fit(
 ) -> keras.callbacks.History:
     """See `Model.fit`."""
     _check_ready(model, "fit")
+    team = workers.of(model.distribute_strategy)
+    workers.agree_on_randomness(team, "fit()")  # Before data are shuffled.
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = _keras.train_validation_split(
             (x, y, sample_weight), validation_split=validation_split
         )
-    batches = GlobalBatches(
+    batches = make_batches(
+        model.distribute_strategy,
         x,
         y,
         sample_weight,
@@ -50,30 +52,38 @@ def fit(
         class_weight=class_weight,
     )
     validation = _validation_batches(
-        validation_data, validation_batch_size or batch_size, validation_steps
+        model, validation_data, validation_batch_size or batch_size, validation_steps
     )
+    driver = step_driver(model, "train", batches)
+    drivers = [driver]
+    if validation is not None:
+        drivers.append(step_driver(model, "test", validation))
+    facts = {"epochs": epochs, "initial_epoch": initial_epoch}
+    agreement.check_alike(model, "fit()", facts, batches, validation)
     callbacks = _callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
     )
-    driver = step_driver(model, "train", batches)
-    if validation is not None:
-        step_driver(model, "test", validation)
     model.stop_training = False
-    callbacks.on_train_begin()
-    logs = None
-    for epoch in range(_keras.initial_epoch(model) or initial_epoch, epochs):
-        callbacks.on_epoch_begin(epoch)
-        logs = _run_epoch(model, "train", driver, batches, callbacks)
-        if validation is not None and _keras.should_evaluate(
-            model, epoch, validation_freq
-        ):
-            logs |= _validate(model, validation, callbacks)
-        callbacks.on_epoch_end(epoch, logs)
-        if model.stop_training or batches.exhausted:
-            break
-    if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
-        model.optimizer.finalize_variable_values(model.trainable_weights)
-    callbacks.on_train_end(logs)
+    with callbacks.writing_on_chief():
+        callbacks.on_train_begin()
+        agreement.agree_on_state(model, "fit()", drivers)
+        first = agreement.first_epoch(model, initial_epoch)
+        logs = None
+        for epoch in range(first, epochs):
+            callbacks.on_epoch_begin(epoch)
+            agreement.settle(model, "train", "the begin of an epoch")
+            logs = _run_epoch(model, "train", driver, batches, callbacks)
+            if validation is not None and _keras.should_evaluate(
+                model, epoch, validation_freq
+            ):
+                logs |= _validate(model, validation, callbacks)
+            callbacks.on_epoch_end(epoch, logs)
+            agreement.settle(model, "train", "the end of an epoch")
+            if model.stop_training or batches.exhausted:
+                break
+        if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
+            model.optimizer.finalize_variable_values(model.trainable_weights)
+        callbacks.on_train_end(logs)
     return model.history
 
 
@@ -82,18 +92,29 @@ def evaluate(
 ) -> dict[str, float]:
     """See `Model.evaluate`. Returns the logs."""
     _check_ready(model, "evaluate")
-    batches = GlobalBatches(
-        x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps
+    strategy = model.distribute_strategy
+    workers.agree_on_randomness(workers.of(strategy), "evaluate()")
+    batches = make_batches(
+        strategy, x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps
     )
+    driver = step_driver(model, "test", batches)
+    agreement.check_alike(model, "evaluate()", {}, batches)
+    agreement.agree_on_state(model, "evaluate()", [driver])
     callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
-    return _test(model, batches, callbacks)
+    with callbacks.writing_on_chief():
+        return _test(model, batches, callbacks)
 
 
 def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     """See `Model.predict`."""
-    batches = GlobalBatches(x, batch_size=batch_size, steps_per_epoch=steps)
-    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
+    strategy = model.distribute_strategy
+    team = workers.of(strategy)
+    workers.agree_on_randomness(team, "predict()")
+    batches = make_batches(strategy, x, batch_size=batch_size, steps_per_epoch=steps)
     driver = _predict_driver(model, batches.spec)
+    agreement.check_alike(model, "predict()", {}, batches)
+    agreement.agree_on_state(model, "predict()", [])
+    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
     model.stop_predicting = False
     callbacks.on_predict_begin()
     outputs: list = []  # A list of batches for each execution.
@@ -104,17 +125,11 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
         return len(new)
 
     def latest() -> dict:
-        return {"outputs": _joined(outputs[-1])}
+        return {"outputs": predictions.join(team, outputs[-1])}
 
     _run_steps(model, "predict", run, batches, callbacks, latest)
     callbacks.on_predict_end()
-    return _joined([batch for execution in outputs for batch in execution])
-
-
-def _joined(batches: list) -> Any:
-    """The predictions for several batches, as NumPy arrays where they can be."""
-    joined = tree.map_structure(lambda *p: _keras.join_batches(list(p)), *batches)
-    return tree.map_structure(_keras.to_numpy, joined)
+    return predictions.join(team, [batch for some in outputs for batch in some])
 
 
 def train_on_batch(model, batch) -> dict[str, float]:
@@ -133,7 +148,7 @@ def predict_on_batch(model, x) -> Any:
     """See `Model.predict_on_batch`."""
     batch = (tree.map_structure(tf.convert_to_tensor, x),)
     outputs = _predict_driver(model, _spec_of(batch)).run_on(batch)
-    return tree.map_structure(_keras.to_numpy, outputs)
+    return predictions.join(workers.of(model.distribute_strategy), [outputs])
 
 
 def _check_ready(model, method: str) -> None:
@@ -141,12 +156,19 @@ def _check_ready(model, method: str) -> None:
     check_positive("steps_per_execution", model.steps_per_execution)
 
 
-def _validation_batches(validation_data, batch_size, steps) -> GlobalBatches | None:
+def _validation_batches(
+    model, validation_data, batch_size, steps
+) -> GlobalBatches | None:
     if validation_data is None:
         return None
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-    return GlobalBatches(
-        x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps
+    return make_batches(
+        model.distribute_strategy,
+        x,
+        y,
+        sample_weight,
+        batch_size=batch_size,
+        steps_per_epoch=steps,
     )
 
 
@@ -158,12 +180,14 @@ def _callback_list(model, callbacks, verbose, epochs, steps, add_history=False):
             callbacks.callbacks,
             model=model,
             add_history=add_history,
+            team=workers.of(model.distribute_strategy),
             **callbacks.params,
         )
     return CallbackList(
         callbacks,
+        team=workers.of(model.distribute_strategy),
         add_history=add_history,
-        add_progbar=verbose != 0 and is_chief(model.distribute_strategy),
+        add_progbar=verbose != 0,
         verbose=verbose,
         epochs=epochs,
         steps=steps,
@@ -196,13 +220,6 @@ def _run_epoch(model, kind, driver, batches, callbacks) -> dict[str, float]:
     return driver.results()
 
 
-_STOP = {
-    "train": "stop_training",
-    "test": "stop_evaluating",
-    "predict": "stop_predicting",
-}
-
-
 def _run_steps(model, kind, run, batches, callbacks, read) -> None:
     """Runs the steps of an epoch, `steps_per_execution` at a time."""
     total = batches.start_epoch()
@@ -214,7 +231,9 @@ def _run_steps(model, kind, run, batches, callbacks, read) -> None:
         callbacks.batch_begin(kind, step)
         step += run(steps)
         callbacks.batch_end(kind, step - 1, read)
-        if getattr(model, _STOP[kind]):
+        if callbacks.may_stop_alone[kind]:
+            agreement.settle(model, kind, "the end of an execution")
+        if getattr(model, agreement.STOP_FLAGS[kind]):
             break
     batches.end_epoch(step)
 
@@ -224,7 +243,10 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     replicas = model.distribute_strategy.num_replicas_in_sync
     rows = int(num_rows(batch))
     check_positive("batch_size", rows)
+    known = len(_drivers(model, kind))
     driver = _cached_driver(model, kind, _spec_of(batch), rows < replicas)
+    if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
+        agreement.agree_on_state(model, f"{kind}_on_batch()", [driver])
     driver.reset()
     driver.run_on(batch)
     return driver.results()

@@ -5,8 +5,10 @@ with local rows needs no exchange. Two kinds of update need care: one with a los
 is global already, and one on a replica that is idle.
 """
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -30,10 +32,33 @@ class RowMean(keras.metrics.Metric):
         self.total = self.add_variable(shape=shape, initializer="zeros", name="total")
         self.rows = self.add_variable(shape=(), initializer="zeros", name="rows")
 
-    def update_state(self, value, rows):
+    def update_state(self, value, rows, value_rows=None):
+        """Adds a value.
+
+        Args:
+            value: The value.
+            rows: The rows that it stands for.
+            value_rows: What `value` is to be multiplied by, `rows` by default.
+        """
         rows = tf.cast(rows, self.dtype)
-        self.total.assign(self.total + tf.cast(value, self.dtype) * rows)
+        value_rows = rows if value_rows is None else tf.cast(value_rows, self.dtype)
+        self.total.assign(self.total + tf.cast(value, self.dtype) * value_rows)
         self.rows.assign(self.rows + rows)
+
+    def keep(self, value, share: Share) -> None:
+        """Adds what a step returned on one replica.
+
+        Of a global value the replica's own part is enough: the parts are summed when
+        the mean is read. The value itself then has no reader, and its exchange drops
+        out of the step.
+        """
+        local = share.local_part(value)
+        if local is None:
+            self.update_state(value, share.rows_counted)
+        else:
+            self.update_state(
+                share.counted(local), share.rows_counted, share.global_rows
+            )
 
     def result(self):
         return tf.math.divide_no_nan(tf.convert_to_tensor(self.total), self.rows)
@@ -42,8 +67,8 @@ class RowMean(keras.metrics.Metric):
 class LastValue(RowMean):
     """The latest value of a log that is computed from the results of metrics."""
 
-    def update_state(self, value, rows):
-        rows = tf.cast(rows, self.dtype)
+    def keep(self, value, share: Share) -> None:
+        rows = tf.cast(share.rows_counted, self.dtype)
         self.total.assign(tf.cast(value, self.dtype) * rows)
         self.rows.assign(rows)
 
@@ -63,10 +88,32 @@ def _result(self):
     share = distributed_share()
     if share is None:
         return type(self).result(self)
-    state = share.all_reduce([tf.convert_to_tensor(v.value) for v in self.variables])
-    mapping = list(zip(self.variables, state, strict=True))
-    with keras.StatelessScope(state_mapping=mapping):
+    with read([self], share):
         return type(self).result(self)
+
+
+def read(
+    metrics: Iterable[keras.metrics.Metric], share: Share
+) -> contextlib.AbstractContextManager:
+    """Sums the state of metrics over the replicas, all in one exchange.
+
+    Returns:
+        A context manager; in its block the metrics have the state of all replicas.
+    """
+    variables = [v for metric in metrics for v in metric.variables]
+    state = share.all_reduce([_part_of_state(v, share) for v in variables])
+    mapping = list(zip(variables, state, strict=True))
+    return keras.StatelessScope(state_mapping=mapping)
+
+
+def _part_of_state(variable: keras.Variable, share: Share) -> tf.Tensor:
+    """What a replica adds to the value that a variable has when it is read."""
+    value = tf.convert_to_tensor(variable.value)
+    if variable.aggregation == "sum":
+        return value
+    if variable.aggregation == "mean":
+        return value / share.num_replicas
+    return value if share.replica == 0 else tf.zeros_like(value)
 
 
 def _update_state(self, *args, **kwargs):

@@ -1,10 +1,14 @@
-"""The strategy: how many replicas, on which devices."""
+"""The strategy: how many replicas, on which devices of which workers."""
 
+import json
+import os
 from collections.abc import Sequence
 
 import tensorflow as tf
 
-NAMES = ("auto", "one_device", "mirrored")
+from distfit import _keras, workers
+
+NAMES = ("auto", "one_device", "mirrored", "multi_worker")
 
 
 def create_strategy(
@@ -16,10 +20,14 @@ def create_strategy(
     """Creates the strategy under whose `scope()` a model is built.
 
     Args:
-        name: `"one_device"`; `"mirrored"`: one replica on each device of this host; or
-            `"auto"`: mirrored where there is more than one device to use.
+        name: `"one_device"`; `"mirrored"`: one replica on each device of this host;
+            `"multi_worker"`: the devices of all workers that the environment variable
+            TF_CONFIG lists; or `"auto"`: multi_worker where TF_CONFIG lists several
+            workers, else mirrored where there is more than one device to use. A worker
+            has a replica on each of its GPUs, or one on its CPU.
         devices: The devices to use, e.g. `["GPU:0", "GPU:2"]`. Defaults to every GPU,
-            or to the CPU's virtual devices where there is no GPU.
+            or to the CPU's virtual devices where there is no GPU. Not for multi_worker:
+            there CUDA_VISIBLE_DEVICES tells.
         virtual_devices: If positive, splits the CPU into this many virtual devices and
             uses them, to try a job of many replicas on a machine without GPUs.
 
@@ -27,15 +35,20 @@ def create_strategy(
         A `tf.distribute.Strategy`.
 
     Raises:
-        ValueError: for an unknown name, a negative number of virtual devices, or
-            `devices` together with `virtual_devices`.
-        RuntimeError: if TensorFlow is initialised already with fewer virtual devices.
+        ValueError: for an unknown name, a negative number of virtual devices,
+            `devices` together with `virtual_devices`, or either with multi_worker.
+        RuntimeError: if TensorFlow is initialised already with fewer virtual devices,
+            or before a strategy of several workers.
     """
     if name not in NAMES:
         raise ValueError(
             f"Unknown strategy. Received: name={name!r}. "
             f"Use one of {', '.join(map(repr, NAMES))}."
         )
+    if name == "auto" and _listed_workers() > 1:
+        name = "multi_worker"
+    if name == "multi_worker":
+        return _multi_worker(devices, virtual_devices)
     if devices and virtual_devices:
         raise ValueError(
             "Name the devices or ask for virtual ones, not both. Received: "
@@ -79,16 +92,6 @@ def make_virtual_devices(count: int) -> list[str]:
     return [f"CPU:{i}" for i in range(count)]
 
 
-def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that reports and writes."""
-    resolver = strategy.cluster_resolver
-    if resolver is None or not resolver.cluster_spec().jobs:
-        return True
-    return resolver.task_type == "chief" or (
-        resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs
-    )
-
-
 def check_created_in_scope(strategy: tf.distribute.Strategy, what: str, variables):
     """Raises a `ValueError` if one of the variables belongs to another strategy."""
     for variable in variables:
@@ -100,6 +103,39 @@ def check_created_in_scope(strategy: tf.distribute.Strategy, what: str, variable
                 f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} "
                 "replica(s). Create it inside `with strategy.scope():`."
             )
+
+
+def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
+    if devices or virtual_devices:
+        raise ValueError(
+            "A worker takes its devices from CUDA_VISIBLE_DEVICES, and without a GPU "
+            "TensorFlow gives it one replica. Received: strategy multi_worker with "
+            f"devices={devices}, virtual_devices={virtual_devices}. Start more workers."
+        )
+    if _listed_workers() == 0:
+        raise ValueError(
+            "The environment variable TF_CONFIG lists no workers. Received: "
+            f"TF_CONFIG={os.environ.get('TF_CONFIG')!r}. Set it on each worker to "
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", '
+            '"index": i}}, or start the program with `python -m launch`.'
+        )
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "TensorFlow joins other workers before its first operation. Received: a "
+            f"strategy multi_worker in a process that has used it ({error}). Create "
+            "the strategy first of all."
+        ) from error
+    _keras.keep_initial_values_local(strategy)
+    workers.agree_on_randomness(workers.of(strategy), "create_strategy()")
+    return strategy
+
+
+def _listed_workers() -> int:
+    """The number of workers in TF_CONFIG, 0 if it lists none."""
+    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
+    return sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
 
 
 def _cross_device_ops(devices: Sequence[str]) -> tf.distribute.CrossDeviceOps | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from distfit import _keras, workers
+
 RELATIVE = 1e-5  # of losses and metrics
 ABSOLUTE = 1e-5  # of weights
 
@@ -39,7 +41,11 @@ def run(strategy, build: Callable, fit: Callable, then: Callable | None = None) 
 
 
 def check_replicas_agree(strategy, model) -> None:
-    """All replicas hold the same weights, bit for bit."""
+    """All replicas, of all workers, hold the same weights, bit for bit."""
+    team = workers.of(strategy)
+    if team.count > 1:
+        bits = b"".join(_keras.local_value(v).tobytes() for v in model.weights)
+        team.check_alike("the weights", {"weights": workers.checksum(bits)})
     for variable in model.weights:
         first, *others = strategy.experimental_local_results(variable.value)
         for other in others:

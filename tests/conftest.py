@@ -1,4 +1,9 @@
-"""Eight virtual CPU devices for every test, and the strategies on them."""
+"""Eight virtual CPU devices for every test, and the strategies on them.
+
+Where TF_CONFIG makes this process one of several workers, as integration/test_workers.py
+does, all of them run the same tests: a strategy of more than one replica is then that
+of the workers.
+"""
 
 import os
 
@@ -15,13 +20,16 @@ import distfit
 
 VIRTUAL_DEVICES = 8
 
-
 # Before any test module is imported: TensorFlow fixes its devices at its first use.
-distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
+CLUSTER = distfit.create_strategy() if "TF_CONFIG" in os.environ else None
+if CLUSTER is None:
+    distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
 
 
 @functools.cache
 def _strategy(replicas: int) -> tf.distribute.Strategy:
+    if CLUSTER is not None and replicas > 1:
+        return CLUSTER
     devices = [f"CPU:{i}" for i in range(replicas)]
     name = "one_device" if replicas == 1 else "mirrored"
     return distfit.create_strategy(name, devices=devices)
@@ -31,6 +39,22 @@ def _strategy(replicas: int) -> tf.distribute.Strategy:
 def make_strategy():
     """`make_strategy(n)`: a strategy with n replicas on virtual CPU devices."""
     return _strategy
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what the workers cannot do, or would only repeat."""
+    if CLUSTER is None:
+        unwanted = [item for item in items if item.get_closest_marker("workers")]
+    else:
+        numbers = (None, CLUSTER.num_replicas_in_sync)
+        unwanted = [item for item in items if _replicas_of(item) not in numbers]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in unwanted]
+
+
+def _replicas_of(item) -> int | None:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("replicas")
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,13 @@ FILES = sorted((ROOT / "distfit").rglob("*.py"))
 # From the bottom: a file imports only from files in layers below its own.
 LAYERS = [
     ("_keras",),
-    ("collectives", "data"),
-    ("metrics", "random", "normalization", "optimizers", "finite"),
+    ("workers",),
+    ("collectives", "predictions"),
+    ("data", "metrics", "random", "normalization", "optimizers", "finite"),
     ("losses", "strategy", "callbacks"),
     ("probe", "build"),
     ("driver",),
+    ("agreement",),
     ("loop",),
     ("model",),
     ("verification",),

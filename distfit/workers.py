@@ -1,0 +1,269 @@
+"""What workers tell each other outside of steps.
+
+Every worker runs the same program, so each exchange is one call that all of them make,
+at the same place. It is named for that place: workers that have gone different ways
+find out at their next exchange, instead of waiting for each other for ever.
+
+With a single worker every function here returns at once.
+"""
+
+import contextlib
+import functools
+import json
+import random
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distfit import _keras
+
+_local = threading.local()
+
+
+class Workers:
+    """The workers of a strategy, seen from one of them. `of(strategy)` gives it.
+
+    Attributes:
+        count: Number of workers.
+        index: Which of them this process is; the chief is 0.
+        first_replica: Index of the first replica of this worker among all replicas.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        resolver = strategy.cluster_resolver
+        cluster = resolver.cluster_spec() if resolver else tf.train.ClusterSpec({})
+        jobs = {"chief", "worker"} & set(cluster.jobs)  # An evaluator is no worker.
+        tasks = {job: cluster.num_tasks(job) for job in jobs}
+        self.count = max(sum(tasks.values()), 1)
+        self.index = 0
+        if self.count > 1:
+            before = tasks.get("chief", 0) if resolver.task_type == "worker" else 0
+            self.index = before + resolver.task_id
+        self.first_replica = self.index * (strategy.num_replicas_in_sync // self.count)
+        self._gather = _compiled_gather(strategy, self.first_replica)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that reports and writes."""
+        return self.index == 0
+
+    def tell(self, place: str, message: Any = None) -> list:
+        """Exchanges something that JSON can hold.
+
+        Args:
+            place: Where in the program the workers are, in words.
+            message: What this worker has to say.
+
+        Returns:
+            What each worker said, in their order.
+
+        Raises:
+            RuntimeError: if the others are at another place.
+        """
+        if self.count == 1:
+            return [message]
+        texts = self.gather(place, json.dumps(message).encode())
+        return [json.loads(text) for text in texts]
+
+    def gather(self, place: str, data: bytes) -> list[bytes]:
+        """As `tell`, for bytes."""
+        if self.count == 1:
+            return [data]
+        _check_not_alone(place)
+        messages = self._gather(_packed(place.encode() + b"\0" + data))
+        parts = [message.partition(b"\0") for message in _unpacked(messages)]
+        places = [name.decode() for name, _, _ in parts]
+        if len(set(places)) > 1:
+            where = ", ".join(f"worker {i}: {name}" for i, name in enumerate(places))
+            raise RuntimeError(
+                "Workers have gone different ways: all must call the same methods in "
+                f"the same order. Received: {where}. Let no worker call fit(), "
+                "evaluate() or predict() alone; what only writes or reports belongs in "
+                "`distfit.callbacks.ChiefOnly`."
+            )
+        return [data for _, _, data in parts]
+
+    def from_chief(self, place: str, message: Any = None) -> Any:
+        """What the chief says; the message of other workers does not count."""
+        return self.tell(place, message if self.is_chief else None)[0]
+
+    def any(self, place: str, flag: bool) -> bool:
+        """Whether at least one worker says so."""
+        return any(self.tell(place, bool(flag)))
+
+    def check_alike(self, place: str, facts: dict[str, Any]) -> None:
+        """Checks what must be the same on every worker.
+
+        Args:
+            place: As for `tell`.
+            facts: What is to be compared, by name.
+
+        Raises:
+            ValueError: on every worker, naming the first fact that differs.
+        """
+        for name, *values in zip(facts, *self._facts(place, facts), strict=True):
+            if len(set(values)) > 1:
+                shown = ", ".join(f"{v} on worker {i}" for i, v in enumerate(values))
+                raise ValueError(
+                    f"Workers must run the same program on the same data. Received: "
+                    f"{name}: {shown}. Start every worker with the same code, settings "
+                    "and data."
+                )
+
+    def _facts(self, place: str, facts: dict[str, Any]) -> list[list[str]]:
+        own = [str(value) for value in facts.values()]
+        digests = self.tell(place, checksum(repr(own).encode()))
+        if len(set(digests)) == 1:  # As nearly always: the long form is not needed.
+            return [own] * self.count
+        told = self.tell(f"{place}, which differs", dict(zip(facts, own, strict=True)))
+        return [[facts_of.get(name, "nothing") for name in facts] for facts_of in told]
+
+
+def of(strategy: tf.distribute.Strategy) -> Workers:
+    """The workers of a strategy."""
+    if not hasattr(strategy, "_distfit_workers"):
+        strategy._distfit_workers = Workers(strategy)
+    return strategy._distfit_workers
+
+
+def agree_on_randomness(workers: Workers, place: str) -> None:
+    """Lets the random generators of all workers be in the same state.
+
+    Shuffling depends on them. Where a program has seeded them all is well already;
+    only those that differ, or that nobody has seeded, get a seed from the chief.
+    """
+    if workers.count == 1:
+        return
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    states = {name: state() for name, (state, _) in _GENERATORS.items()}
+    told = workers.tell(place, {"seed": seed, "states": states})
+    for name, (_, set_seed) in _GENERATORS.items():
+        if None in (found := {t["states"][name] for t in told}) or len(found) > 1:
+            set_seed(told[0]["seed"])
+
+
+def _python_random_state() -> int:
+    return checksum(repr(random.getstate()).encode())
+
+
+def _numpy_random_state() -> int:
+    _, key, position, *_ = np.random.get_state()
+    return checksum(bytes(key) + str(position).encode())
+
+
+_GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[int], None]]] = {
+    "Python": (_python_random_state, random.seed),
+    "NumPy": (_numpy_random_state, np.random.seed),
+    "TensorFlow": (_keras.tensorflow_random_state, tf.random.set_seed),
+}
+
+
+def agree_on_values(workers: Workers, place: str, variables: Iterable[Any]) -> None:
+    """Gives every worker the chief's value of each variable that differs.
+
+    Of variables that each replica has its own part of, such as the state of metrics,
+    the parts stay.
+    """
+    if workers.count == 1:
+        return
+    mirrored = [v for v in variables if not _keras.is_summed_on_read(v)]
+    values = [np.ascontiguousarray(_keras.local_value(v)) for v in mirrored]
+    checksums = [checksum(value.tobytes()) for value in values]
+    told = workers.tell(place, checksums)
+    differ = [
+        i for i, found in enumerate(zip(*told, strict=True)) if len(set(found)) > 1
+    ]
+    if not differ:
+        return
+    own = b"".join(values[i].tobytes() for i in differ) if workers.is_chief else b""
+    data = workers.gather(f"{place}, for the values of the chief", own)[0]
+    for i in differ:
+        size = values[i].nbytes
+        value = np.frombuffer(data[:size], values[i].dtype).reshape(values[i].shape)
+        mirrored[i].assign(value)
+        data = data[size:]
+
+
+@contextlib.contextmanager
+def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Marks what this thread does as done by this worker alone.
+
+    A call that needs all workers is an error in the block. Variables that are sums over
+    replicas, as those of metrics, can be read there: this worker's part is their value.
+    """
+    stock = strategy.reduce
+
+    def own_part(reduce_op, value, axis):
+        return sum(strategy.experimental_local_results(value))
+
+    before, _local.alone = is_alone(), True
+    strategy.reduce = own_part
+    try:
+        yield
+    finally:
+        strategy.reduce = stock
+        _local.alone = before
+
+
+def is_alone() -> bool:
+    """Whether this thread is in an `alone()` block."""
+    return getattr(_local, "alone", False)
+
+
+def _check_not_alone(place: str) -> None:
+    if is_alone():
+        raise RuntimeError(
+            "The chief cannot do alone what needs all workers. Received: a call in a "
+            f"`distfit.callbacks.ChiefOnly` callback ({place}). Do it in a callback "
+            "that every worker has, or hand its result to this one."
+        )
+
+
+def _compiled_gather(strategy: tf.distribute.Strategy, first_replica: int) -> Callable:
+    """Returns a function that joins what each worker gives it.
+
+    It exchanges float32, of which every device can be sure to have a collective.
+    """
+
+    def on_replica(words):
+        context = tf.distribute.get_replica_context()
+        replica = tf.get_static_value(context.replica_id_in_sync_group)
+        own = tf.identity(words)  # A tensor of this device, which is asked for.
+        return context.all_gather(own if replica == first_replica else own[:0], 0)
+
+    @functools.partial(
+        tf.function,
+        autograph=False,
+        input_signature=[tf.TensorSpec([None], tf.float32)],
+    )
+    def gather(words):
+        gathered = strategy.run(on_replica, args=(words,))
+        return strategy.experimental_local_results(gathered)[0]
+
+    return gather
+
+
+def _packed(data: bytes) -> np.ndarray:
+    """Bytes as float32, two in each, after their number in three of them."""
+    length = len(data).to_bytes(6, "little")
+    padded = length + data + b"\0" * (len(data) % 2)
+    return np.frombuffer(padded, np.uint16).astype(np.float32)
+
+
+def _unpacked(words: tf.Tensor) -> list[bytes]:
+    data = np.asarray(words).astype(np.uint16).tobytes()
+    messages = []
+    while data:
+        length = int.from_bytes(data[:6], "little")
+        messages.append(data[6 : 6 + length])
+        data = data[6 + length + length % 2 :]
+    return messages
+
+
+def checksum(data: bytes) -> int:
+    """A number that tells these bytes from others."""
+    return zlib.crc32(data)
