@@ -7,6 +7,7 @@ from collections.abc import Collection
 import ml_collections
 
 from launch import targets
+from launch.cluster import Cluster
 from launch.errors import UsageError
 
 POLICIES = (
@@ -43,6 +44,40 @@ def check_keys(config: ml_collections.ConfigDict, known: Collection[str]) -> Non
             f"The model {config.model} reads no such setting. "
             f"Received: {', '.join(f'{key}={config[key]!r}' for key in unknown)}. "
             f"It has {', '.join(sorted(known))}."
+        )
+
+
+def check_cluster(
+    config: ml_collections.ConfigDict, cluster: Cluster | None, num_workers: int | None
+) -> None:
+    """Raises a `UsageError` for settings that these workers cannot train with.
+
+    Args:
+        config: the settings.
+        cluster: the cluster that this process is a worker of, if any.
+        num_workers: the flag of that name; without a cluster it starts one.
+    """
+    several = num_workers is not None
+    if cluster is not None and cluster.num_workers > 1:
+        several = True
+    if config.strategy == "multi_worker" and cluster is None and num_workers is None:
+        raise UsageError(
+            "There is no cluster. Received: --strategy=multi_worker, and no TF_CONFIG. "
+            "Give --num_workers=N for workers on this host; on several hosts set "
+            "TF_CONFIG, give --workers and --worker_index, or start with srun."
+        )
+    if config.strategy in ("one_device", "mirrored") and several:
+        workers = f"--num_workers={num_workers}" if cluster is None else cluster
+        raise UsageError(
+            "With this strategy every worker would train alone. "
+            f"Received: --strategy={config.strategy}, {workers}. "
+            "Give --strategy=multi_worker."
+        )
+    if config.virtual_devices and (several or config.strategy == "multi_worker"):
+        raise UsageError(
+            "TensorFlow gives a worker on CPUs exactly one replica. "
+            f"Received: --virtual_devices={config.virtual_devices} for workers. "
+            "Give --num_workers=N instead, for N replicas."
         )
 
 

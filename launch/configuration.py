@@ -119,7 +119,7 @@ def _stack(
     if command_line.command == "evaluate":
         # The other sources say which folder it is, and win over what it holds.
         file = pathlib.Path(config.workdir, FILE)
-        layers.insert(0, (str(file), _load_recorded(file)))
+        layers.insert(0, (str(file), _for_evaluation(_load_recorded(file))))
         config = stacked()
     return config
 
@@ -211,3 +211,10 @@ def _load_recorded(file: pathlib.Path) -> Mapping[str, Any]:
             f"Received: --workdir={file.parent}. "
             "Give the --workdir of a finished training, or its --model."
         ) from error
+
+
+def _for_evaluation(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leaves out the workers: those that trained need not be there to evaluate."""
+    if recorded.get("strategy") != "multi_worker":
+        return recorded
+    return {name: value for name, value in recorded.items() if name != "strategy"}

@@ -6,6 +6,7 @@ configuration file and to the model's own defaults (see configuration.py).
 
 import dataclasses
 import difflib
+import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -30,7 +31,11 @@ _NUMBER = _Kind(flags.DEFINE_float, "X", "a number")
 _SWITCH = _Kind(flags.DEFINE_boolean, "", "true or false")
 
 SETTINGS: dict[str, tuple[_Kind, str]] = {
-    "strategy": (_TEXT, "one_device, mirrored, or auto: mirrored on several devices"),
+    "strategy": (
+        _TEXT,
+        "one_device, mirrored, multi_worker, or auto: multi_worker in a cluster or "
+        "with --num_workers, mirrored on several devices",
+    ),
     "model": (
         _TEXT,
         "a reference model (default: gan), or package.module:function, your function "
@@ -70,7 +75,31 @@ VERIFY: dict[str, tuple[_Kind, str]] = {
     "steps": (_INTEGER, "verify: training steps to compare (default: 3)"),
     "tolerance": (_NUMBER, "verify: largest relative deviation (default: 1e-5)"),
 }
-_NOT_VERIFY = ("strategy", "virtual_devices")
+# What describes this process and its cluster, and not the run: no setting of it.
+CLUSTER: dict[str, tuple[_Kind, str]] = {
+    "num_workers": (
+        _INTEGER,
+        "start so many workers on this host; in a cluster, how many it is to have",
+    ),
+    "workers": (
+        _TEXT,
+        "the cluster as host:port,host:port,...: the same on each worker, chief first",
+    ),
+    "worker_index": (_INTEGER, "which of --workers this process is, from 0"),
+    "tee": (
+        _TEXT,
+        "whose output is shown, of workers started by --num_workers: chief (default), "
+        "or all, each line with its worker in front",
+    ),
+    "stall_timeout": (
+        _NUMBER,
+        "seconds without progress after which a worker ends the run (default: 1800); "
+        "0 for never",
+    ),
+}
+TEES = ("chief", "all")
+_ALL = {**SETTINGS, **CLUSTER, **VERIFY}
+_NOT_VERIFY = ("strategy", "virtual_devices", *CLUSTER)
 _CONFIG_HELP = (
     "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
     "what stands after a colon is its argument"
@@ -88,11 +117,13 @@ class CommandLine:
         overrides: the `--config.key=value` arguments as they stand; their keys and
             types are known once the configuration is.
         verify: the arguments of `distfit.verify` that were given.
+        cluster: the flags of `CLUSTER` that were given.
     """
 
     command: str = "train"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     verify: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cluster: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -110,16 +141,13 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     except flags.Error as error:
         raise UsageError(_explain(error)) from error
     command = _command(rest[1:])
-    given = {
-        name: values[name].value
-        for name in (*SETTINGS, *VERIFY)
-        if values[name].present
-    }
+    given = {name: values[name].value for name in _ALL if values[name].present}
     _check_flags_of(command, given)
     return CommandLine(
         command=command,
         settings={name: given[name] for name in given if name in SETTINGS},
         verify=_verify_arguments(given),
+        cluster=_cluster_arguments(given),
         config=values["config"].value,
         overrides=overrides,
     )
@@ -127,8 +155,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
 def help_text() -> str:
     """Returns what `--help` prints."""
-    every = {**SETTINGS, **VERIFY}
-    rows = [(name, kind.placeholder, text) for name, (kind, text) in every.items()]
+    rows = [(name, kind.placeholder, text) for name, (kind, text) in _ALL.items()]
     rows += [("config", "FILE.py", _CONFIG_HELP)]
     rows += [("config.KEY", "VALUE", "one setting of the configuration, by name")]
     lines = [f"python -m launch [{'|'.join(COMMANDS)}] [--flag=value ...]", ""]
@@ -142,7 +169,7 @@ def _define() -> flags.FlagValues:
     # Its own set of flags: absl's global one belongs to whatever else is imported.
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # the command may stand before, between or after flags
-    for name, (kind, text) in {**SETTINGS, **VERIFY}.items():
+    for name, (kind, text) in _ALL.items():
         kind.define(name, None, text, flag_values=values)
     flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
     return values
@@ -193,6 +220,29 @@ def _verify_arguments(given: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _cluster_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `CLUSTER`; what they mean together is for cluster.py to say."""
+    arguments = {name: given[name] for name in CLUSTER if name in given}
+    if arguments.get("num_workers", 1) < 1:
+        raise UsageError(
+            "There is at least one worker. "
+            f"Received: --num_workers={arguments['num_workers']}. "
+            "Leave it out to train in this process."
+        )
+    if arguments.get("tee", TEES[0]) not in TEES:
+        raise UsageError(
+            "There is no such choice of output. "
+            f"Received: --tee={arguments['tee']}. Give {' or '.join(TEES)}."
+        )
+    seconds = arguments.get("stall_timeout", 0.0)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UsageError(
+            "The stall timeout is a number of seconds. "
+            f"Received: --stall_timeout={seconds}. Give 0 to wait forever."
+        )
+    return arguments
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -208,14 +258,14 @@ def _explain(error: flags.Error) -> str:
         return _unknown(error.flagname)
     # absl's own words: "flag --batch_size=x: invalid literal for int() with base 10".
     illegal = re.match(r"flag --(?P<name>\w+)=(?P<value>.*?): ", str(error))
-    if illegal and illegal["name"] in {**SETTINGS, **VERIFY}:
+    if illegal and illegal["name"] in _ALL:
         name, value = illegal["name"], illegal["value"]
-        takes = {**SETTINGS, **VERIFY}[name][0].takes
+        takes = _ALL[name][0].takes
         return f"--{name} takes {takes}. Received: --{name}={value}. Give {takes}."
     return f"The flags cannot be read. Received: {error}. See python -m launch --help."
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*SETTINGS, *VERIFY, "config"], n=1)
+    near = difflib.get_close_matches(name, [*_ALL, "config"], n=1)
     advice = f"Did you mean --{near[0]}?" if near else "See python -m launch --help."
     return f"There is no such flag. Received: --{name}. {advice}"

@@ -27,7 +27,8 @@ BAD_COMMAND_LINES = {
     "missing value": ("--batch_size", "Missing value for flag --batch_size"),
     "unknown command": ("serve", "command='serve'. Choose train or evaluate or verify"),
     "two commands": ("train evaluate", "command='train evaluate'"),
-    "strategy": ("--strategy=multi_worker", "auto, one_device, mirrored"),
+    "strategy": ("--strategy=parameter_server", "auto, one_device, mirrored"),
+    "multi_worker alone": ("--strategy=multi_worker", "--strategy=multi_worker"),
     "model": ("--model=gann", "--model=gann. Did you mean gan?"),
     "path to a module": ("--model=no.such:build --dataset=mnist", "no.such:build"),
     "path that is none": ("--model=a-b:build", "package.module:function"),
@@ -55,6 +56,26 @@ BAD_COMMAND_LINES = {
     "steps to verify": ("verify --steps=x", "--steps=x. Give a whole number"),
     "flag of verify": ("--replicas=2", "command train takes no --replicas"),
     "flag of train": ("verify --strategy=mirrored", "verify takes no --strategy"),
+    "workers of verify": ("verify --num_workers=2", "verify takes no --num_workers"),
+    "no workers": ("--num_workers=0", "--num_workers=0"),
+    "workers by halves": ("--workers=a:1,b:1", "--workers=a:1,b:1 alone"),
+    "index without workers": ("--worker_index=1", "--worker_index=1 alone"),
+    "index of no worker": (
+        "--workers=a:1 --worker_index=1",
+        "--worker_index=1, with 1",
+    ),
+    "index of no number": ("--workers=a:1 --worker_index=x", "Give a whole number"),
+    "output": ("--num_workers=2 --tee=none", "--tee=none. Give chief or all"),
+    "stall timeout": ("--stall_timeout=-1", "--stall_timeout=-1.0. Give 0"),
+    "endless stall timeout": ("--stall_timeout=nan", "--stall_timeout=nan"),
+    "workers that are mirrored": (
+        "--num_workers=2 --strategy=mirrored",
+        "would train alone. Received: --strategy=mirrored, --num_workers=2",
+    ),
+    "workers of virtual devices": (
+        "--num_workers=2 --virtual_devices=2",
+        "exactly one replica. Received: --virtual_devices=2",
+    ),
 }
 
 
@@ -126,11 +147,19 @@ def test_the_command_may_stand_anywhere_and_overrides_are_kept_apart():
     assert line.overrides == ("--config.a.b=1",)
 
 
+def test_what_describes_the_cluster_is_no_setting_of_the_run():
+    given = {"num_workers": 2, "tee": "all", "stall_timeout": 0.5}
+    line = flags.parse(["--epochs=3", *(f"--{k}={v}" for k, v in given.items())])
+    assert line == CommandLine(settings={"epochs": 3}, cluster=given)
+    assert not set(flags.CLUSTER) & set(configuration.resolve(line, model_defaults()))
+
+
 def test_help_names_every_flag(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(
-        f"--{name}" in text for name in [*flags.SETTINGS, "config", "config.KEY"]
+        f"--{name}" in text
+        for name in [*flags.SETTINGS, *flags.CLUSTER, "config", "config.KEY"]
     )
 
 
@@ -244,6 +273,15 @@ def test_evaluate_takes_up_the_settings_of_the_training_below_flags():
     config = configuration.resolve(line, defaults)
     assert (config.seed, config.batch_size, config.steps_per_epoch) == (5, 8, None)
     assert config.shape == (1, 2)
+
+
+def test_evaluating_does_not_take_the_workers_that_trained():
+    recorded = CommandLine(settings={"strategy": "multi_worker", "workdir": "here"})
+    configuration.write(configuration.resolve(recorded, model_defaults()))
+    line = CommandLine("evaluate", settings={"workdir": "here"})
+    assert configuration.resolve(line, model_defaults()).strategy == "auto"
+    line = CommandLine("evaluate", settings=recorded.settings)
+    assert configuration.resolve(line, model_defaults()).strategy == "multi_worker"
 
 
 def test_the_written_settings_are_json():
