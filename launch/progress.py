@@ -1,0 +1,126 @@
+"""How far each worker is, kept in small files, and which of them the others wait for.
+
+Workers enter the same executions of steps one after the other. When all stand still,
+the one that has entered the fewest is the one that did not come.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+from launch import run_files
+
+IN_STEP = "in a step"
+BETWEEN_STEPS = "between steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a worker is.
+
+    Attributes:
+        worker: its index.
+        step: the step it is in, from 1, if it is in one; otherwise the last that it has
+            finished.
+        phase: what it does, such as "in a step" or "between steps".
+        entered: how many executions of steps it has begun.
+        time: when it came there, in seconds as `time.time()` counts them.
+        alive: when it last wrote this, which it goes on to do while it stands still.
+        pid: its process id.
+        host: the name of its host.
+    """
+
+    worker: int
+    step: int
+    phase: str
+    entered: int
+    time: float
+    alive: float
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        if self.phase == IN_STEP:
+            return f"in step {self.step}"
+        return f"{self.phase} after step {self.step}" if self.step else self.phase
+
+
+def write(workdir: pathlib.Path, progress: Progress) -> None:
+    """Writes `<workdir>/logs/worker-<i>.progress.json`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = run_files.progress(workdir, progress.worker)
+    run_files.write_json(path, dataclasses.asdict(progress))
+
+
+def read(workdir: pathlib.Path, index: int) -> Progress | None:
+    """Returns where a worker is; None if it has not said so, or not readably."""
+    content = run_files.read_json(run_files.progress(workdir, index))
+    try:
+        return None if content is None else Progress(**content)
+    except TypeError:  # not its fields
+        return None
+
+
+def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> str:
+    """Says which workers hold the others up, once all stand still.
+
+    Args:
+        found: where each worker is, as far as that is known.
+        num_workers: how many there are.
+        silence: seconds after which a worker that writes nothing does not respond. They
+            count from the last that any has written: hosts' clocks may differ a little.
+
+    Returns:
+        A part of a sentence, such as "worker 1 between steps after step 57, where
+        workers 0, 2 wait in step 58".
+    """
+    missing = [i for i in range(num_workers) if i not in found]
+    latest = max(each.alive for each in found.values())
+    silent = [p for p in found.values() if latest - p.alive > silence]
+    fewest = min(p.entered for p in found.values())
+    behind = [p for p in found.values() if p.entered == fewest]
+    if missing:
+        # Not that they are to blame: hosts without a common folder look like this too.
+        unknown = f"{_workers(missing)} without a progress file in the working folder"
+        return f"{_places(list(found.values()))}, {unknown}"
+    if silent:
+        which = ", ".join(map(_silent, silent))
+        return _with_others(which, [p for p in found.values() if p not in silent])
+    if len(behind) < len(found):
+        others = [p for p in found.values() if p not in behind]
+        return _with_others(_places(behind), others)
+    return _places(behind) + (" at the same time" if len(behind) > 1 else "")
+
+
+def _with_others(which: str, others: Sequence[Progress]) -> str:
+    return f"{which}, where {_places(others, ' wait')}" if others else which
+
+
+def _silent(progress: Progress) -> str:
+    since = time.strftime("%H:%M:%S", time.localtime(progress.alive))
+    process = f"process {progress.pid} on {progress.host}"
+    return f"worker {progress.worker} not responding since {since} ({process})"
+
+
+def _places(found: Sequence[Progress], verb: str = "") -> str:
+    """Names workers by where they are: "worker 0 in step 3, workers 1, 2 saving"."""
+    places: dict[str, list[int]] = {}
+    for each in sorted(found, key=lambda p: p.worker):
+        places.setdefault(str(each), []).append(each.worker)
+    return " and ".join(
+        f"{_workers(who)}{_agreeing(verb, who)} {place}"
+        for place, who in places.items()
+    )
+
+
+def _workers(indices: Sequence[int]) -> str:
+    name = "worker" if len(indices) == 1 else "workers"
+    return f"{name} {', '.join(map(str, indices))}"
+
+
+def _agreeing(verb: str, who: Sequence[int]) -> str:
+    return verb + "s" if verb and len(who) == 1 else verb

@@ -1,0 +1,193 @@
+"""Who holds the others up, and when a watchdog ends a worker."""
+
+import dataclasses
+
+import pytest
+
+from launch import failures, progress, run_files, stall
+from launch.progress import Progress
+
+IN, BETWEEN = stall.IN_STEP, stall.BETWEEN_STEPS
+
+
+def at(worker, step, phase, entered, alive=100.0):
+    return Progress(worker, step, phase, entered, 50.0, alive, 1234, "a-host")
+
+
+PLACES = {
+    "one between steps": (
+        [at(0, 58, IN, 58), at(1, 57, BETWEEN, 57), at(2, 58, IN, 58)],
+        "worker 1 between steps after step 57, where workers 0, 2 wait in step 58",
+    ),
+    "two behind": (
+        [at(0, 58, IN, 58), at(1, 57, BETWEEN, 57), at(2, 57, "saving", 57)],
+        "worker 1 between steps after step 57 and worker 2 saving after step 57, "
+        "where worker 0 waits in step 58",
+    ),
+    "executions of ten steps": (
+        [at(0, 21, IN, 3), at(1, 20, BETWEEN, 2)],
+        "worker 1 between steps after step 20, where worker 0 waits in step 21",
+    ),
+    "before the first step": (
+        [at(0, 1, IN, 1), at(1, 0, "preparing", 0)],
+        "worker 1 preparing, where worker 0 waits in step 1",
+    ),
+    "all equally far": (
+        [at(i, 58, IN, 58) for i in range(3)],
+        "workers 0, 1, 2 in step 58 at the same time",
+    ),
+    "alone": ([at(0, 58, IN, 58)], "worker 0 in step 58"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_the_worker_that_did_not_come_is_named(case):
+    found, expected = PLACES[case]
+    places = {p.worker: p for p in found}
+    assert progress.explain(places, len(found), silence=30) == expected
+
+
+def test_a_worker_that_is_silent_is_named_though_it_is_as_far():
+    found = {0: at(0, 58, IN, 58), 1: at(1, 58, IN, 58, alive=60.0)}
+    text = progress.explain(found, 2, silence=30)
+    assert text.startswith("worker 1 not responding since ")
+    assert text.endswith("(process 1234 on a-host), where worker 0 waits in step 58")
+    assert "not responding" not in progress.explain(found, 2, silence=50)
+
+
+def test_without_files_of_others_a_worker_tells_where_it_is_itself():
+    text = progress.explain({1: at(1, 58, IN, 58)}, 3, silence=30)
+    unknown = "workers 0, 2 without a progress file in the working folder"
+    assert text == f"worker 1 in step 58, {unknown}"
+
+
+def test_progress_is_read_as_it_was_written(tmp_path):
+    progress.write(tmp_path, at(1, 3, IN, 3))
+    assert progress.read(tmp_path, 1) == at(1, 3, IN, 3)
+    assert progress.read(tmp_path, 0) is None
+    run_files.progress(tmp_path, 1).write_text('{"worker": 1}')
+    assert progress.read(tmp_path, 1) is None
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Watched:
+    """A watchdog whose thread is the test, with a clock and an end of its own."""
+
+    def __init__(self, workdir, index=0, num_workers=2, timeout=10.0):
+        self.clock = Clock()
+        self.codes = []
+        self.dog = stall.Watchdog(
+            workdir,
+            index,
+            num_workers,
+            timeout,
+            clock=self.clock,
+            exit=self.codes.append,
+            poll=0.5,
+        )
+
+    def pass_time(self, seconds):
+        for _ in range(int(seconds * 2)):
+            self.clock.now += 0.5
+            self.dog.look()
+            if self.codes:
+                break
+
+
+def test_no_note_for_the_timeout_ends_the_worker_and_is_recorded(tmp_path, capfd):
+    watched = Watched(tmp_path)
+    progress.write(tmp_path, dataclasses.replace(at(1, 7, BETWEEN, 7), alive=4e9))
+    for step in range(1, 9):
+        watched.dog.note(step, IN)
+    watched.pass_time(9)
+    assert watched.codes == []
+    watched.pass_time(3)
+    assert watched.codes == [1]
+    found = failures.read(tmp_path, 0)
+    assert (found.type, found.code, found.traceback) == ("StallError", 1, "")
+    assert found.message.startswith("No progress for 10 s. Received: ")
+    assert not found.follows
+    err = capfd.readouterr().err
+    assert "test_stall.py" in err  # the stacks
+    assert err.endswith(f"launch: {found.message}\n")
+
+
+def test_notes_keep_a_worker_alive(tmp_path):
+    watched = Watched(tmp_path)
+    for step in range(20):
+        watched.dog.note(step, BETWEEN)
+        watched.pass_time(6)
+    assert watched.codes == []
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
+    watched = Watched(tmp_path)
+    watched.pass_time(2)
+    watched.clock.now += 3600
+    watched.dog.look()
+    assert watched.codes == []
+    watched.pass_time(10)
+    assert watched.codes == [1]
+
+
+def test_the_file_says_how_far_the_worker_is_and_that_it_is_alive(tmp_path):
+    watched = Watched(tmp_path, index=1)
+    watched.dog.note(1, IN)
+    watched.dog.note(1, BETWEEN)
+    watched.dog.note(2, IN)
+    watched.pass_time(1)
+    first = progress.read(tmp_path, 1)
+    assert (first.step, first.phase, first.entered) == (2, IN, 2)
+    watched.pass_time(5)
+    later = progress.read(tmp_path, 1)
+    assert later.alive > first.alive and later.time == first.time
+
+
+def test_the_file_is_written_at_most_once_a_second(tmp_path, monkeypatch):
+    times = []
+    watched = Watched(tmp_path)
+    monkeypatch.setattr(progress, "write", lambda *_: times.append(watched.clock.now))
+    for step in range(20):
+        watched.dog.note(step, IN)
+        watched.pass_time(0.5)
+    assert len(times) == 10
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_not_fatal(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file in the way")
+    watched = Watched(tmp_path)
+    watched.pass_time(8)
+    assert capsys.readouterr().err.count("no progress is kept") == 1
+    watched.pass_time(8)
+    assert watched.codes == [1]
+
+
+def test_without_a_folder_a_worker_still_ends(capfd):
+    watched = Watched(None)
+    watched.dog.note(3, IN)
+    watched.pass_time(11)
+    assert watched.codes == [1]
+    assert "worker 0 in step 3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("timeout", [0, None])
+def test_without_a_timeout_there_is_no_thread(tmp_path, timeout):
+    with stall.Watchdog(tmp_path, 0, 2, timeout) as dog:
+        dog.note(1, IN)
+        assert dog._thread is None
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_thread_watches_and_ends_with_the_context(tmp_path, capfd):
+    codes = []
+    with stall.Watchdog(tmp_path, 0, 1, 0.1, exit=codes.append, poll=0.02) as dog:
+        while not codes:
+            pass
+    assert not dog._thread.is_alive() and codes[0] == 1
