@@ -78,10 +78,10 @@ def settle(model: keras.Model, kind: str, place: str) -> None:
         return
     flag = STOP_FLAGS[kind]
     rates = _learning_rates(model)
-    own = {"stop": bool(getattr(model, flag)), "rates": [float(r) for r in rates]}
-    told = team.tell(f"{place} in {kind}", own)
-    setattr(model, flag, any(each["stop"] for each in told))
-    for rate, value, chiefs in zip(rates, own["rates"], told[0]["rates"], strict=True):
+    values = [float(rate) for rate in rates]
+    told = team.tell(f"{place} in {kind}", (bool(getattr(model, flag)), values))
+    setattr(model, flag, any(stop for stop, _ in told))
+    for rate, value, chiefs in zip(rates, values, told[0][1], strict=True):
         if value != chiefs:
             rate.assign(chiefs)
 

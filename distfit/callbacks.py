@@ -70,9 +70,12 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         self.seen = batch + 1
         if self.verbose != 1 or not self._is_due():
             return
+        self._draw(batch, logs)
+        self._schedule()
+
+    def _draw(self, batch, logs) -> None:
         self._show(logs)
         super()._update_progbar(batch, logs)
-        self._schedule()
 
     def _is_due(self) -> bool:
         return self._clock() >= self._due
@@ -122,15 +125,14 @@ class SharedProgressBar(ProgressBar):
         own = min(max(int(pace), 1), 10 * self._executions)  # Tracing slows the first.
         self._executions = self._next = self._team.from_chief("the progress bar", own)
 
-    def _show(self, logs):
+    def _draw(self, batch, logs) -> None:
+        dict(logs)  # Reads them, on every worker.
         if self._team.is_chief:
-            super()._show(logs)
-        elif logs:
-            dict(logs)  # Reads them, as the chief does.
+            super()._draw(batch, logs)
 
-    def _maybe_init_progbar(self):
+    def _finalize_progbar(self, logs):
         if self._team.is_chief:
-            super()._maybe_init_progbar()
+            super()._finalize_progbar(logs)
 
 
 class ChiefOnly(keras.callbacks.Callback):
@@ -279,7 +281,9 @@ def _paths_of(callback: keras.callbacks.Callback) -> tuple[str, ...]:
 
 
 def _moved(path: str, folder: str) -> str:
-    return os.path.join(folder, os.path.relpath(path, os.sep))
+    moved = os.path.join(folder, os.path.relpath(path, os.sep))
+    os.makedirs(os.path.dirname(moved), exist_ok=True)
+    return moved
 
 
 def _only_on_chief(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:

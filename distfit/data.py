@@ -37,6 +37,8 @@ class GlobalBatches:
             `(x, y[, sample_weight])`.
     """
 
+    others_may_have_rows = False
+
     def __init__(
         self,
         x,
@@ -74,7 +76,7 @@ class GlobalBatches:
         self.spec = self.dataset.element_spec
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.spec)
-        if self.num_batches == 0:
+        if self.num_batches == 0 and not self.others_may_have_rows:
             raise ValueError(_EMPTY)
 
     @property
@@ -96,11 +98,11 @@ class GlobalBatches:
     def facts(self) -> dict[str, Any]:
         """What must be the same on every worker."""
         return {
-            "batches": self.num_batches,
-            "steps_per_epoch": self.steps_per_epoch,
-            "kind of data": self.spec,
-            "size of batches": getattr(self._adapter, "batch_size", None),
-            "sample of the data": [_sample(a) for a in tree.flatten(self._arrays)],
+            "batch size": getattr(self._adapter, "batch_size", None),
+            "number of batches": self.num_batches,
+            "steps per epoch": self.steps_per_epoch,
+            "element spec": self.spec,
+            "sample": [_sample(array) for array in tree.flatten(self._arrays)],
         }
 
     def start_epoch(self) -> int | None:
@@ -180,6 +182,8 @@ class Shards(GlobalBatches):
         strategy: The strategy of the model.
         steps_per_epoch, class_weight: As in `Model.fit`.
     """
+
+    others_may_have_rows = True
 
     def __init__(
         self, dataset_fn, strategy, *, steps_per_epoch=None, class_weight=None
@@ -309,7 +313,7 @@ def _sample(array: Any) -> Any:
     if not isinstance(array, np.ndarray):
         return None
     rows = array[:: max(len(array) // 64, 1)]
-    return array.shape, workers.checksum(np.ascontiguousarray(rows).tobytes())
+    return array.shape, workers.checksum(rows.tobytes())
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -170,8 +170,9 @@ class StepDriver:
         return int(done)
 
     def _run_on_shards(self, batches: data.Shards, steps: int) -> int:
+        shards, counts = batches.take_next()
         done, *ahead = self._run_shards(
-            batches.iterator(), *batches.take_next(), tf.constant(steps)
+            batches.iterator(), shards, counts, tf.constant(steps)
         )
         batches.put_next(tuple(ahead))
         return int(done)

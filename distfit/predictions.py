@@ -49,4 +49,16 @@ def _deserialized(message: bytes, like: list) -> list:
             ends, ends[1:], tf.nest.flatten(like, expand_composites=True), strict=False
         )
     ]
-    return tf.nest.pack_sequence_as(like, tensors, expand_composites=True)
+    specs = tf.nest.map_structure(_spec_of_any_rows, like)
+    return tf.nest.pack_sequence_as(specs, tensors, expand_composites=True)
+
+
+def _spec_of_any_rows(output: Any) -> tf.TypeSpec:
+    shape = [None, *output.shape[1:]]
+    if isinstance(output, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(
+            shape, output.dtype, output.ragged_rank, output.row_splits.dtype
+        )
+    if isinstance(output, tf.SparseTensor):
+        return tf.SparseTensorSpec(shape, output.dtype)
+    return tf.TensorSpec(shape, output.dtype)

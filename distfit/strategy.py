@@ -62,6 +62,19 @@ def create_strategy(
     return tf.distribute.MirroredStrategy(devices, _cross_device_ops(devices))
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the worker that reports and writes; it is if alone."""
+    return workers.of(strategy).is_chief
+
+
+def wait_for_all(strategy: tf.distribute.Strategy) -> None:
+    """Returns when every worker has called it.
+
+    At the end of a program: a worker that leaves while others still train fails them.
+    """
+    workers.of(strategy).tell("wait_for_all()")
+
+
 def make_virtual_devices(count: int) -> list[str]:
     """Splits the CPU into `count` virtual devices and returns their names.
 

@@ -151,8 +151,7 @@ def _python_random_state() -> int:
 
 
 def _numpy_random_state() -> int:
-    _, key, position, *_ = np.random.get_state()
-    return checksum(bytes(key) + str(position).encode())
+    return checksum(repr(np.random.get_state()).encode())
 
 
 _GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[int], None]]] = {
@@ -171,7 +170,7 @@ def agree_on_values(workers: Workers, place: str, variables: Iterable[Any]) -> N
     if workers.count == 1:
         return
     mirrored = [v for v in variables if not _keras.is_summed_on_read(v)]
-    values = [np.ascontiguousarray(_keras.local_value(v)) for v in mirrored]
+    values = [_keras.local_value(v) for v in mirrored]
     checksums = [checksum(value.tobytes()) for value in values]
     told = workers.tell(place, checksums)
     differ = [

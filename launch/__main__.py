@@ -1,17 +1,27 @@
 """python -m launch [train|evaluate|verify] --flag=value ...: `train` is the default.
 
+This process is a worker of the cluster that cluster.py finds; without one it does all
+the work, or, with --num_workers, starts and watches workers and imports no TensorFlow.
+
 Exit codes: 0 done; 1 training failed, or `verify` has findings; 2 something given is
-wrong, and nothing was trained; 130 interrupted.
+wrong, and nothing was trained; 130 interrupted; 143 a worker was told to end (SIGTERM).
 """
 
+import contextlib
 import os
+import pathlib
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from launch import configuration, flags, quiet
+import ml_collections
+
+from launch import checks, cluster, configuration, failures, flags, quiet, stall
+from launch.cluster import Cluster
 from launch.errors import UsageError
+from launch.flags import CommandLine
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,27 +30,121 @@ def main(arguments: Sequence[str]) -> int:
         print(flags.help_text())
         return 0
     try:
-        return 0 if _run(arguments) else 1
-    except UsageError as error:
-        return _fail(2, str(error))
-    except FloatingPointError as error:  # of NonFinite: it says all there is to say
-        return _fail(1, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+        return _run(arguments)
+    except (UsageError, FloatingPointError) as error:  # these say all there is to say
+        return _fail(_code(error), str(error))
+    except KeyboardInterrupt as error:
+        return _fail(_code(error), "interrupted")
     except Exception as error:
         traceback.print_exc()
-        return _fail(1, f"failed with {type(error).__name__}: {error}")
+        return _fail(_code(error), f"failed with {type(error).__name__}: {error}")
 
 
-def _run(arguments: Sequence[str]) -> bool:
+def _run(arguments: Sequence[str]) -> int:
     # Modules of the user are looked up where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     command_line = flags.parse(arguments)
-    model = configuration.preview(command_line).model
+    config = configuration.preview(command_line)
+    found = _find_cluster(command_line, config)
+    if found is not None:
+        return _join(found, command_line, config)
+    if "num_workers" in command_line.cluster:
+        return _start_workers(arguments, command_line, config)
+    return _work(command_line, config, None)
+
+
+def _find_cluster(
+    command_line: CommandLine, config: ml_collections.ConfigDict
+) -> Cluster | None:
+    if command_line.command == "verify":  # it makes replicas of its own, in one process
+        return None
+    given = command_line.cluster
+    found = cluster.discover(
+        os.environ,
+        workers=given.get("workers"),
+        worker_index=given.get("worker_index"),
+        num_workers=given.get("num_workers"),
+    )
+    checks.check_cluster(config, found, given.get("num_workers"))
+    return found
+
+
+def _start_workers(
+    arguments: Sequence[str],
+    command_line: CommandLine,
+    config: ml_collections.ConfigDict,
+) -> int:
+    from launch import supervisor
+
+    return supervisor.run(
+        arguments,
+        num_workers=command_line.cluster["num_workers"],
+        workdir=pathlib.Path(config.workdir),
+        tee=command_line.cluster.get("tee", flags.TEES[0]),
+    )
+
+
+def _join(
+    found: Cluster, command_line: CommandLine, config: ml_collections.ConfigDict
+) -> int:
+    """Does the work of one worker of a cluster."""
+    if found.evaluator:
+        print("Workers evaluate the validation data: nothing to do for an evaluator.")
+        return 0
+    stall.enable_stack_dumps()
+    with _recorded(found, pathlib.Path(config.workdir)), _ended_by_sigterm():
+        if found.is_chief:
+            print(found, flush=True)
+        cluster.check_reachable(found)
+        os.environ.update(found.environment())
+        return _work(command_line, config, found)
+
+
+def _work(
+    command_line: CommandLine,
+    config: ml_collections.ConfigDict,
+    found: Cluster | None,
+) -> int:
     with quiet.tensorflow_import():
         from launch import worker
-    return worker.run(command_line, model)
+    return 0 if worker.run(command_line, config.model, found) else 1
+
+
+@contextlib.contextmanager
+def _recorded(found: Cluster, workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps what ends a worker: the first to fail can be told from the others then."""
+    try:
+        yield
+    except BaseException as error:
+        if found.num_workers > 1:
+            failures.record(workdir, found.index, error, _code(error))
+        raise
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the process as an exception does, so that it is cleaned up."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _code(error: BaseException) -> int:
+    """Returns the exit code of a process that an error ends."""
+    if isinstance(error, UsageError):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 1
 
 
 def _fail(code: int, message: str) -> int:

@@ -14,19 +14,14 @@ class MetricsLog(keras.callbacks.Callback):
 
     Epochs count from 1, as the progress bar does. Place it after callbacks that add to
     the logs. A file that exists is replaced when training begins.
-
-    Attributes:
-        began: whether training has begun.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
         self.path = path
-        self.began = False
         self._epoch_began = 0.0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.began = True
         self.path.write_text("")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

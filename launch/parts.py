@@ -23,6 +23,7 @@ class Run:
     Attributes:
         train, validation: what `fit()` takes; validation may be None.
         callbacks: those that the model brings along.
+        writes: whether this process, of all workers, writes the results.
     """
 
     config: ConfigDict
@@ -31,6 +32,7 @@ class Run:
     train: Any
     validation: Any
     callbacks: list[keras.callbacks.Callback]
+    writes: bool
 
     @property
     def folder(self) -> pathlib.Path:
@@ -49,13 +51,15 @@ def prepare(command_line: CommandLine, model: str) -> Run:
         config.strategy, virtual_devices=config.virtual_devices
     )
     set_dtype_policy(config)
+    keras.utils.set_random_seed(config.seed)  # Data are the same on all workers.
     train, validation = load_data(config, reference)
     with strategy.scope():
         built = build_model(config, reference)
     _check_derives_from_distfit(config, built)
     make_callbacks = getattr(reference, "callbacks", None)
     callbacks = make_callbacks(config, config.workdir) if make_callbacks else []
-    return Run(config, strategy, built, train, validation, callbacks)
+    writes = distfit.is_chief(strategy)
+    return Run(config, strategy, built, train, validation, callbacks, writes)
 
 
 def resolve(

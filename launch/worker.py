@@ -1,30 +1,48 @@
 """One process of a run: configuration -> strategy, data, model -> fit or evaluate.
 
-With parts.py, saving.py, metrics_log.py and verification.py the only files here that
-need TensorFlow.
+With parts.py, saving.py, heartbeat.py, metrics_log.py and verification.py the only
+files here that need TensorFlow. Every worker of a cluster does all of it; the chief
+alone reports and writes.
 """
 
+import contextlib
+import pathlib
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 import distfit
-from launch import configuration, parts, refusals, saving, summary, verification
+from launch import (
+    configuration,
+    parts,
+    refusals,
+    saving,
+    stall,
+    summary,
+    verification,
+)
+from launch.cluster import Cluster
 from launch.errors import UsageError
 from launch.flags import CommandLine
+from launch.heartbeat import Heartbeat
 from launch.metrics_log import MetricsLog
 
 METRICS_FILE = "metrics.jsonl"
+STALL_TIMEOUT = 1800.0  # seconds
 
 
-def run(command_line: CommandLine, model: str) -> bool:
+def run(command_line: CommandLine, model: str, cluster: Cluster | None = None) -> bool:
     """Does what the command line asks for and prints a summary.
 
     Args:
         command_line: what was asked for.
         model: the model that it comes down to.
+        cluster: the cluster that this process is a worker of, if any.
 
     Returns:
         Whether all is well: `verify` may find that it is not.
@@ -36,36 +54,73 @@ def run(command_line: CommandLine, model: str) -> bool:
         return verification.run(command_line, model)
     with refusals.as_usage_errors():
         made = parts.prepare(command_line, model)
-    rows = train(made) if command_line.command == "train" else evaluate(made)
-    print(summary.table({**_description(made), **rows}))
+    with _watchdog(command_line, made, cluster) as watchdog:
+        does = train if command_line.command == "train" else evaluate
+        rows = does(made, watchdog)
+        distfit.wait_for_all(made.strategy)  # Who leaves early ends the others, too.
+    if cluster is None or cluster.is_chief:
+        print(summary.table({**_description(made), **rows}))
     return True
 
 
-def train(run: parts.Run) -> dict[str, Any]:
+def train(run: parts.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
     """Trains, writes the results to the working folder and returns what to report."""
-    log = MetricsLog(run.folder / METRICS_FILE)
-    # Not before fit() has accepted everything: a refused run leaves an older one alone.
-    keep = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: configuration.write(run.config)
-    )
-    began = time.monotonic()
-    with refusals.as_usage_errors(unless=lambda: log.began):
+    began: list[float] = []
+
+    def begin(logs: Any) -> None:
+        # Not before fit() has accepted everything: a refused run leaves an older one
+        # alone.
+        began.append(time.monotonic())
+        if run.writes:
+            configuration.write(run.config)
+
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_train_begin=begin),
+        Heartbeat(watchdog),
+        distfit.callbacks.NonFinite(),
+        *run.callbacks,
+    ]
+    if run.writes:
+        callbacks.append(MetricsLog(run.folder / METRICS_FILE))
+    with refusals.as_usage_errors(unless=lambda: bool(began)):
         history = run.model.fit(
             **_named(run.train),
             **_options(run),
             epochs=run.config.epochs,
             steps_per_epoch=run.config.steps_per_epoch,
             validation_data=run.validation if _evaluates(run.model) else None,
-            callbacks=[keep, distfit.callbacks.NonFinite(), *run.callbacks, log],
+            callbacks=callbacks,
         )
-    seconds = round(time.monotonic() - began, 1)
+    seconds = round(time.monotonic() - began[0], 1)
     done = {"epochs": len(history.epoch), "seconds": seconds}
     last = {name: values[-1] for name, values in history.history.items()}
-    saved = saving.save(run.model, run.folder)
+    watchdog.note(0, "saving")
+    with _folder_to_save_in(run) as folder:
+        saved = saving.save(run.model, folder)
     return {**done, **last, "saved": saved, "results": run.folder}
 
 
-def evaluate(run: parts.Run) -> dict[str, Any]:
+@contextlib.contextmanager
+def _folder_to_save_in(run: parts.Run) -> Iterator[pathlib.Path]:
+    """The working folder for the chief; saving takes all workers, so all save."""
+    if run.writes:
+        yield run.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+
+
+def _watchdog(
+    command_line: CommandLine, run: parts.Run, cluster: Cluster | None
+) -> stall.Watchdog:
+    """Watches this worker if it has others to wait for."""
+    if cluster is None or cluster.num_workers == 1:
+        return stall.Watchdog(None, 0, 1, None)
+    timeout = command_line.cluster.get("stall_timeout", STALL_TIMEOUT)
+    return stall.Watchdog(run.folder, cluster.index, cluster.num_workers, timeout)
+
+
+def evaluate(run: parts.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
     """Evaluates the weights in the working folder and returns what to report."""
     if run.validation is None or not _evaluates(run.model):
         raise UsageError(
@@ -79,7 +134,9 @@ def evaluate(run: parts.Run) -> dict[str, Any]:
             batch_size = run.config.batch_size
             run.model.evaluate(**data, batch_size=batch_size, steps=1, verbose=0)
         saving.load_weights(run.model, run.folder)
-        return run.model.evaluate(**data, **_options(run), return_dict=True)
+        return run.model.evaluate(
+            **data, **_options(run), callbacks=[Heartbeat(watchdog)], return_dict=True
+        )
 
 
 def _named(data: Any) -> dict[str, Any]:
@@ -108,7 +165,13 @@ def _evaluates(model: distfit.Model) -> bool:
 def _description(run: parts.Run) -> dict[str, Any]:
     return {
         "model": run.config.model,
-        "strategy": type(run.strategy).__name__,
+        "strategy": _strategy_name(run),
         "replicas": run.strategy.num_replicas_in_sync,
         "global batch": run.config.batch_size,
     }
+
+
+def _strategy_name(run: parts.Run) -> str:
+    several = isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    # TensorFlow's own name of the class is another one.
+    return "MultiWorkerMirroredStrategy" if several else type(run.strategy).__name__

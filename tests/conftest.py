@@ -1,8 +1,8 @@
 """Eight virtual CPU devices for every test, and the strategies on them.
 
-Where TF_CONFIG makes this process one of several workers, as integration/test_workers.py
-does, all of them run the same tests: a strategy of more than one replica is then that
-of the workers.
+Where TF_CONFIG makes this process one of several workers, as in
+integration/test_workers.py, all of them run the same tests: a strategy of more than one
+replica is then that of the workers.
 """
 
 import os
@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import contextlib
 import functools
 
 import keras
@@ -17,6 +18,7 @@ import pytest
 import tensorflow as tf
 
 import distfit
+from distfit import workers
 
 VIRTUAL_DEVICES = 8
 
@@ -63,3 +65,16 @@ def clean_session():
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     yield
+    if CLUSTER is not None:
+        _meet_again(workers.of(CLUSTER))
+
+
+def _meet_again(team: workers.Workers) -> None:
+    """Waits for the others, which a failed test may have led to another place.
+
+    They learn it at their next exchange, fail as well and come here, too.
+    """
+    for _ in range(100):
+        with contextlib.suppress(RuntimeError):
+            team.tell("the end of a test")
+            return

@@ -66,6 +66,7 @@ def test_launch_imports_tensorflow_only_where_a_worker_runs():
     allowed = {
         "worker.py",
         "parts.py",
+        "heartbeat.py",
         "saving.py",
         "metrics_log.py",
         "verification.py",

@@ -231,4 +231,5 @@ def data(config: ml_collections.ConfigDict):
 
 def callbacks(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> list:
     folder = pathlib.Path(workdir) / "samples"
-    return [SampleImages(folder, latent_dim=config.latent_dim, seed=config.seed)]
+    samples = SampleImages(folder, latent_dim=config.latent_dim, seed=config.seed)
+    return [distfit.callbacks.ChiefOnly(samples)]
