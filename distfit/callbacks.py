@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from distfit import _keras, workers
 from distfit.workers import Workers
@@ -184,7 +185,8 @@ class CallbackList(keras.callbacks.CallbackList):
 
     Args:
         callbacks: Callbacks, as `fit()` takes them.
-        team: The workers, all of which make this list at the same place.
+        team: The workers, all of which make this list at the same place; by default
+            those of the strategy in whose scope it is made.
         add_progbar: Whether to add a progress bar; on several workers, the chief's
             word counts.
         arguments: As for Keras's list.
@@ -198,11 +200,12 @@ class CallbackList(keras.callbacks.CallbackList):
         self,
         callbacks=None,
         *,
-        team: Workers,
+        team: Workers | None = None,
         add_progbar: bool = False,
         verbose: Any = "auto",
         **arguments,
     ):
+        team = team or workers.of(tf.distribute.get_strategy())
         callbacks = list(keras.tree.flatten(callbacks)) if callbacks else []
         if team.count > 1:
             add_progbar, verbose = team.from_chief(

@@ -54,15 +54,15 @@ def fit(
     validation = _validation_batches(
         model, validation_data, validation_batch_size or batch_size, validation_steps
     )
-    driver = step_driver(model, "train", batches)
+    callbacks = _callback_list(
+        model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
+    )
+    driver = step_driver(model, "train", batches)  # As callbacks ask it to be.
     drivers = [driver]
     if validation is not None:
         drivers.append(step_driver(model, "test", validation))
     facts = {"epochs": epochs, "initial_epoch": initial_epoch}
     agreement.check_alike(model, "fit()", facts, batches, validation)
-    callbacks = _callback_list(
-        model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
-    )
     model.stop_training = False
     with callbacks.writing_on_chief():
         callbacks.on_train_begin()
@@ -97,10 +97,10 @@ def evaluate(
     batches = make_batches(
         strategy, x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps
     )
+    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
     driver = step_driver(model, "test", batches)
     agreement.check_alike(model, "evaluate()", {}, batches)
     agreement.agree_on_state(model, "evaluate()", [driver])
-    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
     with callbacks.writing_on_chief():
         return _test(model, batches, callbacks)
 

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _fail(_code(error), "interrupted")
     except Exception as error:
+        if lost := failures.lost_peer(error):
+            return _fail(_code(error), f"another worker is gone ({lost})")
         traceback.print_exc()
         return _fail(_code(error), f"failed with {type(error).__name__}: {error}")
 

@@ -70,9 +70,7 @@ class Failure:
     @property
     def follows(self) -> bool:
         """Whether this is what the failure of another worker looks like."""
-        if self.type in _ALWAYS_FOLLOW:
-            return True
-        return self.type in _MAY_FOLLOW and bool(_SPEAKS_OF_PEERS.search(self.message))
+        return _follows(self.type, self.message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +143,18 @@ def read(workdir: pathlib.Path, index: int) -> Failure | None:
         return None
 
 
+def lost_peer(error: BaseException) -> str | None:
+    """Returns what an error says of the loss of another worker, if that is its cause.
+
+    TensorFlow says it in one line among dozens about its graph.
+    """
+    name, message = type(error).__name__, str(error)
+    if not _follows(name, message):
+        return None
+    lines = (line for line in message.splitlines() if _SPEAKS_OF_PEERS.search(line))
+    return f"{name}: {next(lines, message.partition(chr(10))[0]).strip()}"
+
+
 def root_cause(ends: Sequence[End]) -> End | None:
     """Returns the end that the others follow from, or None if all ended with 0."""
     failed = [end for end in ends if end.code != 0]
@@ -169,6 +179,12 @@ def failed_to_save(ends: Sequence[End]) -> End | None:
 def without_colours(text: str) -> str:
     """Returns text without the escape sequences that Keras colours it with."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def _follows(type_name: str, message: str) -> bool:
+    if type_name in _ALWAYS_FOLLOW:
+        return True
+    return type_name in _MAY_FOLLOW and bool(_SPEAKS_OF_PEERS.search(message))
 
 
 def _rank(end: End) -> int:

@@ -12,6 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import contextlib
 import functools
+import gc
 
 import keras
 import pytest
@@ -26,6 +27,9 @@ VIRTUAL_DEVICES = 8
 CLUSTER = distfit.create_strategy() if "TF_CONFIG" in os.environ else None
 if CLUSTER is None:
     distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
+
+
+gc.freeze()  # What was imported stays.
 
 
 @functools.cache
@@ -61,8 +65,12 @@ def _replicas_of(item) -> int | None:
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Every test starts with the same names, seeds and no leftovers."""
-    keras.backend.clear_session()
+    """Every test starts with the same names and seeds.
+
+    Memory is left to the garbage collector: to go through all objects before each test
+    would take longer than many a test.
+    """
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     yield
     if CLUSTER is not None:

@@ -206,3 +206,19 @@ def test_kills_for_lack_of_memory_are_counted(tmp_path, cgroup, counter, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
     assert memory.kills(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (ValueError("a peer is wrong"), None),
+        (RuntimeError("a mistake in the step"), None),
+        (
+            RuntimeError("Graph execution error:\n\n  x\nConnection reset by peer\n"),
+            "RuntimeError: Connection reset by peer",
+        ),
+        (ConnectionResetError("socket closed"), "ConnectionResetError: socket closed"),
+    ],
+)
+def test_the_loss_of_a_peer_is_told_in_one_line(error, expected):
+    assert failures.lost_peer(error) == expected
