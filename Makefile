@@ -13,7 +13,7 @@ BENCH_READY := $(VENV)/.bench-ready
 # More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
 ARGS ?=
 
-.PHONY: help install train test test-fast lint benchmark clean
+.PHONY: help install train test test-fast lint benchmark benchmark-torch clean
 
 help:
 	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-fast  the tests that take no minutes and start no processes"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  distfit and its peers on the same work, side by side"
+	@echo "make benchmark-torch  install PyTorch, so that it takes part as well"
 	@echo "make clean      remove the environment and what tools have left"
 
 install: $(READY)
@@ -45,6 +46,10 @@ lint: $(READY)
 # packages that Orbit does not use: --no-deps takes it alone.
 benchmark: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Not part of the above for its size.
+benchmark-torch: $(BENCH_READY)
+	$(PIP) -e '.[bench-torch]'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,78 +1,198 @@
-"""A worker process as the parent sees it: started when needed, ended in any case."""
+"""Worker processes as the parent sees them: started when needed, ended in any case."""
 
+import contextlib
+import dataclasses
 import json
+import math
+import os
 import pathlib
 import select
 import subprocess
 import sys
 import tempfile
+import time
+from typing import IO
+
+from launch import hardware, local_cluster
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTLE = 2.0  # Seconds that workers may take to follow one of them that has failed.
 
 
-class Process:
-    """A `benchmarks.worker`; a context manager that kills it at the end.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process runs.
+
+    Attributes:
+        environment: Its environment variables.
+        cores: What it may use of the CPU; empty for what this process may.
+    """
+
+    environment: dict[str, str]
+    cores: tuple[int, ...] = ()
+
+    def bind(self) -> None:
+        """Binds the calling process to the cores."""
+        os.sched_setaffinity(0, self.cores)
+
+
+def places(workers: int) -> list[Place]:
+    """The places of so many workers: a core and a free port each.
+
+    For 0 it is one process that is none. A worker alone is bound to a core, and is
+    told of no cluster.
+    """
+    alone = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    if workers == 0:
+        return [Place(alone)]
+    cores = hardware.divide_cores(hardware.own_cores()[:workers], workers)
+    if workers == 1:
+        return [Place(alone, cores[0])]
+    shares = [hardware.Share(own, None) for own in cores]
+    told = local_cluster.environments(shares)
+    return [Place(*place) for place in zip(told, cores, strict=True)]
+
+
+class Group:
+    """A contender: its `benchmarks.worker`s. A context manager that kills them.
 
     Args:
-        arguments: The command line of the worker.
+        arguments: The command line of the workers.
+        workers: How many there are, or 0 for a process that is bound to no core.
         timeout: Seconds that an answer may take.
     """
 
-    def __init__(self, *arguments: str, timeout: float):
+    def __init__(self, *arguments: str, workers: int = 0, timeout: float):
         self._command = [sys.executable, "-m", "benchmarks.worker", *arguments]
+        self._workers = workers
         self._timeout = timeout
-        self._child: subprocess.Popen | None = None
-        self._stderr = tempfile.TemporaryFile()
+        self._children: list[_Child] = []
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> "Group":
         return self
 
     def __exit__(self, *exception) -> None:
         self._end()
-        self._stderr.close()
 
     def ask(self, **order) -> dict:
-        """Sends an order and waits for the answer.
+        """Sends an order to all workers and waits for their answers.
 
-        A process that dies or does not answer in time is ended, answers with an error,
-        and is started anew by the next order.
+        Returns:
+            The answer of the chief. With several workers, `all` has those of all. An
+            error is that of the first to fail; it ends a process that has died or does
+            not answer in time, and its peers in any case. The next order starts anew.
         """
-        if self._child is None:
-            self._start()
-        try:
-            self._child.stdin.write(json.dumps(order).encode() + b"\n")
-        except BrokenPipeError:
-            return {"error": self._post_mortem()}
-        ready, _, _ = select.select([self._child.stdout], [], [], self._timeout)
-        if not ready:
+        if not self._children:
+            self._children = [
+                _Child(self._command, place) for place in places(self._workers)
+            ]
+        for child in self._children:
+            child.send(order)
+        answers = self._answers()
+        answer = _joined(answers)
+        missing = len(answers) < len(self._children)
+        dead = any(child.ended for child in self._children)
+        if missing or dead or ("error" in answer and len(self._children) > 1):
             self._end()
-            return {"error": f"no answer within {self._timeout:.0f} seconds"}
-        line = self._child.stdout.readline()
-        return json.loads(line) if line else {"error": self._post_mortem()}
+        if missing and "error" not in answer:
+            answer = {"error": f"no answer within {self._timeout:.0f} seconds"}
+        return answer
 
-    def _start(self) -> None:
-        self._child = subprocess.Popen(
-            self._command,
+    def _answers(self) -> dict[int, dict]:
+        """Answers by worker, in the order they came."""
+        answers: dict[int, dict] = {}
+        deadline = time.monotonic() + self._timeout
+        while waiting := {
+            child.stdout: index
+            for index, child in enumerate(self._children)
+            if index not in answers
+        }:
+            left = max(deadline - time.monotonic(), 0)
+            ready, _, _ = select.select(list(waiting), [], [], left)
+            if not ready:
+                break
+            for stream in ready:
+                index = waiting[stream]
+                answers[index] = self._children[index].answer()
+                if "error" in answers[index]:
+                    deadline = min(deadline, time.monotonic() + SETTLE)
+        return answers
+
+    def _end(self) -> None:
+        for child in self._children:
+            child.kill()
+        for child in self._children:
+            child.close()
+        self._children = []
+
+
+def _joined(answers: dict[int, dict]) -> dict:
+    """One answer for those of all workers."""
+    for answer in answers.values():
+        if "error" in answer:
+            return answer
+    chief = answers.get(0, {})
+    if len(answers) < 2 or not chief:
+        return chief
+    ordered = [answers[index] for index in sorted(answers)]
+    if not all(agree(chief["logs"], other["logs"]) for other in ordered):
+        logs = ", ".join(str(other["logs"]) for other in ordered)
+        return {"error": f"workers disagree: {logs}"}
+    return {**chief, "all": ordered}
+
+
+def agree(logs: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two workers tell the same, but for rounding."""
+    return logs.keys() == other.keys() and all(
+        math.isclose(logs[name], other[name], rel_tol=1e-5, abs_tol=1e-7)
+        for name in logs
+    )
+
+
+class _Child:
+    """A process that runs."""
+
+    def __init__(self, command: list[str], place: Place):
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self.ended = False
+        self._popen = subprocess.Popen(
+            command,
             cwd=ROOT,
+            env=place.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
+            preexec_fn=place.bind if place.cores else None,
         )
+        self.stdout = self._popen.stdout
+
+    def send(self, order: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # Then it answers with its end.
+            self._popen.stdin.write(json.dumps(order).encode() + b"\n")
+
+    def answer(self) -> dict:
+        """Reads the answer, which must have begun to come."""
+        line = self.stdout.readline()
+        return json.loads(line) if line else {"error": self._post_mortem()}
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def close(self) -> None:
+        self._popen.wait()
+        self._popen.stdin.close()
+        self.stdout.close()
+        self._stderr.close()
 
     def _post_mortem(self) -> str:
-        code = self._child.wait(timeout=self._timeout)
-        self._end()
+        """Why it has closed its output, which is its end."""
+        self.ended = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(SETTLE)
+        self.kill()
+        code = self._popen.wait()
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
         return f"the process ended with exit code {code}: {last.strip()}"
-
-    def _end(self) -> None:
-        if self._child is None:
-            return
-        self._child.kill()
-        self._child.wait()
-        self._child.stdin.close()
-        self._child.stdout.close()
-        self._child = None

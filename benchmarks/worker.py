@@ -6,12 +6,17 @@ Each line on stdin, `{"fused": k}`, is answered by a line on stdout: what an epo
 k steps per execution took, `{"seconds_per_step": s, "logs": {...}}`, or what went
 wrong, `{"error": line}`. The first order for a k is answered by `{}`: the model is
 built and traced, and trained for an epoch. Between orders the process computes nothing.
+
+Where TF_CONFIG lists workers, this is one of them, with one replica, and REPLICAS is
+how many there are. The parent gives the same orders to all.
 """
 
 import dataclasses
 import json
 import os
+import select
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +34,9 @@ from distfit import create_strategy
 def main(contender: str, workload: str, replicas: str, batches: str) -> None:
     answers = _own_stdout()
     work = dataclasses.replace(WORKLOADS[workload], fixed=batches == "fixed")
+    if "TF_CONFIG" in os.environ:
+        work = work.on_workers(int(replicas))
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     times = _Times(contender, work, int(replicas))
     for line in sys.stdin:
         try:
@@ -44,7 +52,7 @@ class _Times:
     def __init__(self, contender: str, workload, replicas: int):
         self.contender = contender
         self.workload = workload
-        self.strategy = _strategy(replicas)
+        self.strategy = _strategy(contender, replicas)
         self.trainers: dict[int, Callable] = {}
 
     def epoch(self, fused: int) -> dict[str, Any]:
@@ -68,15 +76,34 @@ class _Times:
         return train
 
 
-def _strategy(replicas: int) -> tf.distribute.Strategy:
+def _strategy(contender: str, replicas: int) -> tf.distribute.Strategy | None:
     """The same for all contenders, so that loops are compared and not reductions.
 
     For one replica it is none at all, which is what stock Keras and a loop by hand are
     fastest with; for more it has distfit's choice of how CPU devices exchange tensors.
+    On several workers it is TensorFlow's; distfit's call for it also lets the workers
+    agree on random numbers, which is no part of a step.
     """
+    if contender == "torch_ddp":
+        return None
+    if "TF_CONFIG" in os.environ:
+        if contender == "distfit":
+            return create_strategy("multi_worker")
+        return tf.distribute.MultiWorkerMirroredStrategy()
     if replicas == 1:
         return tf.distribute.get_strategy()
     return create_strategy("mirrored", virtual_devices=replicas)
+
+
+def _end_with_parent() -> None:
+    """Ends the process when nobody can give orders any more.
+
+    It may be in a step then, and wait for a worker that is gone.
+    """
+    hangup = select.poll()
+    hangup.register(0, 0)
+    hangup.poll()
+    os._exit(1)
 
 
 def _own_stdout():

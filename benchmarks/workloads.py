@@ -20,6 +20,7 @@ class Workload:
     """What is trained.
 
     Attributes:
+        name: Its key in `WORKLOADS`.
         batch_size: Rows of the global batch.
         epoch_steps: Steps of the epoch that is timed.
         arrays: Returns `(x, y)`.
@@ -29,6 +30,7 @@ class Workload:
         fixed: Whether the pipeline promises batches of a fixed size.
     """
 
+    name: str
     batch_size: int
     epoch_steps: int
     arrays: Callable[[], Arrays]
@@ -36,6 +38,10 @@ class Workload:
     loss: Callable[..., Any]
     metric: Callable[[Any], Any]
     fixed: bool = True
+
+    def on_workers(self, count: int) -> "Workload":
+        """The same rows for each worker: that many times the global batch."""
+        return dataclasses.replace(self, batch_size=count * self.batch_size)
 
     def dataset(self) -> tf.data.Dataset:
         """Global batches without end.
@@ -84,6 +90,7 @@ def _crossentropy(keras, **kwargs):
 
 WORKLOADS = {
     "mlp": Workload(
+        name="mlp",
         batch_size=32,
         epoch_steps=500,
         arrays=_regression,
@@ -92,6 +99,7 @@ WORKLOADS = {
         metric=lambda keras: keras.metrics.MeanAbsoluteError(name="mae"),
     ),
     "cnn": Workload(
+        name="cnn",
         batch_size=64,
         epoch_steps=50,
         arrays=_digits,

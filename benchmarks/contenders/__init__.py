@@ -10,13 +10,15 @@ them per call of the compiled function, and returns the logs, `{name: float}`.
 
 All have the same network, data, metrics and optimizer, Keras's Adam with its defaults.
 The iterator lives on from epoch to epoch; metrics are reset and read once an epoch.
+
+On several workers each worker calls both functions, with the workload of all of them.
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable
 
-NAMES = (
+ON_REPLICAS = (
     "distfit",
     "hand_written",
     "stock_keras",
@@ -24,8 +26,17 @@ NAMES = (
     "tf_keras",
     "orbit",
 )
+ON_WORKERS = (
+    "distfit",
+    "hand_written",
+    "hand_written_flat",
+    "tf_keras",
+    "torch_ddp",
+    "stock_keras",
+)
+NAMES = tuple(dict.fromkeys(ON_REPLICAS + ON_WORKERS))
 
-_NEEDS = {"tf_keras": "tf_keras", "orbit": "orbit"}
+_NEEDS = {"tf_keras": "tf_keras", "orbit": "orbit", "torch_ddp": "torch"}
 
 
 def is_installed(name: str) -> bool:
@@ -33,9 +44,16 @@ def is_installed(name: str) -> bool:
     return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None
 
 
-def takes_part(name: str, replicas: int) -> bool:
-    """Whether a contender differs from the others on so many replicas."""
-    return name != "stock_keras_default" or replicas > 1
+def on_replicas(name: str, replicas: int) -> bool:
+    """Whether a contender differs from the others on replicas of one process."""
+    if name == "stock_keras_default":
+        return replicas > 1
+    return name in ON_REPLICAS
+
+
+def on_workers(name: str, fused: int) -> bool:
+    """Whether a contender takes part on workers. PyTorch has no fused steps."""
+    return name in ON_WORKERS and (name != "torch_ddp" or fused == 1)
 
 
 def load(name: str) -> Callable:
