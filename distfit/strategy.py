@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -140,9 +142,19 @@ def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
             f"strategy multi_worker in a process that has used it ({error}). Create "
             "the strategy first of all."
         ) from error
+    _restore_sigterm()
     _keras.keep_initial_values_local(strategy)
     workers.agree_on_randomness(workers.of(strategy), "create_strategy()")
     return strategy
+
+
+def _restore_sigterm() -> None:
+    """Lets SIGTERM do what it did: TensorFlow has just taken it, to be asked about it.
+
+    Otherwise a worker that is told to end would go on.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _listed_workers() -> int:

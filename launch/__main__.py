@@ -156,5 +156,21 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+def _exit(code: int) -> None:
+    """Ends the process. A worker that has failed does not wait for the others first.
+
+    TensorFlow would, for half a minute and more, and threads that make data may.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != 0 and "TF_CONFIG" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        ended_with = main(sys.argv[1:])
+    except SystemExit as end:  # of a SIGTERM
+        ended_with = _code(end)
+    _exit(ended_with)

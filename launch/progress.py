@@ -29,6 +29,7 @@ class Progress:
         alive: when it last wrote this, which it goes on to do while it stands still.
         pid: its process id.
         host: the name of its host.
+        reading: whether Python code that makes its data was running then.
     """
 
     worker: int
@@ -39,6 +40,7 @@ class Progress:
     alive: float
     pid: int
     host: str
+    reading: bool = False
 
     def __str__(self) -> str:
         if self.phase == IN_STEP:
@@ -93,6 +95,10 @@ def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> 
     if len(behind) < len(found):
         others = [p for p in found.values() if p not in behind]
         return _with_others(_places(behind), others)
+    reading = [p for p in behind if p.reading]
+    if reading and len(reading) < len(behind):  # Else none, or all, would be to blame.
+        others = [p for p in behind if p not in reading]
+        return _with_others(f"{_places(reading)}, making its data", others)
     return _places(behind) + (" at the same time" if len(behind) > 1 else "")
 
 

@@ -26,6 +26,8 @@ __all__ = ["BETWEEN_STEPS", "IN_STEP", "StallError", "Watchdog", "enable_stack_d
 _STDERR = 2  # not sys.stderr, which a library may have replaced
 _WRITE_EVERY = 1.0  # seconds, at most: the folder may be on a network
 _ALIVE_EVERY = 5.0  # seconds
+# The file of TensorFlow through which a pipeline calls a generator or a py_function.
+_CALLS_PYTHON = os.path.join("tensorflow", "python", "ops", "script_ops.py")
 
 
 class StallError(Exception):
@@ -163,6 +165,7 @@ class Watchdog:
             alive=time.time(),
             pid=os.getpid(),
             host=socket.gethostname(),
+            reading=_makes_data(),
         )
 
     def _end(self, noted: _Note) -> None:
@@ -191,3 +194,18 @@ class Watchdog:
             f"See the stacks in {self._workdir or '.'}/logs/worker-*.log: "
             "a callback, the data or a native call may hang."
         )
+
+
+def _makes_data() -> bool:
+    """Whether Python code that makes data runs: TensorFlow calls it in its own threads.
+
+    Where every pipeline has filled its buffers, the one that still runs is the one that
+    the others wait for.
+    """
+    main = threading.main_thread().ident
+    frames = [f for ident, f in sys._current_frames().items() if ident != main]
+    return any(
+        frame.f_code.co_filename.endswith(_CALLS_PYTHON)
+        for innermost in frames
+        for frame, _ in traceback.walk_stack(innermost)
+    )

@@ -10,8 +10,8 @@ from launch.progress import Progress
 IN, BETWEEN = stall.IN_STEP, stall.BETWEEN_STEPS
 
 
-def at(worker, step, phase, entered, alive=100.0):
-    return Progress(worker, step, phase, entered, 50.0, alive, 1234, "a-host")
+def at(worker, step, phase, entered, alive=100.0, reading=False):
+    return Progress(worker, step, phase, entered, 50.0, alive, 1234, "a-host", reading)
 
 
 PLACES = {
@@ -35,6 +35,14 @@ PLACES = {
     "all equally far": (
         [at(i, 58, IN, 58) for i in range(3)],
         "workers 0, 1, 2 in step 58 at the same time",
+    ),
+    "one whose data do not come": (
+        [at(0, 58, IN, 58), at(1, 58, IN, 58, reading=True)],
+        "worker 1 in step 58, making its data, where worker 0 waits in step 58",
+    ),
+    "all make data": (
+        [at(i, 58, IN, 58, reading=True) for i in range(2)],
+        "workers 0, 1 in step 58 at the same time",
     ),
     "alone": ([at(0, 58, IN, 58)], "worker 0 in step 58"),
 }

@@ -1,0 +1,46 @@
+"""The tests of the library, run by the workers of a real cluster on loopback.
+
+Each worker is a pytest of its own that runs the same tests in the same order: what they
+compare with one device is then trained on all of them. tests/conftest.py tells how.
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+SECONDS = 900  # a hard limit; each takes one to three minutes on an idle machine
+START = (
+    "import pathlib, sys; from launch import supervisor; sys.exit(supervisor.run("
+    "sys.argv[3:], num_workers=int(sys.argv[1]), workdir=pathlib.Path(sys.argv[2]), "
+    "command=[sys.executable, '-m', 'pytest']))"
+)
+
+
+def run_tests(folder, num_workers, *arguments):
+    """Runs pytest on each worker and returns how many tests each of them passed."""
+    options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=300"]
+    result = subprocess.run(
+        [sys.executable, "-c", START, str(num_workers), str(folder)]
+        + [*options, *arguments],
+        cwd=TESTS.parent,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    logs = [folder / "logs" / f"worker-{i}.log" for i in range(num_workers)]
+    texts = [log.read_text() for log in logs]
+    assert result.returncode == 0, "\n".join([result.stderr, *texts])[-20_000:]
+    found = [re.search(r"(\d+) passed", text) for text in texts]
+    return [int(match[1]) if match else 0 for match in found]
+
+
+def test_two_workers_agree_and_are_told_when_they_cannot(tmp_path):
+    passed = run_tests(tmp_path, 2, "tests/test_workers.py")
+    assert passed[0] == passed[1] > 40
