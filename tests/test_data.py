@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
+from distfit import data
 from distfit.collectives import rows_of_replica, rows_of_shard
 from distfit.data import GlobalBatches
 
@@ -270,6 +271,106 @@ def test_rows_of_shards_follow_each_other_and_those_without_stand_in():
     assert [p["idle"] for p in parts] == [True, False, True, False]
     assert [p["is_first"] for p in parts] == [False, True, False, False]
     assert all((p["total"], p["num_counted"]) == (5, 2) for p in parts)
+
+
+class Mixes(distfit.Model):
+    """Does in a step all that needs to know which rows are whose."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = layers.BatchNormalization()
+        self.dense = layers.Dense(1)
+        self.rows = keras.metrics.Sum(name="rows")
+        self.mae = keras.metrics.MeanAbsoluteError(name="mae")
+        self.noise = keras.random.SeedGenerator(3)
+
+    def call(self, x, training=False):
+        return self.dense(self.norm(x, training=training))
+
+    def train_step(self, data):
+        x, y = data
+        x += 0.1 * distfit.random.normal(tf.shape(x), seed=self.noise)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = distfit.global_mean(tf.square(y - y_pred))
+            largest = tf.reduce_max(distfit.all_gather(y_pred))
+            loss += 0.01 * distfit.global_mean(largest)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        self.rows.update_state(tf.ones_like(y))
+        self.mae.update_state(y, y_pred)
+        logs = {m.name: m.result() for m in (self.rows, self.mae)}
+        return {"loss": loss, "largest": largest, **logs}
+
+    @property
+    def metrics(self):
+        return [self.rows, self.mae]
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_batches_that_replicas_bring_themselves_equal_one_device(
+    make_strategy, replicas
+):
+    """Of unequal sizes; at the end some replicas, or all but one, bring none."""
+    sizes = [3, 1, 2, 4, 1, 1, 2, 5, 2]
+    x, y = comparing.regression_data(sum(sizes))
+    ends = np.cumsum([0, *sizes])
+    parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+
+    def dataset_of(slices):
+        def batches():
+            yield from ((x[part], y[part]) for part in slices)
+
+        spec = (tf.TensorSpec([None, 8]), tf.TensorSpec([None, 1]))
+        return tf.data.Dataset.from_generator(batches, output_signature=spec)
+
+    starts = ends[::replicas]
+    joined = [slice(*pair) for pair in zip(starts, [*starts[1:], None], strict=True)]
+    joined = [part for part in joined if len(x[part])]
+    inputs = {1: dataset_of(joined), replicas: lambda context: dataset_of(parts)}
+
+    def build():
+        model = Mixes()
+        model.compile(keras.optimizers.Adam(0.01), steps_per_execution=2)
+        return model
+
+    runs = []
+    for number, given in inputs.items():
+
+        def fit(model, data=given):
+            return model.fit(data, epochs=2, verbose=0)
+
+        def then(model, data=given):
+            return None, model.predict(data, verbose=0)
+
+        runs.append(comparing.run(make_strategy(number), build, fit, then))
+    comparing.assert_same(*runs)
+    assert runs[1].history["rows"] == [sum(sizes)] * 2
+
+
+def test_a_function_for_data_returns_a_dataset(make_strategy):
+    model = _records(make_strategy(2))
+    with pytest.raises(ValueError, match="must return the `tf.data.Dataset`"):
+        model.fit(lambda context: _x(), verbose=0)
+    with pytest.raises(ValueError, match="gives targets and weights itself"):
+        model.fit(lambda context: _x(), _x(), verbose=0)
+
+
+def test_stand_ins_have_every_kind_of_input_in_one_row():
+    rows = tf.data.Dataset.from_tensor_slices(
+        {
+            "text": tf.constant(["a", "b", "c"]),
+            "ragged": tf.ragged.constant([[1], [2, 3], []]),
+            "sparse": tf.sparse.from_dense([[0, 1], [2, 0], [0, 3]]),
+        }
+    ).batch(2)
+    for dataset, first in ((rows, b"a"), (rows.take(0), b"")):
+        full = [2, 1] if first else []
+        elements = list(data.with_stand_ins(dataset).take(len(full) + 2))
+        assert [int(count) for _, count in elements] == [*full, 0, 0]
+        batch = elements[-1][0]
+        assert batch["text"].numpy().tolist() == [first]
+        assert batch["ragged"].nrows() == 1 and batch["sparse"].shape == (1, 2)
 
 
 def _numbers(rows):

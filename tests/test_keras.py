@@ -186,3 +186,49 @@ def test_scalars_of_replicas_are_numbers(make_strategy):
     with pytest.raises(TypeError, match="Only scalar arrays"):
         float(vector)
     assert float(keras.Variable(0.25)) == 0.25
+
+
+def test_initial_values_are_exchanged_in_a_method_that_can_be_set_aside():
+    from tensorflow.python.distribute import collective_all_reduce_strategy as workers
+
+    name = "_get_variable_creator_initial_value"
+    extended = workers.CollectiveAllReduceExtended
+    assert name in vars(extended)
+    assert any(name in vars(base) for base in extended.__mro__[1:])
+
+
+def test_random_state_of_tensorflow_follows_seeds_and_draws():
+    from tensorflow.python.eager import context
+
+    before = context.global_seed()
+    try:
+        states = []
+        for seed in (3, 3, 4):
+            tf.random.set_seed(seed)
+            states.append(_keras.tensorflow_random_state())
+            tf.random.normal(())
+            states.append(_keras.tensorflow_random_state())
+        assert states[:2] == states[2:4]
+        assert len(set(states)) == 4
+        context.context()._seed = None
+        assert _keras.tensorflow_random_state() is None
+    finally:
+        tf.random.set_seed(before)
+
+
+def test_backups_are_written_to_the_paths_that_are_known(tmp_path):
+    callback = keras.callbacks.BackupAndRestore(str(tmp_path))
+    paths = [v for v in vars(callback).values() if str(tmp_path) in str(v)]
+    known = [getattr(callback, n) for n in ("backup_dir", *_keras.BACKUP_PATHS)]
+    assert sorted(paths) == sorted(known)
+
+
+def test_values_of_replicas_are_told_from_sums_over_them(make_strategy):
+    with make_strategy(2).scope():
+        metric = keras.metrics.Mean()
+        weight = keras.Variable([1.0, 2.0])
+        seed = keras.random.SeedGenerator(3).state
+    assert _keras.is_summed_on_read(metric.total)
+    assert not _keras.is_summed_on_read(weight) and not _keras.is_summed_on_read(seed)
+    assert _keras.local_value(weight).tolist() == [1.0, 2.0]
+    assert _keras.local_value(seed).shape == (2,)

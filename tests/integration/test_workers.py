@@ -44,3 +44,33 @@ def run_tests(folder, num_workers, *arguments):
 def test_two_workers_agree_and_are_told_when_they_cannot(tmp_path):
     passed = run_tests(tmp_path, 2, "tests/test_workers.py")
     assert passed[0] == passed[1] > 40
+
+
+def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
+    """Losses, gradients, optimizers, accumulation, randomness, data, GANs, hooks."""
+    files = (
+        "test_accumulation.py",
+        "test_data.py",
+        "test_logs.py",
+        "test_losses.py",
+        "test_mixed_precision.py",
+        "test_models.py",
+        "test_random.py",
+        "test_state.py",
+    )
+    passed = run_tests(
+        tmp_path,
+        2,
+        *(f"tests/{name}" for name in files),
+        *("-m", "not slow"),
+        # The drawings are those of the chief.
+        *("-k", "not test_gan_writes_a_grid"),
+    )
+    assert passed[0] == passed[1] > 180
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_the_classes_of_the_guide_equal_one_device(tmp_path, num_workers):
+    """Uneven batches, some with fewer rows than workers; 1 and 4 fused steps."""
+    passed = run_tests(tmp_path, num_workers, "tests/test_guide_classes.py")
+    assert passed[0] == passed[-1] >= 4
