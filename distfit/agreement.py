@@ -88,19 +88,29 @@ def settle(model: keras.Model, kind: str, place: str) -> None:
 
 def _learning_rates(model: keras.Model) -> list[keras.Variable]:
     """Those that can be set: a schedule is the same everywhere."""
-    rates = [optimizer.learning_rate for optimizer in build.optimizers_of(model)]
-    return [rate for rate in rates if isinstance(rate, keras.Variable)]
+    optimizers = build.optimizers_of(model)
+    parts = [part for optimizer in optimizers for part in _keras.with_inner(optimizer)]
+    rates = (getattr(part, "learning_rate", None) for part in parts)
+    return list({id(r): r for r in rates if isinstance(r, keras.Variable)}.values())
 
 
 def _facts_of_model(model: keras.Model) -> dict[str, Any]:
-    optimizers = build.optimizers_of(model)
+    layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
+    variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
+    optimizers = [_settings_of(o) for o in build.optimizers_of(model)]
     return {
         "class of the model": type(model).__qualname__,
-        "layers": [type(layer).__name__ for layer in _keras.layers_of(model)],
-        "variables": [(v.path, tuple(v.shape), v.dtype) for v in model.variables],
-        "optimizers": [_settings_of(optimizer) for optimizer in optimizers],
         **{name: getattr(model, name) for name in _SETTINGS},
+        **_numbered("layer", layers),
+        **_numbered("variable", variables),
+        **_numbered("optimizer", optimizers),
     }
+
+
+def _numbered(name: str, facts: list) -> dict[str, Any]:
+    """Facts one by one, so that only the first that differs is shown."""
+    numbered = {f"{name} {i}": fact for i, fact in enumerate(facts)}
+    return {f"number of {name}s": len(facts), **numbered}
 
 
 def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:

@@ -313,7 +313,9 @@ def _sample(array: Any) -> Any:
     if not isinstance(array, np.ndarray):
         return None
     rows = array[:: max(len(array) // 64, 1)]
-    return array.shape, workers.checksum(rows.tobytes())
+    # Of Python objects, such as texts, the bytes are but their addresses.
+    content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
+    return array.shape, workers.checksum(content)
 
 
 def check_positive(name: str, value: Any) -> None:

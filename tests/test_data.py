@@ -348,6 +348,16 @@ def test_batches_that_replicas_bring_themselves_equal_one_device(
     assert runs[1].history["rows"] == [sum(sizes)] * 2
 
 
+def test_samples_tell_data_apart_by_content():
+    def sample(values, dtype):
+        return GlobalBatches(np.array(values, dtype), batch_size=2).facts()["sample"]
+
+    for values, dtype in (([[1], [2], [3]], "int64"), (["a", "bc", "d"], object)):
+        assert sample(values, dtype) == sample(list(values), dtype)
+        assert sample(values, dtype) != sample(values[::-1], dtype)
+    assert sample([[1], [2]], "int64") != sample([[1], [2], [1]], "int64")
+
+
 def test_a_function_for_data_returns_a_dataset(make_strategy):
     model = _records(make_strategy(2))
     with pytest.raises(ValueError, match="must return the `tf.data.Dataset`"):

@@ -5,6 +5,7 @@ Every worker runs each of these tests; integration/test_workers.py starts them.
 
 import contextlib
 import csv
+import importlib
 import io
 import pathlib
 import sys
@@ -161,7 +162,7 @@ def test_a_learning_rate_that_differs_becomes_that_of_the_chief(strategy, team, 
 @pytest.mark.parametrize(
     "name, own, expected",
     [
-        ("structure", lambda i: {"units": 4 + i}, "(8, 4)"),
+        ("structure", lambda i: {"units": 4 + i}, "variable 0: kernel (8, 4) float32"),
         ("optimizer", lambda i: {"optimizer": ["sgd", "adam"][i]}, "'class': 'SGD'"),
         ("fused steps", lambda i: {"steps_per_execution": 1 + i}, "1 on worker 0"),
     ],
@@ -197,6 +198,19 @@ def test_data_of_the_same_size_that_differ_are_told_so(strategy, team):
     x, y = comparing.regression_data(40, seed=team.index)
     with pytest.raises(ValueError, match="sample of the data"):
         _model(strategy).fit(x, y, batch_size=8, verbose=0)
+
+
+def test_code_that_differs_is_told_so(strategy, team, tmp_path, monkeypatch):
+    code = "import distfit\n\nclass Theirs(distfit.Model):\n    version = {}\n"
+    (tmp_path / "theirs.py").write_text(code.format(min(team.index, 1)))
+    monkeypatch.syspath_prepend(tmp_path)
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        outputs = layers.Dense(1)(inputs)
+        model = importlib.import_module("theirs").Theirs(inputs, outputs)
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Received: code: keras .* on worker 0, keras"):
+        _fit(model)
 
 
 def test_what_the_chief_calls_alone_is_told_to_all(strategy, team):
