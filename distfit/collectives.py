@@ -42,6 +42,8 @@ class Share:
             it: TensorFlow takes the trace of a nested function for other steps, too.
         plan: What a symbolic run of the step found out, or None.
         compiles: Whether XLA is to compile what needs no exchange.
+        exchanges_vary: Whether something that was exchanged may have another size in
+            another step, as rows have.
     """
 
     def __init__(self, replica, num_replicas, rows, *, model=None, plan=None):
@@ -57,6 +59,7 @@ class Share:
         self.loss_calls = 0
         self._local_values: list[tuple[Any, Any]] = []
         self.compiles = False
+        self.exchanges_vary = False
         self._in_xla = False
 
     @property
@@ -108,6 +111,7 @@ class Share:
                 "`jit_compile=False`."
             )
         summed = list(tensors)
+        self.exchanges_vary |= any(map(_may_vary, summed))
         with self._own_losses():
             for places in _by_dtype(tensors):
                 parts = _all_reduce([tensors[i] for i in places])
@@ -184,6 +188,12 @@ def _all_reduce(tensors: list) -> list:
     # TensorFlow asks each for its device, which one that was read or passed lacks.
     placed = [tensor if tensor.device else tf.identity(tensor) for tensor in tensors]
     return context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+
+
+def _may_vary(tensor: Any) -> bool:
+    """Whether the size of a tensor is known only when it is computed."""
+    is_sparse = isinstance(tensor, tf.IndexedSlices)
+    return is_sparse or not tensor.shape.is_fully_defined()
 
 
 def _by_dtype(tensors: Sequence) -> Iterable[list[int]]:

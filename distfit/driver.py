@@ -44,6 +44,7 @@ class StepDriver:
         self.workers = workers.of(self.strategy)
         self.num_replicas = self.strategy.num_replicas_in_sync
         self.may_be_few = may_be_few
+        self._exchanges_vary: bool | None = None  # Unknown until a step is traced.
         self._step_of_replica: Callable = self._replica_step
         build.check_in_scope(model)
         build.build_layers(model, spec)
@@ -55,6 +56,20 @@ class StepDriver:
 
     def run(self, batches: data.GlobalBatches, steps: int) -> int:
         """Runs up to `steps` steps and returns how many the data were good for."""
+        if steps > 1 and self._takes_single_steps():
+            taken = (self._run(batches, 1) for _ in range(steps) if batches.has_next())
+            return sum(taken)
+        return self._run(batches, steps)
+
+    def _takes_single_steps(self) -> bool:
+        """Whether steps cannot be fused.
+
+        In a loop TensorFlow takes the exchanges of all steps for one and the same: on
+        several workers they fail when their size changes.
+        """
+        return self.workers.count > 1 and self._exchanges_vary is not False
+
+    def _run(self, batches: data.GlobalBatches, steps: int) -> int:
         if isinstance(batches, data.Shards):
             return self._run_on_shards(batches, steps)
         if not batches.length_is_known:
@@ -204,6 +219,7 @@ class StepDriver:
             self._agree_on_state(share)
             if self.watch:
                 self.watch.look(share, logs)
+        self._exchanges_vary = bool(self._exchanges_vary) or share.exchanges_vary
 
     def _unseeded_draws(self) -> contextlib.AbstractContextManager:
         """Where unseeded draws come from; on one replica that is Keras's business."""

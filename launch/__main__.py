@@ -128,12 +128,19 @@ def _recorded(found: Cluster, workdir: pathlib.Path) -> Iterator[None]:
 def _ended_by_sigterm() -> Iterator[None]:
     """Lets SIGTERM end the process as an exception does, so that it is cleaned up."""
 
+    told: list[int] = []
+
     def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        told.append(128 + number)
+        raise SystemExit(told[0])
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except Exception as error:
+        if told:  # TensorFlow may have made another error of it
+            raise SystemExit(told[0]) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -327,7 +327,12 @@ def test_batches_that_replicas_bring_themselves_equal_one_device(
     starts = ends[::replicas]
     joined = [slice(*pair) for pair in zip(starts, [*starts[1:], None], strict=True)]
     joined = [part for part in joined if len(x[part])]
-    inputs = {1: dataset_of(joined), replicas: lambda context: dataset_of(parts)}
+
+    def dataset_fn(context):
+        own = slice(context.input_pipeline_id, None, context.num_input_pipelines)
+        return dataset_of(parts[own])
+
+    inputs = {1: dataset_of(joined), replicas: dataset_fn}
 
     def build():
         model = Mixes()

@@ -608,6 +608,42 @@ def test_steps_per_epoch_of_shards_go_on_where_they_stopped(strategy, team):
     assert history["total"] == expected
 
 
+@pytest.mark.parametrize("fused", [1, 4])
+def test_exchanges_of_rows_equal_one_device(make_strategy, strategy, fused):
+    """Gathered rows and sparse gradients, of which a last batch of 5 rows has fewer."""
+
+    class Gathers(distfit.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                pairs = y_pred - tf.transpose(distfit.all_gather(y_pred))
+                loss = distfit.global_mean(tf.square(y - y_pred))
+                loss += 0.1 * distfit.global_mean(tf.reduce_mean(tf.square(pairs), 1))
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss}
+
+    def build():
+        inputs = keras.Input((3,), dtype="int32")
+        words = layers.Embedding(20, 4)(inputs)
+        model = Gathers(inputs, layers.Dense(1)(layers.Flatten()(words)))
+        model.compile("adam", steps_per_execution=fused)
+        return model
+
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 20, (37, 3))
+    y = generator.normal(size=(37, 1)).astype("float32")
+
+    def fit(model):
+        return model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+
+    runs = [
+        comparing.run(chosen, build, fit) for chosen in (make_strategy(1), strategy)
+    ]
+    comparing.assert_same(*runs)
+
+
 def test_gradients_of_different_types_are_summed(make_strategy, strategy):
     """They cannot share a buffer."""
 
