@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, data, metrics
+from distfit import _keras, data, metrics, workers
 from distfit.collectives import Rows, Share, current_share
 
 # A dimension that is a multiple of this comes from the rows of the batch: no layer has
@@ -249,7 +249,8 @@ def run_symbolically(
             look(SymbolicRun(batch, logs, results, share, scope))
 
     with strategy.scope(), keras.StatelessScope(collect_losses=True) as scope:
-        context = SymbolicContext(strategy, 0)
+        # A replica of this worker: variables have values of its own replicas alone.
+        context = SymbolicContext(strategy, workers.of(strategy).first_replica)
         with context, keras.SymbolicScope(), _gradients_of_assigned_weights():
             function = tf.function(traced, autograph=False)
             return function.get_concrete_function(spec)
