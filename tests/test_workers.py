@@ -1,6 +1,6 @@
 """Several workers: what they agree on, and what they are told when they cannot.
 
-Every worker runs each of these tests; integration/test_workers.py starts them.
+Every worker runs each of these tests; integration/test_on_workers.py starts them.
 """
 
 import contextlib
