@@ -1,8 +1,8 @@
 """Eight virtual CPU devices for every test, and the strategies on them.
 
 Where TF_CONFIG makes this process one of several workers, as in
-integration/test_on_workers.py, all of them run the same tests: a strategy of more than one
-replica is then that of the workers.
+integration/test_on_workers.py, all of them run the same tests: a strategy of more than
+one replica is then that of the workers.
 """
 
 import os
