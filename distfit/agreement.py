@@ -58,11 +58,12 @@ def agree_on_state(
 
     It is made of the model's variables, and of what its steps hold beside them.
     """
+    team = workers.of(model.distribute_strategy)
+    if team.count == 1:
+        return
     variables = [*model.variables, *(v for d in drivers for v in d.own_variables)]
     once = {id(v): v for v in variables}.values()
-    workers.agree_on_values(
-        workers.of(model.distribute_strategy), f"{place}, with its state", once
-    )
+    workers.agree_on_values(team, f"{place}, with its state", once)
 
 
 def first_epoch(model: keras.Model, initial_epoch: int) -> int:

@@ -224,12 +224,17 @@ def gather_counts(strategy, counts: tf.Tensor, first_replica: int) -> tf.Tensor:
     )
 
     def add() -> list:
-        context = tf.distribute.get_replica_context()
-        replica = tf.get_static_value(context.replica_id_in_sync_group)
-        return _all_reduce([own if replica == first_replica else tf.zeros_like(own)])
+        is_first = replica_index() == first_replica
+        return _all_reduce([own if is_first else tf.zeros_like(own)])
 
     (summed,) = strategy.run(add)
     return tf.cast(strategy.experimental_local_results(summed)[0], tf.int32)
+
+
+def replica_index() -> int:
+    """Which replica this thread runs, among those of all workers."""
+    context = tf.distribute.get_replica_context()
+    return int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def current_share() -> Share | None:

@@ -18,6 +18,7 @@ from distfit.collectives import (
     Rows,
     Share,
     distributed_share,
+    replica_index,
     rows_of_replica,
     rows_of_shard,
 )
@@ -297,12 +298,6 @@ def shard_rows(shards, counts, model, plan=None):
     with tf.device("CPU:0"):
         rows = rows_of_shard(counts, replica)
     return _share(replica, counts.shape[0], rows, model, plan), own
-
-
-def replica_index() -> int:
-    """Which replica this thread runs, among those of all workers."""
-    context = tf.distribute.get_replica_context()
-    return int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def _share(replica: int, num_replicas: int, rows: Rows, model, plan) -> Share:

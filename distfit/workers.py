@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras
+from distfit.collectives import replica_index
 
 _local = threading.local()
 
@@ -229,10 +230,9 @@ def _compiled_gather(strategy: tf.distribute.Strategy, first_replica: int) -> Ca
     """
 
     def on_replica(words):
-        context = tf.distribute.get_replica_context()
-        replica = tf.get_static_value(context.replica_id_in_sync_group)
         own = tf.identity(words)  # A tensor of this device, which is asked for.
-        return context.all_gather(own if replica == first_replica else own[:0], 0)
+        own = own if replica_index() == first_replica else own[:0]
+        return tf.distribute.get_replica_context().all_gather(own, 0)
 
     @functools.partial(
         tf.function,

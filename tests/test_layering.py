@@ -10,8 +10,9 @@ FILES = sorted((ROOT / "distfit").rglob("*.py"))
 # From the bottom: a file imports only from files in layers below its own.
 LAYERS = [
     ("_keras",),
+    ("collectives",),
     ("workers",),
-    ("collectives", "predictions"),
+    ("predictions",),
     ("data", "metrics", "random", "normalization", "optimizers", "finite"),
     ("losses", "strategy", "callbacks"),
     ("probe", "build"),
