@@ -1,7 +1,5 @@
 """Results on the replicas of one process, as a table and a plot."""
 
-import pathlib
-
 from benchmarks.rows import (
     COLORS,
     LABELS,
@@ -51,28 +49,8 @@ def _against(found: dict[str, dict], name: str, other: str) -> float | None:
     return ratio(found.get(name), found.get(other))
 
 
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """Plots the time of each contender as a multiple of the hand-written loop's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    figure, panels = pyplot.subplots(
-        len(workloads), figsize=(11, 4 * len(workloads)), squeeze=False
-    )
-    for axes, workload in zip(panels[:, 0], workloads, strict=True):
-        _panel(axes, [row for row in rows if row["workload"] == workload])
-        axes.set_title(WORKLOADS[workload])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _panel(axes, rows: list[dict]) -> None:
+def panel(axes, rows: list[dict]) -> None:
+    """The time of each contender as a multiple of the hand-written loop's."""
     cases = by_case(rows)
     names = [name for name in contenders(rows) if name in BARS]
     width = 0.8 / max(len(names), 1)
@@ -96,7 +74,6 @@ def _panel(axes, rows: list[dict]) -> None:
     )
     axes.set_xlabel("replicas × fused steps")
     axes.set_ylabel("time per step / hand-written loop")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _annotate(axes, place: float, value: float | None, row: dict | None) -> None:

@@ -8,6 +8,7 @@ makes them anew from the results.json of a folder, `runs/benchmark` by default.
 import json
 import pathlib
 import sys
+import types
 
 from benchmarks import replicas, scaling
 
@@ -38,7 +39,29 @@ def plot(rows: list[dict], folder: pathlib.Path) -> None:
     """Plots replicas to results.png, workers to workers.png."""
     for part, own in _parts(rows):
         if own:
-            part.plot(own, folder / part.PLOT)
+            _plot(part, own, folder / part.PLOT)
+
+
+def _plot(part: types.ModuleType, rows: list[dict], path: pathlib.Path) -> None:
+    """A panel for each workload, and what its colours stand for below them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, panels = pyplot.subplots(
+        len(workloads), figsize=(11, 4 * len(workloads)), squeeze=False
+    )
+    for axes, workload in zip(panels[:, 0], workloads, strict=True):
+        part.panel(axes, [row for row in rows if row["workload"] == workload])
+        axes.set_title(part.WORKLOADS[workload])
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _parts(rows: list[dict]) -> list[tuple]:

@@ -4,8 +4,6 @@ Each worker has as many rows as one has alone: with perfect scaling a step takes
 same time. Efficiency is the time alone divided by the time together.
 """
 
-import pathlib
-
 from benchmarks.rows import (
     COLORS,
     LABELS,
@@ -80,28 +78,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """Plots the time of every epoch together, and the median alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    figure, panels = pyplot.subplots(
-        len(workloads), figsize=(11, 4 * len(workloads)), squeeze=False
-    )
-    for axes, workload in zip(panels[:, 0], workloads, strict=True):
-        _panel(axes, [row for row in rows if row["workload"] == workload])
-        axes.set_title(WORKLOADS[workload])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _panel(axes, rows: list[dict]) -> None:
+def panel(axes, rows: list[dict]) -> None:
+    """The time of every epoch together, and the median alone."""
     from matplotlib import ticker
 
     cases, names = by_case(rows), contenders(rows)
@@ -121,7 +99,6 @@ def _panel(axes, rows: list[dict]) -> None:
     )
     axes.set_xlabel("workers × fused steps")
     axes.set_ylabel("time per step, ms; efficiency")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _points(axes, center: float, width: float, pair: Pair, color: str) -> None:
