@@ -25,6 +25,7 @@ they are used |
 import contextlib
 import functools
 import inspect
+import random
 import threading
 import types
 import zlib
@@ -245,6 +246,11 @@ def intercept_calls(find: Callable[[], Any], wrap: Callable) -> None:
 def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     """Every metric that is an attribute of the model or of one of its layers."""
     return [m for layer in layers_of(model) for m in layer._metrics]
+
+
+def parts_of(metric: keras.metrics.Metric) -> list[keras.metrics.Metric]:
+    """A metric, or those that `compile()` has made one of."""
+    return metric.metrics if isinstance(metric, CompileMetrics) else [metric]
 
 
 # --- Variables.
@@ -543,8 +549,14 @@ def tensorflow_random_state() -> str | None:
     seed = tf_context.global_seed()
     if seed is None:
         return None
-    generator = tf_context.context()._rng.getstate()
-    return f"{seed} {zlib.crc32(repr(generator).encode())}"
+    generator = tensorflow_generator()
+    state = None if generator is None else generator.getstate()
+    return f"{seed} {zlib.crc32(repr(state).encode())}"
+
+
+def tensorflow_generator() -> random.Random | None:
+    """What seeds TensorFlow's next random operation comes from; None if unseeded."""
+    return tf_context.context()._rng
 
 
 def is_summed_on_read(variable: Any) -> bool:

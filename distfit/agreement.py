@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from distfit import _keras, build, workers
+from distfit import _keras, build, metrics, workers
 from distfit.data import GlobalBatches
 from distfit.driver import StepDriver
 
@@ -22,20 +22,13 @@ STOP_FLAGS = {
 _SETTINGS = ("run_eagerly", "jit_compile", "steps_per_execution", "batch_statistics")
 
 
-def check_alike(
-    model: keras.Model,
-    place: str,
-    facts: dict[str, Any],
-    batches: GlobalBatches,
-    validation: GlobalBatches | None = None,
-) -> None:
+def check_alike(model: keras.Model, place: str, facts: dict[str, Any]) -> None:
     """Checks that the workers run the same program.
 
     Args:
         model: The model, with its steps built.
         place: The method that is called.
-        facts: Its arguments that must be the same.
-        batches, validation: Its data.
+        facts: Its arguments and data, as far as they must be the same.
 
     Raises:
         ValueError: on every worker, naming what differs.
@@ -43,12 +36,23 @@ def check_alike(
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
-    data = {f"{name} of the data": fact for name, fact in batches.facts().items()}
-    if validation is not None:
-        facts_of = validation.facts().items()
-        data |= {f"{name} of the validation data": fact for name, fact in facts_of}
-    facts = {**facts, **data, **_facts_of_model(model), "code": _code(model)}
+    facts = {**facts, **_facts_of_model(model), "code": _code(model)}
     team.check_alike(place, facts)
+
+
+def check_same_batches(model: keras.Model, kind: str, batches: GlobalBatches) -> None:
+    """Checks, after an epoch, that all workers have read the same global batches.
+
+    Raises:
+        ValueError: on every worker, where the first batch of the epoch differs.
+    """
+    if batches.first_batch is not None:
+        workers.of(model.distribute_strategy).check_alike(
+            f"the data of {kind}",
+            {"first batch of the epoch": batches.first_batch},
+            "Shuffle with a seed, as in `dataset.shuffle(1000, seed=1)`, do not shard, "
+            "or give a function `fit(dataset_fn)` that returns each worker's shard.",
+        )
 
 
 def agree_on_state(
@@ -56,12 +60,17 @@ def agree_on_state(
 ) -> None:
     """Gives all workers the state of the chief, where theirs differs.
 
-    It is made of the model's variables, and of what its steps hold beside them.
+    It is made of the variables of the model and of its optimizers, and of what its
+    steps hold beside them.
     """
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
-    variables = [*model.variables, *(v for d in drivers for v in d.own_variables)]
+    variables = [
+        *model.variables,
+        *(v for optimizer in build.optimizers_of(model) for v in optimizer.variables),
+        *(v for driver in drivers for v in driver.own_variables),
+    ]
     once = {id(v): v for v in variables}.values()
     workers.agree_on_values(team, f"{place}, with its state", once)
 
@@ -98,31 +107,46 @@ def _learning_rates(model: keras.Model) -> list[keras.Variable]:
 def _facts_of_model(model: keras.Model) -> dict[str, Any]:
     layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
     variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
+    losses = [_described(loss) for loss in keras.tree.flatten(model.loss)]
+    watched = [part for m in metrics.all_of(model) for part in _keras.parts_of(m)]
+    kinds = [
+        f"{type(m).__name__} {[tuple(v.shape) for v in m.variables]}" for m in watched
+    ]
     optimizers = [_settings_of(o) for o in build.optimizers_of(model)]
     return {
         "class of the model": type(model).__qualname__,
         **{name: getattr(model, name) for name in _SETTINGS},
         **_numbered("layer", layers),
         **_numbered("variable", variables),
+        **_numbered("loss", losses),
+        **_numbered("metric", kinds),
         **_numbered("optimizer", optimizers),
     }
 
 
 def _numbered(name: str, facts: list) -> dict[str, Any]:
     """Facts one by one, so that only the first that differs is shown."""
-    numbered = {f"{name} {i}": fact for i, fact in enumerate(facts)}
-    return {f"number of {name}s": len(facts), **numbered}
+    return {f"{name} {i}": fact for i, fact in enumerate(facts)}
 
 
 def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """What it was made with, but for the learning rate, which is the chief's."""
-    config = {"class": type(optimizer).__name__, **optimizer.get_config()}
+    settings = _plain_settings(optimizer)
+    return {name: value for name, value in settings.items() if name != "learning_rate"}
+
+
+def _described(loss: Any) -> Any:
+    """A loss as text that is the same in every process."""
+    if isinstance(loss, keras.losses.Loss):
+        return _plain_settings(loss)
+    return getattr(loss, "__qualname__", loss if isinstance(loss, str) else type(loss))
+
+
+def _plain_settings(thing: Any) -> dict[str, Any]:
+    """The class of an object and those of its settings that are plain values."""
+    config = {"class": thing.__class__.__name__, **thing.get_config()}
     plain = bool | int | float | str | None
-    return {
-        name: value
-        for name, value in sorted(config.items())
-        if isinstance(value, plain) and name != "learning_rate"
-    }
+    return {k: v for k, v in sorted(config.items()) if isinstance(v, plain)}
 
 
 def _code(model: keras.Model) -> str:
@@ -138,6 +162,6 @@ def _code(model: keras.Model) -> str:
 def _source_file(cls: type) -> list[pathlib.Path]:
     try:
         path = pathlib.Path(inspect.getsourcefile(cls) or "")
-    except TypeError:  # A class of an interactive session.
+    except (TypeError, OSError):  # A class of an interactive session.
         return []
     return [path] if path.is_file() else []

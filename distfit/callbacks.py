@@ -6,15 +6,19 @@ alike. Those of Keras that write files write them on the chief.
 
 import contextlib
 import functools
+import io
 import os
+import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.callbacks import BackupAndRestore
 
 from distfit import _keras, workers
 from distfit.workers import Workers
@@ -127,7 +131,7 @@ class SharedProgressBar(ProgressBar):
         self._executions = self._next = self._team.from_chief("the progress bar", own)
 
     def _draw(self, batch, logs) -> None:
-        dict(logs)  # Reads them, on every worker.
+        dict(logs or {})  # Reads them, on every worker.
         if self._team.is_chief:
             super()._draw(batch, logs)
 
@@ -140,8 +144,10 @@ class ChiefOnly(keras.callbacks.Callback):
     """Calls another callback on the chief alone, for what writes or reports.
 
     On several workers that callback must not do what takes all of them: `evaluate()`,
-    `predict()` and `fit()` raise an error in it, and saving a model works, except that
-    of metrics it saves the part of the chief. Hooks for batches cost an exchange after
+    `predict()`, `fit()` and their `*_on_batch` forms raise an error in it. Saving a
+    model works, except that of metrics and of gradients that are being accumulated it
+    saves the part of the chief. What it draws of the random numbers of Python, NumPy
+    and TensorFlow is drawn again after it. Hooks for batches cost an exchange after
     every execution, in which the logs are read.
 
     Args:
@@ -177,11 +183,18 @@ def _hooks_of(callback: keras.callbacks.Callback) -> list[str]:
     """The names of the hooks in which a callback does something."""
     names = [n for n in vars(keras.callbacks.Callback) if n.startswith("on_")]
     batch_hooks = [hook for hooks in _BATCH_HOOKS.values() for hook in hooks]
-    return [n for n in names if n not in batch_hooks or _keras.listens(callback, n)]
+    # Keras's `on_train_batch_*` call the older two.
+    others = {*batch_hooks, "on_batch_begin", "on_batch_end"}
+    listened = [hook for hook in batch_hooks if _keras.listens(callback, hook)]
+    return [n for n in names if n not in others] + listened
 
 
 class CallbackList(keras.callbacks.CallbackList):
     """Keras's list of callbacks, with logs that are read when somebody reads them.
+
+    It is a context manager. Until it is left, what callbacks of Keras write on other
+    workers than the chief goes to a folder that is removed then. They cannot just be
+    left out there: saving a model takes all workers.
 
     Args:
         callbacks: Callbacks, as `fit()` takes them.
@@ -193,7 +206,7 @@ class CallbackList(keras.callbacks.CallbackList):
 
     Attributes:
         may_stop_alone: For each kind of step, whether a callback of some worker may
-            stop it after an execution although those of other workers do not.
+            stop it after an execution, although those of other workers perhaps do not.
     """
 
     def __init__(
@@ -211,20 +224,26 @@ class CallbackList(keras.callbacks.CallbackList):
             add_progbar, verbose = team.from_chief(
                 "its progress bar", (add_progbar, verbose)
             )
-            callbacks = [_only_on_chief(callback) for callback in callbacks]
+            callbacks = [_fit_for_workers(callback) for callback in callbacks]
         shown = any(isinstance(c, keras.callbacks.ProgbarLogger) for c in callbacks)
         if add_progbar and not shown:
             bar = ProgressBar() if team.count == 1 else SharedProgressBar(team)
             callbacks.append(bar)
-        super().__init__(callbacks, verbose=verbose, **arguments)
         self._team = team
+        with contextlib.ExitStack() as moved:
+            if not team.is_chief:
+                _move_paths(callbacks, moved)
+            super().__init__(callbacks, verbose=verbose, **arguments)
+            self._moved = moved.pop_all()
         self._listeners = {
             hook: [c for c in self.callbacks if _keras.listens(c, hook)]
             for hooks in _BATCH_HOOKS.values()
             for hook in hooks
         }
         own = {kind: self._independent(kind) for kind in _BATCH_HOOKS}
-        told = team.tell("its callbacks", own)
+        backups = sum(isinstance(c, BackupAndRestore) for c in self.callbacks)
+        told = team.tell("its callbacks", {**own, "backups": backups})
+        self._backs_up = team.count > 1 and any(each["backups"] for each in told)
         self.may_stop_alone = {
             kind: any(each[kind] for each in told)
             or len({str(each[kind]) for each in told}) > 1
@@ -236,23 +255,17 @@ class CallbackList(keras.callbacks.CallbackList):
         listeners = [c for hook in _BATCH_HOOKS[kind] for c in self._listeners[hook]]
         return [type(c).__name__ for c in listeners if not _in_step_with_others(c)]
 
-    @contextlib.contextmanager
-    def writing_on_chief(self) -> Iterator[None]:
-        """Sends what callbacks of Keras write on other workers to a folder that goes.
+    def __enter__(self) -> "CallbackList":
+        """Gives all workers what the chief has backed up: loading it takes all."""
+        if self._backs_up:
+            own = _packed_backups(self.callbacks) if self._team.is_chief else b""
+            backups = self._team.gather("its backups", own)[0]
+            if not self._team.is_chief:
+                _unpack_backups(backups, self.callbacks)
+        return self
 
-        They cannot just be left out there: saving a model takes all workers.
-        """
-        if self._team.is_chief:
-            yield
-            return
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            for callback in self.callbacks:
-                for name in _paths_of(callback):
-                    stack.callback(setattr, callback, name, getattr(callback, name))
-                    setattr(callback, name, _moved(getattr(callback, name), folder))
-                if isinstance(callback, keras.callbacks.TensorBoard):
-                    callback.set_model(self._model)  # It looks at its folder there.
-            yield
+    def __exit__(self, *exc_info) -> None:
+        self._moved.close()
 
     def batch_begin(self, kind: str, step: int) -> None:
         """Calls `on_{kind}_batch_begin`."""
@@ -274,7 +287,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     keras.callbacks.ModelCheckpoint: ("filepath",),
     keras.callbacks.CSVLogger: ("filename",),
     keras.callbacks.TensorBoard: ("log_dir",),
-    keras.callbacks.BackupAndRestore: ("backup_dir", *_keras.BACKUP_PATHS),
+    BackupAndRestore: ("backup_dir", *_keras.BACKUP_PATHS),
 }
 
 
@@ -283,25 +296,75 @@ def _paths_of(callback: keras.callbacks.Callback) -> tuple[str, ...]:
     return next((p for cls, p in _PATHS.items() if isinstance(callback, cls)), ())
 
 
-def _moved(path: str, folder: str) -> str:
+def _move_paths(
+    callbacks: Iterable[keras.callbacks.Callback], until: contextlib.ExitStack
+) -> None:
+    """Sends what callbacks write to a folder that goes `until` the stack is closed."""
+    folder = until.enter_context(tempfile.TemporaryDirectory())
+    for callback in callbacks:
+        for name in _paths_of(callback):
+            path = getattr(callback, name)
+            until.callback(setattr, callback, name, path)
+            setattr(callback, name, _path_in(folder, path))
+
+
+def _path_in(folder: str, path: str) -> str:
     moved = os.path.join(folder, os.path.relpath(path, os.sep))
     os.makedirs(os.path.dirname(moved), exist_ok=True)
     return moved
 
 
-def _only_on_chief(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+def _packed_backups(callbacks: Iterable[keras.callbacks.Callback]) -> bytes:
+    """The files that callbacks have backed up, as a zip archive."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as files:
+        for name, path in _backup_files(callbacks):
+            if tf.io.gfile.exists(path):
+                files.writestr(name, tf.io.gfile.GFile(path, "rb").read())
+    return archive.getvalue()
+
+
+def _unpack_backups(
+    archive: bytes, callbacks: Iterable[keras.callbacks.Callback]
+) -> None:
+    """Puts files that were packed on the chief where callbacks look for their own."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        for name, path in _backup_files(callbacks):
+            if name in files.namelist():
+                pathlib.Path(path).write_bytes(files.read(name))
+
+
+def _backup_files(
+    callbacks: Iterable[keras.callbacks.Callback],
+) -> Iterator[tuple[str, str]]:
+    """A name for each file that a backup may consist of, and its path."""
+    backing_up = (c for c in callbacks if isinstance(c, BackupAndRestore))
+    for number, callback in enumerate(backing_up):
+        for attribute in _keras.BACKUP_PATHS:
+            yield f"{number}/{attribute}", getattr(callback, attribute)
+
+
+def _fit_for_workers(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+    if isinstance(callback, keras.callbacks.OrbaxCheckpoint):
+        raise ValueError(
+            "OrbaxCheckpoint knows nothing of TensorFlow's workers: all would write to "
+            f"the same folder. Received: directory={callback.directory!r}. Use "
+            "`keras.callbacks.ModelCheckpoint` or `BackupAndRestore`."
+        )
     if isinstance(callback, keras.callbacks.RemoteMonitor):
         return ChiefOnly(callback)
     return callback
 
 
 def _in_step_with_others(callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback reads logs and stops training at the same step everywhere.
+    """Whether a callback reads logs at the same steps everywhere, and stops at none.
 
-    Callbacks of Keras do, since they decide by the logs. One that overrides a hook, or
-    is made of functions, may look at a clock or at a file.
+    Callbacks of Keras do, but for one. Others, or those made of functions, may look at
+    a clock or at a file.
     """
-    if isinstance(callback, keras.callbacks.LambdaCallback):
+    if isinstance(
+        callback, keras.callbacks.LambdaCallback | keras.callbacks.TerminateOnNaN
+    ):
         return False
     of_keras = type(callback).__module__.startswith("keras.")
     return of_keras or getattr(callback, "in_step_with_others", False)

@@ -12,6 +12,7 @@ every function is what its name says of the tensor it is given.
 
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ class Share:
         self.graph = tf.compat.v1.get_default_graph()
         self.model = model
         self.plan = plan
-        self.loss_calls = 0
+        self.loss_calls = self.sum_calls = 0
         self._local_values: list[tuple[Any, Any]] = []
         self.compiles = False
         self.exchanges_vary = False
@@ -119,6 +120,19 @@ class Share:
                     summed[i] = part
         return summed
 
+    def sum_if_read(self, local: tf.Tensor) -> tf.Tensor:
+        """The sum of the local parts of a value.
+
+        Most steps read a loss nowhere: they need its gradient, and metrics are fed with
+        its local parts. An exchange cannot be pruned from a graph, so where the plan
+        knows that nobody looks, none is made, and NaN stands in.
+        """
+        self.sum_calls += 1
+        is_known = self.plan is not None and not tf.executing_eagerly()
+        if is_known and not self.plan.reads_sum(self.sum_calls - 1):
+            return tf.fill(tf.shape(local), tf.constant(math.nan, local.dtype))
+        return _sum(local, self)
+
     def merge_call(self, function, *args) -> Any:
         """Calls `function(strategy, *args)` once for all replicas."""
         with self._own_losses():
@@ -169,7 +183,7 @@ class Share:
         """This replica's summand of every global value so far."""
         return [part for _, part in self._local_values]
 
-    def defers(self, optimizer, variables) -> bool:
+    def defers(self, optimizer, grads, variables) -> bool:
         """Whether an optimizer is not to be applied now, but only built later."""
         return False
 
@@ -325,7 +339,7 @@ def global_sum(x):
     if share is None:
         return tf.convert_to_tensor(x)
     local = tf.convert_to_tensor(x)
-    return share.remember(_with_value(local, _sum(local, share)), local)
+    return share.remember(_with_value(local, share.sum_if_read(local)), local)
 
 
 def global_mean(values, sample_weight=None):
@@ -397,7 +411,7 @@ def global_ratio(numerator, divisor, *, divisor_is_global: bool = False):
         return tf.math.divide_no_nan(numerator, divisor)
     if divisor_is_global:
         local = tf.math.divide_no_nan(numerator, divisor)
-        return share.remember(_with_value(local, _sum(local, share)), local)
+        return share.remember(_with_value(local, share.sum_if_read(local)), local)
     sums = _sum(tf.stack([numerator, divisor]), share)
     local = tf.math.divide_no_nan(numerator, sums[1])
     value = tf.math.divide_no_nan(sums[0], sums[1])

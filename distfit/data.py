@@ -9,6 +9,7 @@ a plain iterator on the host, and each replica cuts its rows inside the compiled
 import functools
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class GlobalBatches:
         spec: The `tf.TypeSpec`s of a global batch.
         num_batches: Number of batches in the data; None if unknown or infinite.
         epoch_steps: Number of steps of an epoch; None if unknown.
+        first_batch: The fingerprint of the first batch that was read of the data in
+            this epoch, once `note_first_batch()` is called; else None.
 
     Raises:
         ValueError: if there are no data, or they are not batches of tensors or of
@@ -38,6 +41,7 @@ class GlobalBatches:
     """
 
     others_may_have_rows = False
+    first_batch: list | None = None
 
     def __init__(
         self,
@@ -95,15 +99,27 @@ class GlobalBatches:
             return min(batch_size, self._adapter.partial_batch_size or batch_size)
         return tf.nest.flatten(self.spec)[0].shape[0]
 
-    def facts(self) -> dict[str, Any]:
-        """What must be the same on every worker."""
-        return {
+    def facts(self, name: str) -> dict[str, Any]:
+        """What must be the same on every worker, of data that are called `name`."""
+        facts = {
             "batch size": getattr(self._adapter, "batch_size", None),
             "number of batches": self.num_batches,
             "steps per epoch": self.steps_per_epoch,
             "element spec": self.spec,
-            "sample": [_sample(array) for array in tree.flatten(self._arrays)],
+            "sample": fingerprint(self._arrays),
         }
+        return {f"{fact} of {name}": value for fact, value in facts.items()}
+
+    def note_first_batch(self) -> None:
+        """Has `first_batch` noted, where the order of rows is not known beforehand."""
+        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+            return
+        self.first_batch = []
+
+        def note(*arrays):
+            self.first_batch = fingerprint(list(arrays))
+
+        self.dataset = with_first_noted(self.dataset, note)
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
@@ -223,7 +239,10 @@ def make_batches(strategy, x, y=None, sample_weight=None, **arguments) -> Global
     """The batches of what `fit()` takes, which may be a `dataset_fn`."""
     is_function = callable(x) and not isinstance(x, tf.data.Dataset)
     if not is_function:
-        return GlobalBatches(x, y, sample_weight, **arguments)
+        batches = GlobalBatches(x, y, sample_weight, **arguments)
+        if workers.of(strategy).count > 1:
+            batches.note_first_batch()
+        return batches
     if y is not None or sample_weight is not None:
         raise ValueError(
             "The dataset of a `dataset_fn(input_context)` gives targets and weights "
@@ -272,7 +291,7 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return take_rows(batch, 0, 1), 0
 
     own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
-    first = own.take(1).map(stand_in).repeat()
+    first = own.take(1).map(stand_in).cache().repeat()  # The source is read no more.
     blank = tree.map_structure(_blank_row, dataset.element_spec)
     return own.concatenate(first).concatenate(
         tf.data.Dataset.from_tensors((blank, 0)).repeat()
@@ -308,14 +327,37 @@ def _first_shards(iterator, strategy):
     return next_shards(iterator, strategy)
 
 
-def _sample(array: Any) -> Any:
-    """The shape of an array, and what tells a few of its rows from others."""
-    if not isinstance(array, np.ndarray):
+def fingerprint(arrays: Any) -> list:
+    """For each array or tensor, its shape and what tells some of its rows from others.
+
+    Of anything else, None.
+    """
+    return [_fingerprint(array) for array in tree.flatten(arrays)]
+
+
+def _fingerprint(array: Any) -> Any:
+    if not isinstance(array, np.ndarray | tf.Tensor):
         return None
-    rows = array[:: max(len(array) // 64, 1)]
+    rows = np.asarray(array[:: max(len(array) // 64, 1)])
     # Of Python objects, such as texts, the bytes are but their addresses.
     content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
-    return array.shape, workers.checksum(content)
+    return tuple(array.shape), workers.checksum(content)
+
+
+def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Dataset:
+    """The same dataset; `note(*arrays)` is called with each first batch of it."""
+
+    def look(index, batch):
+        leaves = tf.nest.flatten(batch, expand_composites=True)
+        arrays = [tensor for tensor in leaves if tensor.dtype != tf.variant]
+        tf.cond(
+            index == 0,
+            lambda: tf.group(tf.numpy_function(note, arrays, [])),
+            tf.no_op,
+        )
+        return batch
+
+    return dataset.enumerate().map(look)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -50,6 +50,7 @@ class StepDriver:
         build.check_in_scope(model)
         build.build_layers(model, spec)
         normalization.adapt(model)
+        self._adapt_metrics()  # For the symbolic run; a step may also make some.
         self.plan = probe.probe(model, step, spec, self.strategy)
         self._build()
         if not model.run_eagerly:
@@ -118,12 +119,15 @@ class StepDriver:
             self.watch = FiniteWatch(self.strategy) if watched else None
         build.check_in_scope(self.model)
         build.check_metrics(self.model)
-        for metric in metrics.all_of(self.model):
-            metrics.adapt(metric)
+        self._adapt_metrics()
         for used in self.plan.derived.values():
             for metric in used:
                 metrics.adapt_result(metric)
         normalization.adapt(self.model)  # Also layers that the step has made.
+
+    def _adapt_metrics(self) -> None:
+        for metric in metrics.all_of(self.model):
+            metrics.adapt(metric)
 
     def _log_metric(self, name: str) -> metrics.RowMean:
         shape = self.plan.shapes[name]
@@ -243,7 +247,8 @@ class StepDriver:
         parts = []
         for variable in self.plan.state:
             part = share.fraction if tf.as_dtype(variable.dtype).is_floating else first
-            parts.append(variable.value * tf.cast(part, variable.dtype))
+            own = share.counted(variable.value)
+            parts.append(own * tf.cast(part, variable.dtype))
         agreed = share.all_reduce(parts)
         for variable, value in zip(self.plan.state, agreed, strict=True):
             variable.assign(value)

@@ -9,7 +9,13 @@ from keras import tree
 
 from distfit import _keras, agreement, build, predictions, workers
 from distfit.callbacks import CallbackList
-from distfit.data import GlobalBatches, check_positive, make_batches, num_rows
+from distfit.data import (
+    GlobalBatches,
+    check_positive,
+    fingerprint,
+    make_batches,
+    num_rows,
+)
 from distfit.driver import PredictDriver, StepDriver
 
 
@@ -54,17 +60,25 @@ def fit(
     validation = _validation_batches(
         model, validation_data, validation_batch_size or batch_size, validation_steps
     )
-    callbacks = _callback_list(
+    with _callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
-    )
-    driver = step_driver(model, "train", batches)  # As callbacks ask it to be.
-    drivers = [driver]
-    if validation is not None:
-        drivers.append(step_driver(model, "test", validation))
-    facts = {"epochs": epochs, "initial_epoch": initial_epoch}
-    agreement.check_alike(model, "fit()", facts, batches, validation)
-    model.stop_training = False
-    with callbacks.writing_on_chief():
+    ) as callbacks:
+        driver = step_driver(model, "train", batches)  # As callbacks ask it to be.
+        drivers = [driver]
+        if validation is not None:
+            drivers.append(step_driver(model, "test", validation))
+        facts = {
+            "epochs": epochs,
+            "initial_epoch": initial_epoch,
+            "shuffle": shuffle,
+            "class_weight": class_weight,
+            "validation_freq": validation_freq,
+            **batches.facts("the data"),
+            "has validation data": validation is not None,
+            **(validation.facts("the validation data") if validation else {}),
+        }
+        agreement.check_alike(model, "fit()", facts)
+        model.stop_training = False
         callbacks.on_train_begin()
         agreement.agree_on_state(model, "fit()", drivers)
         first = agreement.first_epoch(model, initial_epoch)
@@ -97,11 +111,10 @@ def evaluate(
     batches = make_batches(
         strategy, x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps
     )
-    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
-    driver = step_driver(model, "test", batches)
-    agreement.check_alike(model, "evaluate()", {}, batches)
-    agreement.agree_on_state(model, "evaluate()", [driver])
-    with callbacks.writing_on_chief():
+    with _callback_list(model, callbacks, verbose, 1, batches.epoch_steps) as callbacks:
+        driver = step_driver(model, "test", batches)
+        agreement.check_alike(model, "evaluate()", batches.facts("the data"))
+        agreement.agree_on_state(model, "evaluate()", [driver])
         return _test(model, batches, callbacks)
 
 
@@ -112,11 +125,9 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     workers.agree_on_randomness(team, "predict()")
     batches = make_batches(strategy, x, batch_size=batch_size, steps_per_epoch=steps)
     driver = _predict_driver(model, batches.spec)
-    agreement.check_alike(model, "predict()", {}, batches)
+    agreement.check_alike(model, "predict()", batches.facts("the data"))
     agreement.agree_on_state(model, "predict()", [])
-    callbacks = _callback_list(model, callbacks, verbose, 1, batches.epoch_steps)
     model.stop_predicting = False
-    callbacks.on_predict_begin()
     outputs: list = []  # A list of batches for each execution.
 
     def run(step_count: int) -> int:
@@ -127,8 +138,11 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     def latest() -> dict:
         return {"outputs": predictions.join(team, outputs[-1])}
 
-    _run_steps(model, "predict", run, batches, callbacks, latest)
-    callbacks.on_predict_end()
+    with _callback_list(model, callbacks, verbose, 1, batches.epoch_steps) as callbacks:
+        callbacks.on_predict_begin()
+        _run_steps(model, "predict", run, batches, callbacks, latest)
+        agreement.check_same_batches(model, "predict", batches)
+        callbacks.on_predict_end()
     return predictions.join(team, [batch for some in outputs for batch in some])
 
 
@@ -173,9 +187,7 @@ def _validation_batches(
 
 
 def _callback_list(model, callbacks, verbose, epochs, steps, add_history=False):
-    if isinstance(callbacks, CallbackList):
-        return callbacks
-    if type(callbacks) is keras.callbacks.CallbackList:  # One with its own settings.
+    if isinstance(callbacks, keras.callbacks.CallbackList):  # With its own settings.
         return CallbackList(
             callbacks.callbacks,
             model=model,
@@ -217,11 +229,13 @@ def _run_epoch(model, kind, driver, batches, callbacks) -> dict[str, float]:
         return driver.run(batches, steps)
 
     _run_steps(model, kind, run, batches, callbacks, driver.results)
+    agreement.check_same_batches(model, kind, batches)
     return driver.results()
 
 
 def _run_steps(model, kind, run, batches, callbacks, read) -> None:
     """Runs the steps of an epoch, `steps_per_execution` at a time."""
+    several_workers = workers.of(model.distribute_strategy).count > 1
     total = batches.start_epoch()
     step = 0
     while (total is None or step < total) and batches.has_next():
@@ -233,12 +247,16 @@ def _run_steps(model, kind, run, batches, callbacks, read) -> None:
         callbacks.batch_end(kind, step - 1, read)
         if callbacks.may_stop_alone[kind]:
             agreement.settle(model, kind, "the end of an execution")
+        elif several_workers:
+            continue  # A stop that is asked of one of them waits for the next settling.
         if getattr(model, agreement.STOP_FLAGS[kind]):
             break
     batches.end_epoch(step)
 
 
 def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
+    place = f"{kind}_on_batch()"
+    workers.check_not_alone(place)
     batch = tree.map_structure(_to_tensor, batch)
     replicas = model.distribute_strategy.num_replicas_in_sync
     rows = int(num_rows(batch))
@@ -246,7 +264,8 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     known = len(_drivers(model, kind))
     driver = _cached_driver(model, kind, _spec_of(batch), rows < replicas)
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
-        agreement.agree_on_state(model, f"{kind}_on_batch()", [driver])
+        agreement.check_alike(model, place, {"batch": fingerprint(batch)})
+        agreement.agree_on_state(model, place, [driver])
     driver.reset()
     driver.run_on(batch)
     return driver.results()

@@ -54,7 +54,7 @@ class RowMean(keras.metrics.Metric):
         """
         local = share.local_part(value)
         if local is None:
-            self.update_state(value, share.rows_counted)
+            self.update_state(share.counted(value), share.rows_counted)
         else:
             self.update_state(
                 share.counted(local), share.rows_counted, share.global_rows
@@ -69,7 +69,7 @@ class LastValue(RowMean):
 
     def keep(self, value, share: Share) -> None:
         rows = tf.cast(share.rows_counted, self.dtype)
-        self.total.assign(tf.cast(value, self.dtype) * rows)
+        self.total.assign(tf.cast(share.counted(value), self.dtype) * rows)
         self.rows.assign(rows)
 
 
@@ -123,6 +123,8 @@ def _update_state(self, *args, **kwargs):
         return update(*args, **kwargs)
     if counts_steps(args, kwargs):
         return _update_with_scalar(self, update, args, kwargs, share)
+    if type(self) is keras.metrics.Mean and _is_loss_by_rows(self, args, kwargs, share):
+        return _update_with_rows(update, share, *args, **kwargs)
     if share.idle is False:
         return update(*args, **kwargs)
     return _update_once(self, share, functools.partial(update, *args, **kwargs))
@@ -147,7 +149,7 @@ def _update_with_scalar(metric, update, args, kwargs, share: Share):
     local = share.local_part(value)
     if type(metric) is keras.metrics.Mean and args:
         if local is None:
-            return update(value, sample_weight=share.fraction)
+            return update(share.counted(value), sample_weight=share.fraction)
         if isinstance(share.num_counted, int):
             return update(local * share.num_counted)
         # As much weight in all as in other steps, however many replicas are idle.
@@ -159,6 +161,29 @@ def _update_with_scalar(metric, update, args, kwargs, share: Share):
     if share.idle is False:
         return update(*args, **kwargs)
     return _update_once(metric, share, functools.partial(update, *args, **kwargs))
+
+
+def _is_loss_by_rows(metric, args, kwargs, share: Share) -> bool:
+    """Whether a mean is fed with a loss that is weighted by the rows of this replica.
+
+    Keras's own `train_step` does so.
+    """
+    weight = args[1] if len(args) > 1 else kwargs.get("sample_weight")
+    if not args or weight is None or share.local_part(args[0]) is None:
+        return False
+    return share.plan is not None and share.plan.weighs_rows(metric, weight)
+
+
+def _update_with_rows(update, share: Share, loss, sample_weight):
+    """Feeds the local part of a loss, which then has no reader.
+
+    The rows of all replicas are the weight of all local parts together.
+    """
+    local: Any = share.local_part(loss)
+    parts = tf.cast(share.global_rows, local.dtype)
+    parts /= tf.cast(share.local_rows, local.dtype)
+    weight = share.counted(sample_weight)
+    return update(share.counted(local) * parts, sample_weight=weight)
 
 
 def _update_once(metric, share: Share, update):

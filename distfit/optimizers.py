@@ -50,9 +50,9 @@ def _apply(self, grads, trainable_variables=None):
         _check_in_replica_context()
     if trainable_variables is not None:
         trainable_variables = list(trainable_variables)
-    if share is not None and share.defers(self, trainable_variables):
-        return
     grads = list(grads)
+    if share is not None and share.defers(self, grads, trainable_variables):
+        return
     variables = trainable_variables or _keras.variables_of(self)
     complete = variables and any(grad is not None for grad in grads)
     if share is None or share.alone or not complete:  # Keras says what is missing.

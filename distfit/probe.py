@@ -35,6 +35,10 @@ class Plan:
         proportional: For each mean loss in the order of the calls, whether its number
             of values is a fixed multiple of the rows, so that each replica knows the
             divisor of the global batch without an exchange.
+        unread: The sums over replicas, in the order of the calls, of which the step
+            uses the gradient but not the value.
+        by_rows: For each metric that was fed with a loss and a weight, whether the
+            weight was the number of rows each time.
         state: The non-trainable variables that the step computes from local rows;
             their replicas are brought together after each step.
         tracked: Logs that are just results of metrics.
@@ -45,6 +49,8 @@ class Plan:
     """
 
     proportional: list[bool] = dataclasses.field(default_factory=list)
+    unread: set[int] = dataclasses.field(default_factory=set)
+    by_rows: dict[keras.metrics.Metric, bool] = dataclasses.field(default_factory=dict)
     state: list[Any] = dataclasses.field(default_factory=list)
     tracked: dict[str, tuple[keras.metrics.Metric, str | None]] = dataclasses.field(
         default_factory=dict
@@ -60,6 +66,14 @@ class Plan:
         """Whether the mean loss of the given number has a size known from the rows."""
         return call < len(self.proportional) and self.proportional[call]
 
+    def reads_sum(self, call: int) -> bool:
+        """Whether the step reads the value of the sum of the given number."""
+        return call not in self.unread
+
+    def weighs_rows(self, metric: keras.metrics.Metric, weight) -> bool:
+        """Whether a metric is given numbers of rows as the weights of a loss."""
+        return self.by_rows.get(metric, False)
+
 
 class SymbolicShare(Share):
     """The share of a replica in a step that is only looked at."""
@@ -70,6 +84,8 @@ class SymbolicShare(Share):
         self.plan = self
         self.found = plan
         self.summed: list[tf.Tensor] = []
+        self.sums: list[tf.Tensor] = []
+        self.applied: list[tf.Tensor] = []
         self.offsets: list[tf.Tensor] = []
 
     def stream_offset(self, distance):
@@ -89,7 +105,13 @@ class SymbolicShare(Share):
         self.summed += summed
         return summed
 
-    def defers(self, optimizer, variables) -> bool:
+    def sum_if_read(self, local):
+        (summed,) = self.all_reduce([local])
+        self.sums.append(summed)
+        return summed
+
+    def defers(self, optimizer, grads, variables) -> bool:
+        self.applied += tf.nest.flatten(grads, expand_composites=True)
         if variables is not None:  # Else it must be built already, as Keras has it.
             self.found.optimizers.append((optimizer, variables))
         return True
@@ -102,6 +124,11 @@ class SymbolicShare(Share):
             and all(n is not None and n % ROWS != 0 for n in others)
         )
         self.found.proportional.append(follows)
+        return follows
+
+    def weighs_rows(self, metric, weight) -> bool:
+        follows = _static_scalar(tf.convert_to_tensor(weight)) == ROWS
+        self.found.by_rows[metric] = follows and self.found.by_rows.get(metric, True)
         return follows
 
 
@@ -146,6 +173,7 @@ def _probe(model: keras.Model, step: Callable, batch_spec: Any, strategy) -> Pla
         _describe_logs(plan, run.logs, run.results)
         if num_replicas > 1:
             plan.state = _state_from_local_rows(model, run)
+            plan.unread = _unread_sums(plan, run)
 
     with draws:
         run_symbolically(
@@ -306,6 +334,21 @@ def _is_row_count(constant: tf.Tensor) -> bool:
     return bool(np.any((values != 0) & (values % ROWS == 0)))
 
 
+def _static_scalar(tensor: tf.Tensor) -> Any:
+    """The value of a scalar that is known while tracing; None if it is not.
+
+    TensorFlow knows `tf.shape(x)`, but not `tf.shape(x)[0]`.
+    """
+    value = tf.get_static_value(tensor)
+    if value is None and tensor.op.type == "Cast":
+        return _static_scalar(tensor.op.inputs[0])
+    if value is None and tensor.op.type == "StridedSlice" and tensor.shape.rank == 0:
+        sliced, begin = map(tf.get_static_value, tensor.op.inputs[:2])
+        is_known = np.ndim(sliced) == 1 and np.shape(begin) == (1,)
+        return sliced[begin[0]] if is_known else None
+    return value
+
+
 def _describe_logs(plan: Plan, logs: dict, results: list[tuple]) -> None:
     for name, value in logs.items():
         source = next(((m, key) for part, m, key in results if part is value), None)
@@ -331,8 +374,45 @@ def _state_from_local_rows(model, run: SymbolicRun) -> list:
     return found
 
 
-def ancestors(tensors: Iterable[tf.Tensor], stops=frozenset()) -> set[str]:
-    """Keys of all tensors that some are computed from, not past `stops`; theirs too."""
+def _unread_sums(plan: Plan, run: SymbolicRun) -> set[int]:
+    """The numbers of the sums over replicas on whose values nothing depends."""
+    if not all(plan.by_rows.values()):  # A metric is fed now one way, now the other.
+        return set()
+    logs = [
+        value
+        for name, value in run.logs.items()
+        if name in plan.derived or run.share.local_part(value) is None
+    ]
+    graph = tf.compat.v1.get_default_graph()
+    effects = [
+        tensor
+        for operation in graph.get_operations()
+        if operation.op_def is not None and operation.op_def.is_stateful
+        for tensor in operation.inputs
+    ]
+    states = run.scope.state_mapping.values()
+    used = [t for t in (*run.share.applied, *states, *logs) if t is not None]
+    reached = ancestors(
+        [*effects, *map(tf.convert_to_tensor, used)], not_through=_SHAPE_OF
+    )
+    sums = enumerate(run.share.sums)
+    return {call for call, tensor in sums if key_of(tensor) not in reached}
+
+
+# Operations that look at the shape of a tensor, not at its values.
+_SHAPE_OF = frozenset({"OnesLike", "ZerosLike", "Shape", "ShapeN", "Size", "Rank"})
+
+
+def ancestors(
+    tensors: Iterable[tf.Tensor], stops=frozenset(), not_through=frozenset()
+) -> set[str]:
+    """Keys of all tensors that some are computed from; theirs too.
+
+    Args:
+        tensors: Tensors of one graph.
+        stops: Keys of tensors past which not to look.
+        not_through: Types of operations past which not to look.
+    """
     seen: set[str] = set()
     pending = list(tensors)
     while pending:
@@ -340,7 +420,8 @@ def ancestors(tensors: Iterable[tf.Tensor], stops=frozenset()) -> set[str]:
         if key_of(tensor) in seen or key_of(tensor) in stops:
             continue
         seen.add(key_of(tensor))
-        pending += _inputs_of(tensor)
+        if tensor.op.type not in not_through:
+            pending += _inputs_of(tensor)
     return seen
 
 

@@ -22,6 +22,7 @@ import tensorflow as tf
 from distfit import _keras
 from distfit.collectives import replica_index
 
+_CHUNK = 1 << 26  # Bytes of one exchange: a message of gRPC ends at 2 GB.
 _local = threading.local()
 
 
@@ -74,10 +75,10 @@ class Workers:
         """As `tell`, for bytes."""
         if self.count == 1:
             return [data]
-        _check_not_alone(place)
-        messages = self._gather(_packed(place.encode() + b"\0" + data))
-        parts = [message.partition(b"\0") for message in _unpacked(messages)]
-        places = [name.decode() for name, _, _ in parts]
+        check_not_alone(place)
+        start = f"{place}\0{len(data)}\0".encode()
+        told = [m.split(b"\0", 2) for m in self._exchange(start + data[:_CHUNK])]
+        places = [name.decode() for name, _, _ in told]
         if len(set(places)) > 1:
             where = ", ".join(f"worker {i}: {name}" for i, name in enumerate(places))
             raise RuntimeError(
@@ -86,7 +87,16 @@ class Workers:
                 "evaluate() or predict() alone; what only writes or reports belongs in "
                 "`distfit.callbacks.ChiefOnly`."
             )
-        return [data for _, _, data in parts]
+        parts = [[part] for _, _, part in told]
+        longest = max(int(length) for _, length, _ in told)
+        for first in range(_CHUNK, longest, _CHUNK):
+            chunks = self._exchange(data[first : first + _CHUNK])
+            for of_worker, chunk in zip(parts, chunks, strict=True):
+                of_worker.append(chunk)
+        return [b"".join(of_worker) for of_worker in parts]
+
+    def _exchange(self, data: bytes) -> list[bytes]:
+        return _unpacked(self._gather(_packed(data)))
 
     def from_chief(self, place: str, message: Any = None) -> Any:
         """What the chief says; the message of other workers does not count."""
@@ -96,32 +106,35 @@ class Workers:
         """Whether at least one worker says so."""
         return any(self.tell(place, bool(flag)))
 
-    def check_alike(self, place: str, facts: dict[str, Any]) -> None:
+    def check_alike(
+        self,
+        place: str,
+        facts: dict[str, Any],
+        advice: str = "Start every worker with the same code, settings and data.",
+    ) -> None:
         """Checks what must be the same on every worker.
 
         Args:
             place: As for `tell`.
             facts: What is to be compared, by name.
+            advice: What to do where it is not.
 
         Raises:
             ValueError: on every worker, naming the first fact that differs.
         """
-        for name, *values in zip(facts, *self._facts(place, facts), strict=True):
+        own = {name: str(value) for name, value in facts.items()}
+        digests = self.tell(place, checksum(repr(own).encode()))
+        if len(set(digests)) == 1:  # As nearly always: the long form is not needed.
+            return
+        told = self.tell(f"{place}, which differs", own)
+        for name in {name: None for facts_of in told for name in facts_of}:
+            values = [facts_of.get(name, "nothing") for facts_of in told]
             if len(set(values)) > 1:
                 shown = ", ".join(f"{v} on worker {i}" for i, v in enumerate(values))
                 raise ValueError(
                     f"Workers must run the same program on the same data. Received: "
-                    f"{name}: {shown}. Start every worker with the same code, settings "
-                    "and data."
+                    f"{name}: {shown}. {advice}"
                 )
-
-    def _facts(self, place: str, facts: dict[str, Any]) -> list[list[str]]:
-        own = [str(value) for value in facts.values()]
-        digests = self.tell(place, checksum(repr(own).encode()))
-        if len(set(digests)) == 1:  # As nearly always: the long form is not needed.
-            return [own] * self.count
-        told = self.tell(f"{place}, which differs", dict(zip(facts, own, strict=True)))
-        return [[facts_of.get(name, "nothing") for name in facts] for facts_of in told]
 
 
 def of(strategy: tf.distribute.Strategy) -> Workers:
@@ -194,19 +207,39 @@ def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
     A call that needs all workers is an error in the block. Variables that are sums over
     replicas, as those of metrics, can be read there: this worker's part is their value.
+    Random numbers that the block draws are drawn again after it, as all workers shuffle
+    by them.
     """
     stock = strategy.reduce
 
     def own_part(reduce_op, value, axis):
-        return sum(strategy.experimental_local_results(value))
+        parts = strategy.experimental_local_results(value)
+        is_sum = reduce_op == tf.distribute.ReduceOp.SUM
+        return sum(parts) if is_sum else sum(parts) / len(parts)
 
     before, _local.alone = is_alone(), True
     strategy.reduce = own_part
     try:
-        yield
+        with _random_numbers_kept():
+            yield
     finally:
         strategy.reduce = stock
         _local.alone = before
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Lets the random generators go on after the block as if it had drawn nothing."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    of_tensorflow = _keras.tensorflow_generator()
+    state = of_tensorflow.getstate() if of_tensorflow else ()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        if of_tensorflow and of_tensorflow is _keras.tensorflow_generator():
+            of_tensorflow.setstate(state)
 
 
 def is_alone() -> bool:
@@ -214,7 +247,8 @@ def is_alone() -> bool:
     return getattr(_local, "alone", False)
 
 
-def _check_not_alone(place: str) -> None:
+def check_not_alone(place: str) -> None:
+    """Raises a `RuntimeError` in an `alone()` block: what follows takes all workers."""
     if is_alone():
         raise RuntimeError(
             "The chief cannot do alone what needs all workers. Received: a call in a "

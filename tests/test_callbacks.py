@@ -95,6 +95,10 @@ def test_nothing_is_read_for_callbacks_without_batch_hooks():
     callbacks = CallbackList([keras.callbacks.EarlyStopping()], add_history=True)
     callbacks.batch_end("train", 0, lambda: reads.append(1) or {"loss": 1.0})
     assert not reads
+    of_epochs = distfit.callbacks.ChiefOnly(keras.callbacks.RemoteMonitor())
+    chief_only = CallbackList([of_epochs])
+    chief_only.batch_end("train", 0, lambda: reads.append(1) or {"loss": 1.0})
+    assert not reads and not any(chief_only.may_stop_alone.values())
     listening = CallbackList([Reads()])
     for step in range(3):
         listening.batch_end("train", step, lambda: reads.append(1) or {"loss": 1.0})

@@ -355,7 +355,8 @@ def test_batches_that_replicas_bring_themselves_equal_one_device(
 
 def test_samples_tell_data_apart_by_content():
     def sample(values, dtype):
-        return GlobalBatches(np.array(values, dtype), batch_size=2).facts()["sample"]
+        batches = GlobalBatches(np.array(values, dtype), batch_size=2)
+        return batches.facts("the data")["sample of the data"]
 
     for values, dtype in (([[1], [2], [3]], "int64"), (["a", "bc", "d"], object)):
         assert sample(values, dtype) == sample(list(values), dtype)

@@ -452,3 +452,81 @@ def test_all_gather_of_integers(make_strategy, rows):
     numbers = np.arange(7, 7 + rows, dtype="int32")
     gathered = model.predict(numbers, batch_size=rows, verbose=0)
     np.testing.assert_array_equal(gathered, np.tile(numbers, (rows, 1)))
+
+
+class Reads(distfit.Model):
+    """A step that does something with the value of its loss, in one of many ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.layer = layers.Dense(1)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.total = keras.metrics.Sum(name="total")
+        self.mean = keras.metrics.Mean(name="mean")
+        self.kept = self.add_weight(shape=(), trainable=False, name="kept")
+        self.variable = tf.Variable(0.0, trainable=False)
+
+    def call(self, x):
+        return self.layer(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = keras.losses.MeanSquaredError()(y, self(x, training=True))
+            taken = tf.square(loss) if self.how == "gradient" else loss
+        gradients = tape.gradient(taken, self.trainable_variables)
+        if self.how == "scaled gradient":
+            gradients = [g / (1.0 + loss) for g in gradients]
+        if self.how == "condition":
+            gradients = tf.cond(
+                loss < 2.0, lambda: [0.5 * g for g in gradients], lambda: gradients
+            )
+        self.optimizer.apply(gradients, self.trainable_variables)
+        self.loss_tracker.update_state(loss)
+        logs = {"loss": self.loss_tracker.result(), "raw": loss}
+        if self.how == "weight":
+            self.kept.assign(loss)
+        elif self.how == "variable":
+            self.variable.assign(loss)
+        elif self.how == "metric":
+            self.total.update_state(loss)
+            logs["total"] = self.total.result()
+        elif self.how == "weighted":
+            self.mean.update_state(loss, sample_weight=2.0)
+            logs["mean"] = self.mean.result()
+        elif self.how == "log":
+            logs["twice"] = 2.0 * loss + self.loss_tracker.result()
+        elif self.how == "python":
+            tf.py_function(READ.append, [loss], [])
+        return logs
+
+
+READ: list = []
+WAYS = ("gradient", "scaled gradient", "condition", "weight", "variable", "metric")
+
+
+@pytest.mark.parametrize("how", ["", *WAYS, "weighted", "log", "python"])
+def test_the_value_of_a_loss_is_there_for_steps_that_read_it(make_strategy, how):
+    runs, values = [], []
+    for replicas in (1, 2):
+        unread = {0} if how == "" and replicas > 1 else set()
+
+        def build():
+            model = Reads(how)
+            model.compile(keras.optimizers.SGD(0.05))
+            return model
+
+        def fit(model, unread=unread):
+            READ.clear()
+            x, y = comparing.regression_data(22)
+            history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
+            read = sorted({round(float(value), 4) for value in READ})
+            values.append([float(model.kept), float(model.variable.value()), *read])
+            (driver,) = model.train_function.by_key.values()
+            assert driver.plan.unread == unread
+            return history
+
+        runs.append(comparing.run(make_strategy(replicas), build, fit))
+    comparing.assert_same(*runs)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)

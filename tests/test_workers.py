@@ -8,9 +8,11 @@ import csv
 import importlib
 import io
 import pathlib
+import random
 import sys
 
 import comparing
+import guide
 import keras
 import numpy as np
 import pytest
@@ -39,12 +41,12 @@ def shared(team, tmp_path):
     return pathlib.Path(team.from_chief("a folder", str(tmp_path)))
 
 
-def _model(strategy, units=4, optimizer="adam", **settings):
+def _model(strategy, units=4, optimizer="adam", loss="mse", metrics=("mae",), **more):
     with strategy.scope():
         inputs = keras.Input((8,))
         hidden = layers.Dense(units, activation="tanh")(inputs)
         model = distfit.Model(inputs, layers.Dense(1)(hidden))
-        model.compile(optimizer, "mse", metrics=["mae"], **settings)
+        model.compile(optimizer, loss, metrics=list(metrics), **more)
     return model
 
 
@@ -72,6 +74,14 @@ def test_large_messages_arrive_as_they_are(team):
     told = team.gather("here", own)
     for index, data in enumerate(told):
         assert data == np.random.default_rng(index).bytes(1_000_001 + index)
+
+
+def test_a_message_may_take_several_exchanges(team, monkeypatch):
+    monkeypatch.setattr(workers, "_CHUNK", 1000)
+    own = np.random.default_rng(team.index).bytes(4001 * (team.index + 1))
+    told = team.gather("here", own if team.index else b"")
+    assert told[0] == b""
+    assert told[1] == np.random.default_rng(1).bytes(8002)
 
 
 def test_workers_that_draw_different_numbers_train_one_model(strategy, team):
@@ -110,6 +120,31 @@ def test_weights_that_differ_become_those_of_the_chief(strategy, team):
     assert predicted.shape == (8, 1)
 
 
+class Applies(distfit.Model):
+    """Leaves it to the optimizer which variables its gradients are for."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables))
+        return {"loss": loss}
+
+
+def test_the_state_of_an_optimizer_becomes_that_of_the_chief(strategy, team):
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = Applies(inputs, layers.Dense(1)(inputs))
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(5 * team.index)
+    _fit(model, epochs=1)
+    assert model.optimizer.iterations.numpy() == 5
+    comparing.check_replicas_agree(strategy, model)
+    state = [v.numpy().tolist() for v in model.optimizer.variables]
+    team.check_alike("the test", {"state": state})
+
+
 class _StopsAt(keras.callbacks.Callback):
     def __init__(self, batch):
         super().__init__()
@@ -136,6 +171,33 @@ def test_a_worker_that_stops_after_an_epoch_stops_all(strategy, team):
             self.model.stop_training = team.index == 1
 
     assert len(_fit(_model(strategy), epochs=3, callbacks=[Stops()])["loss"]) == 1
+
+
+def test_a_stop_from_outside_of_callbacks_stops_all_after_the_epoch(strategy, team):
+    class Signals(keras.callbacks.Callback):
+        in_step_with_others = True  # As if it did nothing, and another thread did.
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.stop_training = batch == 2 and team.index == 1
+
+    model = _model(strategy)
+    history = _fit(model, epochs=3, callbacks=[Signals()])
+    assert len(history["loss"]) == 3  # The next batch has taken it back.
+    Signals.on_train_batch_begin = lambda self, batch, logs=None: setattr(
+        self.model, "stop_training", batch >= 2 and team.index == 1
+    )
+    history = _fit(model, epochs=3, callbacks=[Signals()])
+    assert len(history["loss"]) == 1
+    assert model.optimizer.iterations.numpy() == 20
+
+
+def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(strategy, team):
+    x, y = comparing.regression_data(40)
+    y[20] = np.nan  # A row of the third batch.
+    model = _model(strategy, optimizer="sgd")
+    callbacks = [keras.callbacks.TerminateOnNaN()]
+    model.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=callbacks)
+    assert model.optimizer.iterations.numpy() == 3
 
 
 @pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_batch_begin"])
@@ -165,6 +227,12 @@ def test_a_learning_rate_that_differs_becomes_that_of_the_chief(strategy, team, 
         ("structure", lambda i: {"units": 4 + i}, "variable 0: kernel (8, 4) float32"),
         ("optimizer", lambda i: {"optimizer": ["sgd", "adam"][i]}, "'class': 'SGD'"),
         ("fused steps", lambda i: {"steps_per_execution": 1 + i}, "1 on worker 0"),
+        ("loss", lambda i: {"loss": ["mse", "mae"][i]}, "loss 0: mse on worker 0"),
+        (
+            "metrics",
+            lambda i: {"metrics": ["mae", "mse"][: 1 + i]},
+            "metric 2: nothing on worker 0, MeanSquaredError",
+        ),
     ],
 )
 def test_models_that_differ_are_told_so(strategy, team, name, own, expected):
@@ -184,6 +252,11 @@ def test_models_that_differ_are_told_so(strategy, team, name, own, expected):
             "number of batches of the data: 5 on worker 0",
         ),
         (lambda i: {"initial_epoch": i, "epochs": 2}, "initial_epoch: 0 on worker 0"),
+        (lambda i: {"shuffle": i == 0}, "shuffle: True on worker 0, False on worker 1"),
+        (
+            lambda i: {"validation_data": [comparing.regression_data(8), None][i]},
+            "has validation data: True on worker 0, False on worker 1",
+        ),
     ],
 )
 def test_arguments_and_data_that_differ_are_told_so(strategy, team, own, expected):
@@ -198,6 +271,36 @@ def test_data_of_the_same_size_that_differ_are_told_so(strategy, team):
     x, y = comparing.regression_data(40, seed=team.index)
     with pytest.raises(ValueError, match="sample of the data"):
         _model(strategy).fit(x, y, batch_size=8, verbose=0)
+
+
+def test_datasets_that_are_read_in_different_order_are_told_so(strategy, team):
+    """As where each worker shuffles without a seed, or reads a shard of its own."""
+    dataset = tf.data.Dataset.from_tensor_slices(comparing.regression_data(40))
+    model = _model(strategy)
+    alike = dataset.shuffle(40, seed=1).batch(8)
+    assert len(model.fit(alike, epochs=2, verbose=0).history["loss"]) == 2
+    different = dataset.shuffle(40, seed=team.index).batch(8)
+    for call in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(ValueError, match="first batch of the epoch") as error:
+            call(different, verbose=0)
+        assert "Shuffle with a seed" in str(error.value)
+
+
+def test_batches_given_one_by_one_that_differ_are_told_so(strategy, team):
+    model = _model(strategy)
+    with pytest.raises(ValueError, match="Received: batch: .* on worker 0"):
+        model.train_on_batch(*comparing.regression_data(8, seed=team.index))
+
+
+def test_a_class_of_an_interactive_session_can_be_trained(strategy, monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.setattr(Applies, "__module__", "__main__")
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = Applies(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        model.optimizer.build(model.trainable_variables)
+    assert np.isfinite(_fit(model)["loss"]).all()
 
 
 def test_code_that_differs_is_told_so(strategy, team, tmp_path, monkeypatch):
@@ -229,11 +332,11 @@ def test_what_the_chief_calls_alone_is_told_to_all(strategy, team):
 
 
 class _Notes(keras.callbacks.Callback):
-    """Saves the model, tries to evaluate, and notes the logs of batches."""
+    """Saves the model, tries what takes all, and notes the logs of batches."""
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.losses, self.error = folder, [], None
+        self.folder, self.losses, self.errors = folder, [], []
 
     def on_train_batch_end(self, batch, logs=None):
         self.losses.append(logs["loss"])
@@ -241,10 +344,11 @@ class _Notes(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         (self.folder / f"{epoch}.txt").write_text("written")
         self.model.save(self.folder / "model.keras")
-        try:
-            self.model.evaluate(*comparing.regression_data(8), verbose=0)
-        except RuntimeError as error:
-            self.error = str(error)
+        x, y = comparing.regression_data(8)
+        for call in (self.model.evaluate, self.model.train_on_batch):
+            with pytest.raises(RuntimeError, match="ChiefOnly") as error:
+                call(x, y)
+            self.errors.append(str(error.value))
 
 
 def test_chief_only_calls_a_callback_on_the_chief(strategy, team, shared):
@@ -257,10 +361,48 @@ def test_chief_only_calls_a_callback_on_the_chief(strategy, team, shared):
         assert notes.losses == [] and notes.model is None
         return
     assert len(notes.losses) == 10
-    assert "ChiefOnly" in notes.error and "(evaluate())" in notes.error
+    assert "(evaluate())" in notes.errors[0]
+    assert "(train_on_batch())" in notes.errors[1]
     saved = keras.saving.load_model(shared / "model.keras")
     for own, other in zip(model.get_weights(), saved.get_weights(), strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+def test_what_the_chief_draws_alone_changes_no_order_of_rows(strategy, team):
+    class Draws(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            np.random.normal(size=3)
+            random.random()
+            tf.random.normal([3])
+
+    class Shuffled(keras.utils.PyDataset):
+        rows = np.arange(40, dtype="float32")
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            x = self.rows[8 * index : 8 * index + 8, None]
+            return np.tile(x, 8), x
+
+        def on_epoch_end(self):
+            self.rows = np.random.permutation(self.rows)
+
+    class Sums(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.total = keras.metrics.Sum(name="total")
+
+        def train_step(self, data):
+            self.total.update_state(data[1])
+            return {"total": self.total.result()}
+
+    with strategy.scope():
+        model = Sums()
+        model.compile()
+    callbacks = [distfit.callbacks.ChiefOnly(Draws())]
+    history = model.fit(Shuffled(), epochs=4, verbose=0, callbacks=callbacks).history
+    assert history["total"] == [sum(range(40))] * 4
 
 
 def test_logs_that_one_worker_reads_are_those_of_all(strategy, team):
@@ -280,14 +422,14 @@ class _Board(keras.callbacks.TensorBoard):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.notes, self.written_to = [], None
+        self.notes, self.written_to = [], set()
 
     @property
     def summary(self):
         return self
 
     def create_file_writer(self, folder):
-        self.written_to = folder
+        self.written_to.add(folder)
         return self
 
     def scalar(self, name, value, step):
@@ -307,19 +449,21 @@ class _Board(keras.callbacks.TensorBoard):
 
 def test_callbacks_of_keras_write_on_the_chief(strategy, team, shared):
     paths = [shared / "{epoch}.keras", shared / "log.csv", shared / "board"]
-    board = _Board(paths[2], update_freq=2, write_graph=False)
+    board = _Board(paths[2], update_freq=2)
     callbacks = [
         keras.callbacks.ModelCheckpoint(paths[0]),
+        keras.callbacks.ModelCheckpoint(shared / "steps.keras", save_freq=3),
         keras.callbacks.CSVLogger(paths[1]),
         board,
     ]
     model = _model(strategy)
     history = _fit(model, epochs=2, callbacks=callbacks)
     team.tell("the test")
-    names = {"1.keras", "2.keras", "log.csv"}
+    names = {"1.keras", "2.keras", "steps.keras", "log.csv"}
     assert {path.name for path in shared.iterdir()} == names
     folder = str(shared / "board" / "train")
-    assert (board.written_to == folder) == team.is_chief
+    assert (board.written_to == {folder}) == team.is_chief
+    assert (folder in board.written_to) == team.is_chief
     assert all(written == board.notes for written in team.tell("the test", board.notes))
     assert "batch_loss" in {name for name, _ in board.notes}
     lines = list(csv.DictReader(io.StringIO(paths[1].read_text())))
@@ -330,9 +474,11 @@ def test_callbacks_of_keras_write_on_the_chief(strategy, team, shared):
     assert callbacks[0].filepath == str(paths[0])  # As it was before.
 
 
-@pytest.mark.parametrize("of_all", [True, False])
-def test_a_backup_resumes_on_all_workers(strategy, team, shared, tmp_path, of_all):
-    """Also where only the chief can see its folder."""
+@pytest.mark.parametrize("of_all, steps", [(True, None), (False, None), (False, 3)])
+def test_a_backup_resumes_on_all_workers(
+    strategy, team, shared, tmp_path, of_all, steps
+):
+    """Also where only the chief can see its folder, with gradients half accumulated."""
     folder = (shared if of_all else tmp_path) / "backup"
     x, y = comparing.regression_data(40)
 
@@ -340,22 +486,29 @@ def test_a_backup_resumes_on_all_workers(strategy, team, shared, tmp_path, of_al
         arguments = {"batch_size": 8, "verbose": 0, "shuffle": False}
         return model.fit(x, y, epochs=epochs, callbacks=callbacks, **arguments).history
 
-    whole = _model(strategy)
+    def make():
+        with strategy.scope():
+            adam = keras.optimizers.Adam(gradient_accumulation_steps=steps)
+        return _model(strategy, optimizer=adam)
+
+    whole = make()
     expected = fit(whole, 3, [])
     keras.utils.set_random_seed(0)
     keras.backend.clear_session()
-    first = _model(strategy)
+    first = make()
     first.set_weights(whole.get_weights())
     started = first.get_weights()
     backup = keras.callbacks.BackupAndRestore(str(folder), delete_checkpoint=False)
     fit(first, 2, [backup])
-    second = _model(strategy)
+    second = make()
     resumed = fit(second, 3, [keras.callbacks.BackupAndRestore(str(folder))])
     assert len(resumed["loss"]) == 1
     comparing.check_replicas_agree(strategy, second)
-    again = _model(strategy)
+    again = make()
     again.set_weights(started)
     assert fit(again, 3, [])["loss"][2] == pytest.approx(resumed["loss"][0], rel=1e-5)
+    for one, other in zip(again.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     assert len(expected["loss"]) == 3
 
 
@@ -376,6 +529,68 @@ def test_a_progress_bar_is_shown_by_the_chief(strategy, team, capsys):
     _fit(_model(strategy), verbose=1 if team.is_chief else 0)
     shown = capsys.readouterr().out
     assert ("5/5" in shown and "mae" in shown) if team.is_chief else shown == ""
+
+
+def test_evaluate_and_predict_show_their_progress_too(strategy, team, capsys):
+    x, y = comparing.regression_data(24)
+    model = _model(strategy)
+    for steps, call in ((3, model.evaluate), (3, model.predict)):
+        call(*((x, y) if call == model.evaluate else (x,)), batch_size=8, verbose=1)
+        shown = capsys.readouterr().out
+        assert (f"{steps}/{steps}" in shown) if team.is_chief else shown == ""
+
+
+def test_plateaus_and_rare_validation_are_those_of_one_device(make_strategy, strategy):
+    x, y = comparing.regression_data(40)
+    found = []
+    for chosen in (make_strategy(1), strategy):
+        keras.utils.set_random_seed(3)
+        model = _model(chosen, optimizer="sgd")
+        plateau = keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=1)
+        history = model.fit(
+            *(x, y),
+            batch_size=8,
+            epochs=6,
+            verbose=0,
+            shuffle=False,
+            callbacks=[plateau],
+            validation_data=(x[:11], y[:11]),
+            validation_freq=4,
+        ).history
+        found.append(history)
+    assert found[0].keys() == found[1].keys()
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-5, err_msg=name)
+    assert found[0]["learning_rate"][-1] < found[0]["learning_rate"][0]
+    assert len(found[0]["val_loss"]) == 1
+
+
+def _exchanges_of_a_step(model):
+    """Counts those that TensorFlow keeps: what nobody reads is left out."""
+    (driver,) = model.train_function.by_key.values()
+    x, y = comparing.regression_data(16)
+    iterator = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(8))
+    graph = driver._run_next.get_concrete_function(iterator).graph.as_graph_def()
+    (step,) = graph.library.function
+    nodes = {node.name: node for node in step.node_def}
+    pending, seen = [*step.ret.values(), *step.control_ret.values()], set()
+    while pending:
+        name = pending.pop().removeprefix("^").partition(":")[0]
+        if name in nodes and name not in seen:
+            seen.add(name)
+            pending += nodes[name].input
+    return sum(nodes[name].op.startswith("CollectiveReduce") for name in seen)
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_a_step_has_one_exchange(strategy, own_step):
+    model = _model(strategy)
+    if own_step:
+        with strategy.scope():
+            model = guide.mlp(guide.classes(distfit.Model).CustomStep)
+            model.compile("adam", "mse", metrics=["mae"])
+    _fit(model)
+    assert _exchanges_of_a_step(model) == 1
 
 
 # Inputs and outputs.
@@ -557,6 +772,46 @@ def test_a_worker_without_any_rows_takes_part(strategy, team):
     assert np.isfinite(history["loss"]).all()
     comparing.check_replicas_agree(strategy, model)
     assert len(model.predict(dataset_fn, verbose=0)) == 6
+
+
+def test_rows_that_stand_in_count_for_nothing_and_are_read_once(strategy, team):
+    """Also where a step makes NaN of them: the variance of a single row is 0 / 0."""
+    x, y = comparing.regression_data(48)
+    opened = []
+
+    def rows(own):
+        opened.append(own)
+        yield from zip(x[own], y[own], strict=True)
+
+    def dataset_fn(context):
+        own = slice(0, 40) if context.input_pipeline_id == 0 else slice(40, 48)
+        spec = (tf.TensorSpec([8]), tf.TensorSpec([1]))
+        dataset = tf.data.Dataset.from_generator(
+            lambda: rows(own), output_signature=spec
+        )
+        return dataset.batch(4)
+
+    class Spread(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.latest = self.add_weight(shape=(), trainable=False, name="latest")
+
+        def train_step(self, data):
+            x, _ = data
+            rows = tf.cast(tf.shape(x)[0], tf.float32)
+            spread = tf.reduce_sum(tf.square(x - tf.reduce_mean(x, 0))) / (rows - 1)
+            self.latest.assign(spread)
+            return {"spread": spread}
+
+    with strategy.scope():
+        model = Spread()
+        model.compile()
+    history = model.fit(dataset_fn, epochs=1, verbose=0).history
+    parts = np.split(x, 12)
+    spreads = [part.var(axis=0, ddof=1).sum() for part in parts]
+    assert history["spread"][0] == pytest.approx(np.mean(spreads), rel=1e-5)
+    assert model.latest.numpy() == pytest.approx(spreads[9], rel=1e-5)
+    assert len(opened) <= 2
 
 
 def test_shards_of_python_rows_in_the_style_of_array_record(strategy, team):
