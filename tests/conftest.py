@@ -2,7 +2,7 @@
 
 Where TF_CONFIG makes this process one of several workers, as in
 integration/test_on_workers.py, all of them run the same tests: a strategy of more than
-one replica is then that of the workers.
+one replica is then that of the workers. REPLICAS_PER_WORKER tells how many each has.
 """
 
 import os
@@ -17,16 +17,35 @@ import gc
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy
 
 import distfit
 from distfit import workers
+from distfit.strategy import make_virtual_devices
 
 VIRTUAL_DEVICES = 8
 
+
+def _create_cluster() -> tf.distribute.Strategy:
+    """The strategy of the workers, each with its replicas on virtual CPU devices.
+
+    TensorFlow takes more than one device of a worker only where they are GPUs.
+    """
+    replicas = int(os.environ.get("REPLICAS_PER_WORKER", "1"))
+    devices = make_virtual_devices(replicas) if replicas > 1 else ["CPU:0"]
+
+    def local_devices(self, cluster_resolver, worker_device):
+        return tuple(f"{worker_device}/device:{device}" for device in devices), "CPU"
+
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    extended._initialize_local_devices = local_devices
+    return distfit.create_strategy("multi_worker")
+
+
 # Before any test module is imported: TensorFlow fixes its devices at its first use.
-CLUSTER = distfit.create_strategy() if "TF_CONFIG" in os.environ else None
+CLUSTER = _create_cluster() if "TF_CONFIG" in os.environ else None
 if CLUSTER is None:
-    distfit.create_strategy("mirrored", virtual_devices=VIRTUAL_DEVICES)
+    make_virtual_devices(VIRTUAL_DEVICES)
 
 
 gc.freeze()  # What was imported stays.

@@ -4,6 +4,7 @@ Each worker is a pytest of its own that runs the same tests in the same order: w
 compare with one device is then trained on all of them. tests/conftest.py tells how.
 """
 
+import os
 import pathlib
 import re
 import subprocess
@@ -22,13 +23,21 @@ START = (
 )
 
 
-def run_tests(folder, num_workers, *arguments):
-    """Runs pytest on each worker and returns how many tests each of them passed."""
+def run_tests(folder, num_workers, *arguments, replicas=1):
+    """Runs pytest on each worker and returns how many tests each of them passed.
+
+    Args:
+        folder: The working folder of the run.
+        num_workers: How many workers there are.
+        arguments: Those of pytest.
+        replicas: How many replicas each worker has.
+    """
     options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=300"]
     result = subprocess.run(
         [sys.executable, "-c", START, str(num_workers), str(folder)]
         + [*options, *arguments],
         cwd=TESTS.parent,
+        env={**os.environ, "REPLICAS_PER_WORKER": str(replicas)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -63,20 +72,23 @@ def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
         2,
         *(f"tests/{name}" for name in files),
         *("-m", "not slow"),
-        # The drawings are those of the chief.
-        *("-k", "not test_gan_writes_a_grid"),
+        # The drawings are those of the chief; how well a model learns is no question
+        # of where it does.
+        *("-k", "not writes_a_grid and not mnist_cnn and not ignores_labels"),
     )
     assert passed[0] == passed[1] > 180
 
 
-@pytest.mark.parametrize(
-    "num_workers, classes, least",
-    [(2, "Step or Eval", 4), (3, "CustomStep or WeightedStep", 2)],
-)
-def test_the_classes_of_the_guide_equal_one_device(
-    tmp_path, num_workers, classes, least
-):
+@pytest.mark.parametrize("num_workers, classes", [(2, "Step or Eval"), (3, "Custom")])
+def test_the_classes_of_the_guide_equal_one_device(tmp_path, num_workers, classes):
     """Uneven batches, some with fewer rows than workers; 1 and 4 fused steps."""
     arguments = ("tests/test_guide_classes.py", "-k", classes)
     passed = run_tests(tmp_path, num_workers, *arguments)
-    assert passed == [passed[0]] * num_workers and passed[0] >= least
+    assert passed == [passed[0]] * num_workers and passed[0] >= 2
+
+
+def test_two_workers_of_two_replicas_equal_one_device(tmp_path):
+    files = ("tests/test_workers.py", "tests/test_guide_classes.py")
+    names = "WeightedStep or shards or rows or exchange or backup or on_batch or drop"
+    passed = run_tests(tmp_path, 2, *files, "-k", names, replicas=2)
+    assert passed[0] == passed[1] > 15
