@@ -4,21 +4,30 @@ This process is a worker of the cluster that cluster.py finds; without one it do
 the work, or, with --num_workers, starts and watches workers and imports no TensorFlow.
 
 Exit codes: 0 done; 1 training failed, or `verify` has findings; 2 something given is
-wrong, and nothing was trained; 130 interrupted; 143 a worker was told to end (SIGTERM).
+wrong, and nothing was trained; 130 interrupted; 143 told to end (SIGTERM).
 """
 
 import contextlib
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 
-from launch import checks, cluster, configuration, failures, flags, quiet, stall
+from launch import (
+    checks,
+    cluster,
+    configuration,
+    failures,
+    flags,
+    quiet,
+    run_files,
+    signals,
+    stall,
+)
 from launch.cluster import Cluster
 from launch.errors import UsageError
 from launch.flags import CommandLine
@@ -35,6 +44,10 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(_code(error), str(error))
     except KeyboardInterrupt as error:
         return _fail(_code(error), "interrupted")
+    except SystemExit as end:  # of a signal, or of sys.exit() in code of the user
+        if isinstance(end.code, int | None):
+            return _code(end)
+        return _fail(_code(end), str(end.code))
     except Exception as error:
         if lost := failures.lost_peer(error):
             return _fail(_code(error), f"another worker is gone ({lost})")
@@ -53,7 +66,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _join(found, command_line, config)
     if "num_workers" in command_line.cluster:
         return _start_workers(arguments, command_line, config)
-    return _work(command_line, config, None)
+    with signals.raised():
+        return _work(command_line, config, None, stall.Watchdog(None, 0, 1, None))
 
 
 def _find_cluster(
@@ -94,55 +108,53 @@ def _join(
     if found.evaluator:
         print("Workers evaluate the validation data: nothing to do for an evaluator.")
         return 0
+    workdir = pathlib.Path(config.workdir)
+    run_files.clear_worker(workdir, found.index)
+    watchdog = _watchdog(found, command_line, workdir)
     stall.enable_stack_dumps()
-    with _recorded(found, pathlib.Path(config.workdir)), _ended_by_sigterm():
+
+    def record(error: BaseException) -> None:
+        if found.num_workers > 1 and _code(error) != 0:
+            failures.record(workdir, found.index, error, _code(error))
+
+    with _recorded(record), signals.raised(record):
         if found.is_chief:
             print(found, flush=True)
         cluster.check_reachable(found)
         os.environ.update(found.environment())
-        return _work(command_line, config, found)
+        return _work(command_line, config, found, watchdog)
+
+
+def _watchdog(
+    found: Cluster, command_line: CommandLine, workdir: pathlib.Path
+) -> stall.Watchdog:
+    """Watches a worker that has others to wait for."""
+    timeout = command_line.cluster.get("stall_timeout", stall.TIMEOUT)
+    if found.num_workers == 1:
+        timeout = None
+    return stall.Watchdog(workdir, found.index, found.num_workers, timeout)
 
 
 def _work(
     command_line: CommandLine,
     config: ml_collections.ConfigDict,
     found: Cluster | None,
+    watchdog: stall.Watchdog,
 ) -> int:
     with quiet.tensorflow_import():
         from launch import worker
-    return 0 if worker.run(command_line, config.model, found) else 1
+    done = worker.run(command_line, config.model, found, watchdog)
+    return 0 if done else 1
 
 
 @contextlib.contextmanager
-def _recorded(found: Cluster, workdir: pathlib.Path) -> Iterator[None]:
+def _recorded(record: Callable[[BaseException], None]) -> Iterator[None]:
     """Keeps what ends a worker: the first to fail can be told from the others then."""
     try:
         yield
     except BaseException as error:
-        if found.num_workers > 1:
-            failures.record(workdir, found.index, error, _code(error))
+        record(error)
         raise
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the process as an exception does, so that it is cleaned up."""
-
-    told: list[int] = []
-
-    def end(number: int, frame: object) -> None:
-        told.append(128 + number)
-        raise SystemExit(told[0])
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except Exception as error:
-        if told:  # TensorFlow may have made another error of it
-            raise SystemExit(told[0]) from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _code(error: BaseException) -> int:
@@ -151,8 +163,8 @@ def _code(error: BaseException) -> int:
         return 2
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
     return 1
 
 
@@ -168,16 +180,13 @@ def _exit(code: int) -> None:
 
     TensorFlow would, for half a minute and more, and threads that make data may.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as after `>&-`
+            stream.flush()
     if code != 0 and "TF_CONFIG" in os.environ:
         os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    try:
-        ended_with = main(sys.argv[1:])
-    except SystemExit as end:  # of a SIGTERM
-        ended_with = _code(end)
-    _exit(ended_with)
+    _exit(main(sys.argv[1:]))

@@ -10,11 +10,13 @@ The first of these that describes a cluster counts:
    the pod's own, `<job>-<index>.<service>.<namespace>.svc...`, where a headless
    service gives it one. They listen on port 2222.
 
+Workers that 1 or 2 put on one host share its GPUs, unless CUDA_VISIBLE_DEVICES is set.
 What is wrong with a description is told here, without TensorFlow, which would wait for
 workers that never come, or abort the process. Who can reach a worker's port can run
 code in it: TensorFlow asks for no password.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -23,11 +25,12 @@ import re
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from launch import slurm, tf_config
+from launch import hardware, proxy, slurm, tf_config
 from launch.errors import UsageError
+from launch.hardware import GPU_VARIABLE
 
 KUBERNETES_PORT = 2222
 # How long the names of hosts may take to be known. Containers of one job start one
@@ -70,16 +73,21 @@ class Cluster:
     def address(self) -> str:
         return self.workers[self.index]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Returns the variables from which TensorFlow learns of the cluster.
 
         Whatever described it, the chief is worker 0 in them.
+
+        Args:
+            environ: the environment variables that there are.
         """
         task = {"type": "worker", "index": self.index}
         config = {"cluster": {"worker": list(self.workers)}, "task": task}
-        variables = {"TF_CONFIG": json.dumps(config)}
+        hosts = [host_and_port(address)[0] for address in self.workers]
+        exempt = proxy.exemption(environ, hosts)
+        variables = {"TF_CONFIG": json.dumps(config), **exempt}
         if self.gpus is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = self.gpus
+            variables[GPU_VARIABLE] = self.gpus
         return variables
 
     def __str__(self) -> str:
@@ -97,6 +105,7 @@ def discover(
     worker_index: int | None = None,
     num_workers: int | None = None,
     hostname: Callable[[], str] = socket.getfqdn,
+    gpus: Callable[[], list[str]] = hardware.own_gpus,
 ) -> Cluster | None:
     """Returns the cluster that this process belongs to, None if nothing describes one.
 
@@ -104,16 +113,17 @@ def discover(
         environ: the environment variables.
         workers, worker_index, num_workers: the flags of these names.
         hostname: returns the fully qualified name of this host.
+        gpus: returns the GPUs of this host.
 
     Raises:
         UsageError: the description is malformed, or --num_workers contradicts it.
     """
-    found = (
-        _from_flags(workers, worker_index)
-        or _from_tf_config(environ)
-        or _from_slurm(environ)
-        or _from_kubernetes(environ, num_workers, hostname)
-    )
+    found = _from_flags(workers, worker_index) or _from_tf_config(environ)
+    if found is not None:
+        found = _with_share_of_gpus(found, environ, gpus)
+    else:
+        found = _from_slurm(environ)
+        found = found or _from_kubernetes(environ, num_workers, hostname)
     if found is None:
         return None
     _check_addresses(found)
@@ -130,13 +140,20 @@ def check_reachable(
     cluster: Cluster,
     *,
     environ: Mapping[str, str] = os.environ,
-    resolve: Callable[[str, int], object] = socket.getaddrinfo,
+    resolve: Callable[[str, int], Any] = socket.getaddrinfo,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Checks that this worker's port is free here, and that all hosts have addresses.
+    """Checks that this worker's port is free here, and each worker at another address.
 
     Names that are not known yet are asked for again for 10 s, in Kubernetes for 60 s.
+
+    Args:
+        cluster: what is checked.
+        environ: the environment variables.
+        resolve: returns what `socket.getaddrinfo` does for a host and a port.
+        clock: counts seconds.
+        sleep: lets so many seconds pass.
 
     Raises:
         UsageError: with the first thing that is wrong.
@@ -145,8 +162,8 @@ def check_reachable(
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in environ
     seconds = _SECONDS_IN_KUBERNETES if in_kubernetes else _SECONDS
     began = clock()
-    missing = _unresolved(cluster.workers, resolve)
-    if missing:
+    known = _resolved(cluster.workers, resolve)
+    if missing := [a for a in cluster.workers if a not in known]:
         print(
             f"launch: waiting up to {seconds:.0f} s for the addresses of hosts "
             f"{', '.join(missing)}",
@@ -155,13 +172,15 @@ def check_reachable(
         )
     while missing and clock() - began < seconds:
         sleep(1.0)
-        missing = _unresolved(missing, resolve)
+        known |= _resolved(missing, resolve)
+        missing = [address for address in missing if address not in known]
     if missing:
         raise UsageError(
             f"No address is known for hosts of the cluster. Received: "
             f"{', '.join(missing)} from {cluster.source}. Correct the names, or make "
             "them known to this host's resolver."
         )
+    _check_all_differ(cluster, [known[address] for address in cluster.workers])
 
 
 def _from_flags(workers: str | None, index: int | None) -> Cluster | None:
@@ -242,6 +261,24 @@ def _located(cluster: Cluster) -> Cluster:
     )
 
 
+def _with_share_of_gpus(
+    cluster: Cluster, environ: Mapping[str, str], gpus: Callable[[], list[str]]
+) -> Cluster:
+    """Fills in its GPUs where others on its host would take the same ones.
+
+    Fewer GPUs than workers are left alone: containers of one host, each with a GPU of
+    its own, do not see those of the others.
+    """
+    count = cluster.local_workers
+    if count == 1 or cluster.evaluator or GPU_VARIABLE in environ:
+        return cluster
+    found = gpus()
+    if len(found) < count:
+        return cluster
+    share = hardware.divide_gpus(found, count)[cluster.local_index]
+    return dataclasses.replace(cluster, gpus=share)
+
+
 def _check_addresses(cluster: Cluster) -> None:
     for address in cluster.workers:
         match = _ADDRESS.fullmatch(address)
@@ -251,28 +288,40 @@ def _check_addresses(cluster: Cluster) -> None:
                 f"Received: {address!r} from {cluster.source}. "
                 "Write it as host:2222 or [::1]:2222."
             )
-    counts = Counter(address.lower() for address in cluster.workers)
-    twice = [address for address, count in counts.items() if count > 1]
-    if twice:
-        raise UsageError(
-            "Each worker has an address of its own. Received: "
-            f"{', '.join(twice)} more than once from {cluster.source}. "
-            "Give workers on one host different ports."
-        )
+    written = [{host_and_port(address.lower())} for address in cluster.workers]
+    _check_all_differ(cluster, written)
+
+
+def _check_all_differ(
+    cluster: Cluster, places: Iterable[Iterable[tuple[str, int]]]
+) -> None:
+    """Checks that no two workers have a place, a host and a port, in common."""
+    workers: dict[tuple[str, int], list[str]] = {}
+    for address, own in zip(cluster.workers, places, strict=True):
+        for place in own:
+            workers.setdefault(place, []).append(address)
+    for addresses in workers.values():
+        if len(addresses) > 1:
+            spelled = list(dict.fromkeys(address.lower() for address in addresses))
+            same = "more than once" if len(spelled) == 1 else "which are the same"
+            raise UsageError(
+                "Each worker has an address of its own. Received: "
+                f"{', '.join(spelled)} {same} from {cluster.source}. "
+                "Give workers on one host different ports."
+            )
 
 
 def _check_port_is_free(cluster: Cluster) -> None:
-    port = _host_and_port(cluster.address)[1]
+    port = host_and_port(cluster.address)[1]
     # TensorFlow listens on all of the host's addresses, too.
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # A connection that was just closed does not keep a server from listening.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            return
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            why = "is in use" if taken else f"cannot be opened ({error.strerror})"
+    error = _bind(socket.AF_INET, "", port)
+    ipv6_error = _bind(socket.AF_INET6, "::", port)
+    if ipv6_error is not None and ipv6_error.errno == errno.EADDRINUSE:
+        error = ipv6_error  # any other: this host has no IPv6
+    if error is None:
+        return
+    taken = error.errno == errno.EADDRINUSE
+    why = "is in use" if taken else f"cannot be opened ({error.strerror})"
     raise UsageError(
         f"This worker's port {why}. Received: worker {cluster.index} at "
         f"{cluster.address} from {cluster.source}. "
@@ -280,19 +329,34 @@ def _check_port_is_free(cluster: Cluster) -> None:
     )
 
 
-def _unresolved(
-    names: Iterable[str], resolve: Callable[[str, int], object]
-) -> list[str]:
-    """Returns the addresses `host:port` among `names` whose host is unknown."""
-    unknown = []
-    for address in names:
-        try:
-            resolve(*_host_and_port(address))
-        except (OSError, UnicodeError):  # the latter for a label that is too long
-            unknown.append(address)
-    return unknown
+def _bind(family: int, host: str, port: int) -> OSError | None:
+    """Returns why nothing can listen there, or None."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # A connection that was just closed does not keep a server from listening.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # IPv4 is looked at by itself
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return error
+    return None
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def _resolved(
+    addresses: Iterable[str], resolve: Callable[[str, int], Any]
+) -> dict[str, set[tuple[str, int]]]:
+    """Returns the IP addresses and ports of those `host:port` whose host is known."""
+    known = {}
+    for address in addresses:
+        # The latter for a label that is too long.
+        with contextlib.suppress(OSError, UnicodeError):
+            found = resolve(*host_and_port(address))
+            known[address] = {place[:2] for *_, place in found}
+    return known
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Splits `host:port`; an IPv6 address loses its brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)

@@ -17,9 +17,9 @@ from launch import run_files
 from launch.errors import UsageError
 
 _LONGEST_MESSAGE = 2000  # characters; TensorFlow appends whole graphs
-# The message says all there is to say: what was given is wrong, or NonFinite has found
-# the step and the replica.
-_EXPLAIN_THEMSELVES = (UsageError, FloatingPointError)
+# The message says all there is to say: what was given is wrong, NonFinite has found the
+# step and the replica, or sys.exit() was given a text.
+_EXPLAIN_THEMSELVES = (UsageError, FloatingPointError, SystemExit)
 
 # What TensorFlow raises in a worker whose peer has gone.
 _ALWAYS_FOLLOW = {

@@ -3,32 +3,53 @@
 import contextlib
 import json
 import os
+import pathlib
 import socket
 from collections.abc import Sequence
 
+from launch import proxy, run_files
 from launch.hardware import GPU_VARIABLE, Share
 
-
-def environments(shares: Sequence[Share]) -> list[dict[str, str]]:
-    """Returns the environment variables of each worker: this process's, and its own."""
-    addresses = _addresses(len(shares))
-    return [_environment(addresses, i, share) for i, share in enumerate(shares)]
+_HOST = "127.0.0.1"
 
 
-def _environment(addresses: list[str], index: int, share: Share) -> dict[str, str]:
-    cluster = {"worker": addresses}
-    config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-    own = {"TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+def environments(
+    shares: Sequence[Share], workdir: pathlib.Path
+) -> list[dict[str, str]]:
+    """Returns the environment variables of each worker: this process's, and its own.
+
+    Args:
+        shares: of each, what it gets of this host.
+        workdir: the working folder of the run.
+    """
+    addresses = [f"{_HOST}:{port}" for port in _free_ports(len(shares))]
+    return [
+        {**os.environ, **_own(addresses, index, share, run_files.log(workdir, index))}
+        for index, share in enumerate(shares)
+    ]
+
+
+def _own(
+    addresses: list[str], index: int, share: Share, log: pathlib.Path
+) -> dict[str, str]:
+    task = {"type": "worker", "index": index}
+    config = {"cluster": {"worker": addresses}, "task": task}
+    variables = {
+        "TF_CONFIG": json.dumps(config),
+        "PYTHONUNBUFFERED": "1",
+        run_files.LOG_VARIABLE: str(log.absolute()),
+        **proxy.exemption(os.environ, [_HOST]),
+    }
     if share.gpus is not None:
-        own[GPU_VARIABLE] = share.gpus
-    return {**os.environ, **own}
+        variables[GPU_VARIABLE] = share.gpus
+    return variables
 
 
-def _addresses(count: int) -> list[str]:
-    """Returns addresses of this host whose ports are free."""
+def _free_ports(count: int) -> list[int]:
+    """Returns ports that are free on all addresses of this host: workers bind all."""
     with contextlib.ExitStack() as stack:
         # All are bound before the first is let go, so that none is chosen twice.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]

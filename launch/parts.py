@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 import distfit
 from distfit import datasets, models
-from launch import configuration, targets
+from launch import configuration, meeting, progress, targets
+from launch.cluster import Cluster
 from launch.errors import UsageError
 from launch.flags import CommandLine
+from launch.stall import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +41,31 @@ class Run:
         return pathlib.Path(self.config.workdir)
 
 
-def prepare(command_line: CommandLine, model: str) -> Run:
-    """Makes the parts of a run of `model`, a name or a path.
+def prepare(
+    command_line: CommandLine,
+    model: str,
+    cluster: Cluster | None,
+    watchdog: Watchdog,
+) -> Run:
+    """Makes the parts of a run.
+
+    Args:
+        command_line: what was asked for.
+        model: the model that it comes down to, a name or a path.
+        cluster: the cluster that this process is a worker of, if any.
+        watchdog: what is told how far this has come.
 
     Raises:
         UsageError: no run can start with what was given.
     """
     config, reference = resolve(command_line, model)
     # The strategy comes first: virtual devices are made before TensorFlow's first use.
-    strategy = distfit.create_strategy(
-        config.strategy, virtual_devices=config.virtual_devices
-    )
+    strategy = _create_strategy(config, cluster, watchdog)
+    watchdog.note(0, progress.MAKING_DATA)
     set_dtype_policy(config)
     keras.utils.set_random_seed(config.seed)  # Data are the same on all workers.
     train, validation = load_data(config, reference)
+    watchdog.note(0, progress.BUILDING)
     with strategy.scope():
         built = build_model(config, reference)
     _check_derives_from_distfit(config, built)
@@ -69,6 +82,18 @@ def resolve(
     reference = None if targets.is_path(model) else models.get(model)
     model_defaults = reference.get_config() if reference else None
     return configuration.resolve(command_line, model_defaults), reference
+
+
+def _create_strategy(
+    config: ConfigDict, cluster: Cluster | None, watchdog: Watchdog
+) -> tf.distribute.Strategy:
+    if cluster is not None:
+        meeting.wait_for_others(cluster, lambda phase: watchdog.note(0, phase))
+        watchdog.note(0, progress.JOINING)
+    with watchdog.in_native_call():
+        return distfit.create_strategy(
+            config.strategy, virtual_devices=config.virtual_devices
+        )
 
 
 def set_dtype_policy(config: ConfigDict) -> None:

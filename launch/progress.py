@@ -1,7 +1,8 @@
 """How far each worker is, kept in small files, and which of them the others wait for.
 
-Workers enter the same executions of steps one after the other. When all stand still,
-the one that has entered the fewest is the one that did not come.
+Workers enter the same stages one after the other: they make the data, build the model
+and execute steps. When all stand still, the one that has entered the fewest is the one
+that did not come.
 """
 
 import dataclasses
@@ -11,8 +12,15 @@ from collections.abc import Mapping, Sequence
 
 from launch import run_files
 
+_WAITING = "waiting "
+JOINING = _WAITING + "to join the others"
+MAKING_DATA = "making the data"
+BUILDING = "building the model"
+BEFORE_STEPS = "before the first step"
 IN_STEP = "in a step"
 BETWEEN_STEPS = "between steps"
+# Phases that no worker leaves out.
+STAGES = (MAKING_DATA, BUILDING, BEFORE_STEPS, IN_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Progress:
         step: the step it is in, from 1, if it is in one; otherwise the last that it has
             finished.
         phase: what it does, such as "in a step" or "between steps".
-        entered: how many executions of steps it has begun.
+        entered: how many stages it has entered; every execution of steps is one.
         time: when it came there, in seconds as `time.time()` counts them.
         alive: when it last wrote this, which it goes on to do while it stands still.
         pid: its process id.
@@ -41,6 +49,11 @@ class Progress:
     pid: int
     host: str
     reading: bool = False
+
+    @property
+    def joins(self) -> bool:
+        """Whether it waits for workers that have not joined."""
+        return self.phase.startswith(_WAITING)
 
     def __str__(self) -> str:
         if self.phase == IN_STEP:
@@ -65,6 +78,11 @@ def read(workdir: pathlib.Path, index: int) -> Progress | None:
         return None if content is None else Progress(**content)
     except TypeError:  # not its fields
         return None
+
+
+def waiting_for(indices: Sequence[int]) -> str:
+    """Returns a phase, such as "waiting for workers 1, 2 to join"."""
+    return f"{_WAITING}for {_workers(indices)} to join"
 
 
 def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> str:
@@ -116,7 +134,8 @@ def _places(found: Sequence[Progress], verb: str = "") -> str:
     """Names workers by where they are: "worker 0 in step 3, workers 1, 2 saving"."""
     places: dict[str, list[int]] = {}
     for each in sorted(found, key=lambda p: p.worker):
-        places.setdefault(str(each), []).append(each.worker)
+        place = str(each).removeprefix(_WAITING) if verb else str(each)
+        places.setdefault(place, []).append(each.worker)
     return " and ".join(
         f"{_workers(who)}{_agreeing(verb, who)} {place}"
         for place, who in places.items()

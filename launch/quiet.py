@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,43 +15,65 @@ from collections.abc import Iterator
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 # Informational lines of TensorFlow's C++ code, and the header that comes before them.
 _BANNER = re.compile(r"I\d{4} |WARNING: All log messages before absl::InitializeLog")
+# Takes lines to its output if they match its argument, and to its errors if not.
+_FILTER = """
+import re, sys
+for line in sys.stdin.buffer:
+    matches = re.match(sys.argv[1].encode(), line)
+    file = (sys.stdout if matches else sys.stderr).buffer
+    file.write(line)
+    file.flush()
+"""
 
 
 @contextlib.contextmanager
 def tensorflow_import() -> Iterator[None]:
     """Surrounds the first import of TensorFlow.
 
-    Sets its log levels, and holds back what is written to stderr meanwhile: the library
-    greets before it looks at its log level. What is no banner is passed on afterwards,
-    and all of it when the import fails.
+    Sets its log levels, and holds back banners that are written to stderr meanwhile:
+    the library greets before it looks at its log level. They are shown when the import
+    fails. What is no banner is shown at once.
     """
     if _LEVEL in os.environ:
         yield
         return
     os.environ[_LEVEL] = "3"
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    with _held_stderr() as lines:
+    # In a container, the end of process 1 is that of all others, the filter's too.
+    if sys.stderr is None or os.getpid() == 1:
         yield
-    sys.stderr.writelines(line for line in lines if not _BANNER.match(line))
+    else:
+        with _without_banners():
+            yield
 
 
 @contextlib.contextmanager
-def _held_stderr() -> Iterator[list[str]]:
-    """Sends stderr to a file; when it ends, the list that it yields has the lines."""
+def _without_banners() -> Iterator[None]:
+    """Sends stderr through a filter.
+
+    That is a process, as a thread would not survive a crash in C, which is when the
+    last lines matter; and in a session of its own, out of reach of what ends this one.
+    """
     sys.stderr.flush()
-    lines: list[str] = []
     screen = os.dup(2)
-    with tempfile.TemporaryFile("w+", errors="replace") as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as banners:
+        command = [sys.executable, "-I", "-S", "-c", _FILTER, _BANNER.pattern]
+        reading, writing = os.pipe()
+        filtering = subprocess.Popen(
+            command, stdin=reading, stdout=banners, start_new_session=True
+        )
+        os.dup2(writing, 2)
+        os.close(reading)
+        os.close(writing)
         failed = True
         try:
-            yield lines
+            yield
             failed = False
         finally:
             sys.stderr.flush()
-            os.dup2(screen, 2)
+            os.dup2(screen, 2)  # closes the pipe, which ends the filter
             os.close(screen)
-            held.seek(0)
-            lines += held
+            filtering.wait()
             if failed:
-                sys.stderr.writelines(lines)
+                banners.seek(0)
+                sys.stderr.write(banners.read().decode(errors="replace"))

@@ -9,7 +9,7 @@ from launch.failures import End, Failure
 
 # The message is all the last line says: it names what is to be changed, or the workers.
 _WITHOUT_A_WORKER = ("UsageError", "FloatingPointError", "StallError")
-# Raised to end the process, by a signal or by sys.exit(): the code says it all.
+# Raised to end the process, by a signal or by sys.exit().
 _EXITS = ("SystemExit", "KeyboardInterrupt")
 _LAST_LINES = 15
 _LONGEST_LINE = 500  # characters of a message whose traceback stands above it
@@ -30,8 +30,8 @@ def text(
     if end.failure is None:
         above = f"Worker {end.worker}, the end of {log}:\n{_tail(log)}"
         return above + _death(end, out_of_memory) + "\n"
-    if end.failure.type in _EXITS:
-        code = end.failure.code
+    code = str(end.failure.code)
+    if end.failure.type in _EXITS and end.failure.message in ("", code):
         return f"launch: worker {end.worker} ended with exit code {code}\n"
     line = _last_line(end.failure)
     if shown.endswith(line + "\n"):

@@ -12,6 +12,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+# Set in workers that the local launcher starts: the path of the log of each. Others
+# write where whatever has started them sends it.
+LOG_VARIABLE = "DISTFIT_WORKER_LOG"
 FOLDER = "logs"
 _KINDS = ("log", "error.json", "progress.json")
 
@@ -42,6 +45,16 @@ def clear(workdir: pathlib.Path) -> None:
     for kind in _KINDS:
         for path in folder.glob(f"worker-*.{kind}"):
             path.unlink(missing_ok=True)
+
+
+def clear_worker(workdir: pathlib.Path, index: int) -> None:
+    """Removes what worker `index` of a former run has left for the other workers.
+
+    Where it cannot, the worker cannot write either, and says so when it tries.
+    """
+    for path in (error(workdir, index), progress(workdir, index)):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -3,43 +3,85 @@
 import os
 import pathlib
 import select
-import sys
+import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
-_KEPT = 65536  # bytes of what was shown
+_AT_ONCE = 4096  # bytes; small, so that a slow reader is seen to take something
+_MOST_WAITING = 2**24  # bytes
+_NOTE = b"\nlaunch: %d bytes were too much for the screen, and are in the logs alone.\n"
 
 
 class Screen:
-    """Standard output or error of this process, written without a buffer.
+    """A file that people may look at: standard output or error, or both in one.
 
-    When it cannot be written any more (its reader has gone), what comes is dropped:
-    the logs have it, and the run goes on.
+    A thread writes to it. So a reader that is slow or has stopped, as `less` has and a
+    terminal after Ctrl-S, holds up nobody. What exceeds 16 MiB is dropped with a note,
+    and so is, without one, what comes once the reader has gone: the logs have it all.
+
+    The thread starts with the first write, when the workers have been forked.
 
     Attributes:
-        shown: the last of what was written.
+        begun: whether the last line has no end yet.
     """
 
     def __init__(self, file: int) -> None:
-        self.shown = b""
+        self.begun = False
         self._file = file
-        self._open = True
-
-    def mute(self) -> None:
-        """Drops what comes from now on."""
-        self._open = False
+        self._waiting = bytearray()
+        self._dropped = 0  # bytes
+        self._is_open = True
+        self._changed = threading.Condition()  # guards the above
+        self._thread = threading.Thread(target=self._write_on, daemon=True)
 
     def write(self, data: bytes) -> None:
-        """Writes all of it, and waits where the screen is slow."""
-        if self._open:
-            self.shown = (self.shown + data)[-_KEPT:]
-        while data and self._open:
+        """Takes all of it, and waits for nothing."""
+        with self._changed:
+            if not data or not self._is_open:
+                return
+            if self._dropped or len(self._waiting) > _MOST_WAITING:
+                self._dropped += len(data)
+                return
+            self._waiting += data
+            self.begun = not data.endswith(b"\n")
+            self._changed.notify_all()
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def flush(self, patience: float) -> bool:
+        """Returns whether all is written; gives up after `patience` idle seconds."""
+        with self._changed:
+            while self._waiting:
+                if not self._changed.wait(patience):
+                    return False
+            return True
+
+    def _write_on(self) -> None:
+        while self._is_open:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                data = bytes(self._waiting[:_AT_ONCE])
+            written = self._write(data)
+            with self._changed:
+                if written is None:
+                    self._is_open, self._dropped = False, 0
+                    self._waiting.clear()
+                else:
+                    del self._waiting[:written]
+                if self._dropped and not self._waiting:
+                    self._waiting += _NOTE % self._dropped
+                    self._dropped, self.begun = 0, False
+                self._changed.notify_all()
+
+    def _write(self, data: bytes) -> int | None:
+        """Returns how much was written; None if nothing ever will be."""
+        while True:
             try:
-                data = data[os.write(self._file, data) :]
+                return os.write(self._file, data)
             except BlockingIOError:  # another program has made the terminal so
-                select.select([], [self._file], [], 1.0)
+                select.select([], [self._file], [])
             except OSError:
-                self._open = False
+                return None
 
 
 class Lines:
@@ -72,10 +114,19 @@ class Lines:
 
 
 class Log:
-    """The file with what a worker has written, to standard output and error."""
+    """The file with what a worker has written, to standard output and error.
 
-    def __init__(self, path: pathlib.Path) -> None:
+    Args:
+        path: the file; one that is there is replaced.
+        tell: called with a message for people if it cannot be written any more.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: pathlib.Path, tell: Callable[[bytes], None]) -> None:
         self._path = path
+        self._tell = tell
         self._file: BinaryIO | None = path.open("wb", buffering=0)
 
     def write(self, data: bytes) -> None:
@@ -84,7 +135,7 @@ class Log:
             try:
                 data = data[self._file.write(data) :]
             except OSError as error:
-                print(f"launch: {self._path}: {error}; it ends here.", file=sys.stderr)
+                self._tell(f"launch: {self._path}: {error}; it ends here.\n".encode())
                 self.close()
 
     def close(self) -> None:

@@ -3,29 +3,36 @@
 A collective whose peer does not come waits for ever and without a word. So a thread of
 each worker watches its main thread. It needs no parent and no connection: workers on
 many hosts find who is behind in the progress files of their common working folder.
-Without a common folder, each still says where it stands itself.
+Without a common folder, each still says where it stands itself. The folder may hang as
+well, so the thread that watches leaves files to another one.
 """
 
+import contextlib
 import faulthandler
 import os
 import pathlib
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from launch import failures, progress
-from launch.progress import BETWEEN_STEPS, IN_STEP
+from launch import ending, failures, progress, run_files
+from launch.progress import BETWEEN_STEPS, IN_STEP, STAGES
 
 __all__ = ["BETWEEN_STEPS", "IN_STEP", "StallError", "Watchdog", "enable_stack_dumps"]
 
+TIMEOUT = 1800.0  # seconds, by default
 _STDERR = 2  # not sys.stderr, which a library may have replaced
 _WRITE_EVERY = 1.0  # seconds, at most: the folder may be on a network
 _ALIVE_EVERY = 5.0  # seconds
+_FOLDER_ANSWERS = 3.0  # seconds; then it is taken to hang
+_CLOCKS_DIFFER = 10.0  # seconds, at most, between hosts
+_LATER_IN_C = 30.0  # seconds: whatever else can end the process says why
 # The file of TensorFlow through which a pipeline calls a generator or a py_function.
 _CALLS_PYTHON = os.path.join("tensorflow", "python", "ops", "script_ops.py")
 
@@ -46,21 +53,23 @@ def enable_stack_dumps() -> None:
 
     That works in C, also when the main thread hangs in a native call.
     """
-    faulthandler.enable(_STDERR, all_threads=True)
+    stderr = os.dup(_STDERR)  # which quiet.py replaces for a while
+    faulthandler.enable(stderr, all_threads=True)
     if hasattr(faulthandler, "register"):  # not on Windows
-        faulthandler.register(signal.SIGUSR1, _STDERR, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, stderr, all_threads=True)
 
 
 class Watchdog:
-    """A thread that ends this process when nothing is noted for too long.
+    """Ends this process when nothing is noted for too long.
 
-    A context manager: it watches while it is entered. Where this process was itself
-    stopped or starved, that time does not count; whoever sees from outside that it does
-    not respond is another worker.
+    A context manager: threads watch, and write where this worker is, while it is
+    entered. Where this process was itself stopped or starved, that time does not count;
+    whoever sees from outside that it does not respond is another worker.
 
     Args:
         workdir: the working folder of the run, common to all workers; None: there is
-            none, and nothing is written.
+            none, and nothing is written. What workers had written there before the
+            watchdog was made counts as that of a former run.
         index: the index of this worker.
         num_workers: how many workers there are.
         timeout: seconds; 0 or None: nothing is watched.
@@ -90,28 +99,42 @@ class Watchdog:
         self._write_every = min(_WRITE_EVERY, self._timeout / 5)
         self._alive_every = min(_ALIVE_EVERY, self._timeout / 5)
         self._noted = _Note(0, "preparing", 0, time.time())
+        self._made = time.time()
         self._seen: _Note | None = None
         self._idle = 0.0  # seconds since the last note, without those of being stopped
         self._looked = self._written = clock()
         self._written_note: _Note | None = None
         self._can_write = True
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watchdog":
         if self._timeout:
-            self._looked = self._written = self._clock()
-            self.look()  # so that the others know of it from the first
-            self._thread = threading.Thread(
-                target=self._watch, name="watchdog", daemon=True
-            )
-            self._thread.start()
+            # So that the others know of this worker from the first.
+            ending.within(_FOLDER_ANSWERS, self.write)
+            self._looked = self._clock()
+            self._start("watchdog", self.look)
+            self._start("progress", self.write)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join(1.0)  # not for ever: the folder may hang
+
+    @contextlib.contextmanager
+    def in_native_call(self) -> Iterator[None]:
+        """Watches a call that lets no other thread of Python run.
+
+        Only C can end that: with the stacks, but without a message or a record.
+        """
+        if self._timeout:
+            seconds = self._timeout + _LATER_IN_C
+            faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def note(self, step: int, phase: str) -> None:
         """Takes note of progress; one assignment, so it costs about a microsecond.
@@ -121,26 +144,24 @@ class Watchdog:
                 phase is "in a step"; otherwise the last step that is finished, or 0.
             phase: "in a step", "between steps", "preparing", "evaluating", "saving" ...
         """
-        entered = self._noted.entered + (phase == IN_STEP)
+        entered = self._noted.entered + (phase in STAGES)
         self._noted = _Note(step, phase, entered, time.time())
 
     def look(self) -> None:
-        """What the thread does again and again: writes, and ends a stalled process."""
+        """What one thread does again and again: ends a stalled process."""
         now, noted = self._clock(), self._noted
         # A long time since the last look is one in which this process did not run.
         passed = min(now - self._looked, self._poll + 1.0)
         self._looked = now
         self._idle = self._idle + passed if noted is self._seen else 0.0
         self._seen = noted
-        self._write_if_due(now, noted)
         if self._idle >= self._timeout:
-            self._end(noted)
+            # What is said then goes to the folder and to stderr, which may both hang.
+            ending.at_once(1, lambda: self._say_why(noted), exit=self._exit)
 
-    def _watch(self) -> None:
-        while not self._over.wait(self._poll):
-            self.look()
-
-    def _write_if_due(self, now: float, noted: _Note) -> None:
+    def write(self) -> None:
+        """What the other thread does again and again: writes where this worker is."""
+        now, noted = self._clock(), self._noted
         changed = noted is not self._written_note
         wait = self._write_every if changed else self._alive_every
         first = self._written_note is None
@@ -155,6 +176,15 @@ class Watchdog:
                 print(f"launch: no progress is kept: {error}", file=sys.stderr)
             self._can_write = False
 
+    def _start(self, name: str, do: Callable[[], None]) -> None:
+        def again_and_again() -> None:
+            while not self._over.wait(self._poll):
+                do()
+
+        thread = threading.Thread(target=again_and_again, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
     def _progress(self, noted: _Note) -> progress.Progress:
         return progress.Progress(
             worker=self._index,
@@ -168,32 +198,60 @@ class Watchdog:
             reading=_makes_data(),
         )
 
-    def _end(self, noted: _Note) -> None:
-        """Writes the stacks, records why, and ends the process."""
-        try:
-            faulthandler.dump_traceback(_STDERR, all_threads=True)
-            error = StallError(self._message(noted))
-            if self._workdir is not None:
-                failures.record(self._workdir, self._index, error, 1)
-            print(f"launch: {error}", file=sys.stderr, flush=True)
-        except Exception:  # it ends in any case
-            traceback.print_exc()
-        self._exit(1)
+    def _say_why(self, noted: _Note) -> None:
+        """Writes the stacks, and says and records why this worker ends."""
+        with open(_STDERR, "wb", closefd=False) as stderr:
+            stderr.write(_stacks())
+        error = StallError(self._message(noted))
+        print(f"launch: {error}", file=sys.stderr, flush=True)
+        if self._workdir is not None:
+            failures.record(self._workdir, self._index, error, 1)
 
     def _message(self, noted: _Note) -> str:
-        found = {self._index: self._progress(noted)}
-        others = set(range(self._num_workers)) - set(found)
-        if self._workdir is not None:
-            for i in others:
-                theirs = progress.read(self._workdir, i)
-                if theirs is not None:
-                    found[i] = theirs
-        where = progress.explain(found, self._num_workers, self._timeout / 2)
+        own = self._progress(noted)
+        others = ending.within(_FOLDER_ANSWERS, self._places_of_others)
+        if others is None:
+            where = progress.explain({self._index: own}, 1, 0.0)
+            where += f"; the folder {self._workdir} does not respond"
+        else:
+            found = {**others, self._index: own}
+            where = progress.explain(found, self._num_workers, self._timeout / 2)
+        may = (
+            "workers may start late, or may not reach each other"
+            if own.joins
+            else "a callback, the data or a native call may hang"
+        )
         return (
             f"No progress for {self._timeout:g} s. Received: {where}. "
-            f"See the stacks in {self._workdir or '.'}/logs/worker-*.log: "
-            "a callback, the data or a native call may hang."
+            f"See the stacks in {_where_stacks_are()}: {may}."
         )
+
+    def _places_of_others(self) -> dict[int, progress.Progress]:
+        if self._workdir is None:
+            return {}
+        others = set(range(self._num_workers)) - {self._index}
+        found = {i: progress.read(self._workdir, i) for i in others}
+        oldest = self._made - _CLOCKS_DIFFER
+        return {i: p for i, p in found.items() if p is not None and p.alive > oldest}
+
+
+def _where_stacks_are() -> str:
+    log = os.environ.get(run_files.LOG_VARIABLE)
+    if log is None:
+        return "each worker's standard error"
+    return str(pathlib.Path(log).parent / "worker-*.log")
+
+
+def _stacks() -> bytes:
+    """Returns the Python stacks of all threads.
+
+    By way of a file: faulthandler holds the interpreter's lock while it writes, and
+    stderr may be a pipe that nobody reads.
+    """
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def _makes_data() -> bool:

@@ -1,10 +1,10 @@
 """Runs several workers on this host: starts them, watches them, ends them together.
 
 What they are told: each gets the same arguments, and TF_CONFIG with the addresses of
-all and its own place. Besides, each gets its share of the cores and GPUs, and
-PYTHONUNBUFFERED, without which its output would come late and, when it is killed, not
-at all. Nothing else passes between them and this process, which never imports
-TensorFlow.
+all and its own place. Besides, each gets its share of the cores and GPUs, the path of
+its log, and PYTHONUNBUFFERED, without which its output would come late and, when it is
+killed, not at all. Nothing else passes between them and this process, which never
+imports TensorFlow.
 
 How it ends:
 
@@ -21,7 +21,8 @@ How it ends:
   Exit code 143 for both; the worker's code if one has failed at that.
 - This process is killed: processes.py sees to it that nothing is left.
 
-A signal that this process was started to ignore, as nohup does, stays ignored.
+A signal that this process was started to ignore, as nohup does, stays ignored. A screen
+that nobody reads keeps none of this from happening.
 """
 
 import collections
@@ -75,10 +76,11 @@ def run(
     """
     command = [*(command or (sys.executable, "-m", "launch")), *arguments]
     shares = hardware.divide(num_workers)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by `>&-`
+        sys.stdout.flush()
     outputs = Outputs(workdir, num_workers, tee)
     with _Group(workdir, outputs) as group:
-        environments = local_cluster.environments(shares)
+        environments = local_cluster.environments(shares, workdir)
         for index, environment in enumerate(environments):
             group.start(index, command, environment, shares[index].cores)
         group.watch()
@@ -141,21 +143,28 @@ class _Group:
             self._decide()
             while self._plan and self._plan[0][0] <= time.monotonic():
                 self._send(self._plan.popleft()[1])
+        # A screen that is read slowly gets all, but what has gone wrong waits for none.
+        while not self._received and all(end.code == 0 for end in self._ends):
+            if self._outputs.flush(_POLL):
+                break
 
     def tell(self) -> int:
         """Says on the last lines of the screen why it has ended; returns the code."""
         if not self._ends:  # it came before any worker was started
             self._answered = next(iter(self._received), None)
         if self._answered == signal.SIGINT:
-            return self._say("launch: interrupted\n", _INTERRUPTED)
+            self._outputs.say("launch: interrupted\n")
+            return _INTERRUPTED
         if self._answered is None:
             cause = failures.root_cause(self._ends)
         else:
             cause = failures.failed_to_save(self._ends)
         if cause is not None:
-            return self._say(self._report(cause), cause.exit_code)
+            self._outputs.say(self._report(cause))
+            return cause.exit_code
         if self._answered is not None:
-            return self._say("launch: terminated\n", _TERMINATED)
+            self._outputs.say("launch: terminated\n")
+            return _TERMINATED
         return 0
 
     def _running(self) -> list[Process]:
@@ -186,7 +195,7 @@ class _Group:
     def _answer(self, number: int) -> None:
         self._answered = number
         if number == signal.SIGINT:
-            self._outputs.errors.mute()  # they would all say that they are interrupted
+            self._outputs.mute_errors()  # they would all say that they are interrupted
             self._schedule((0.0, signal.SIGINT), (GRACE, signal.SIGKILL))
         else:
             self._schedule((0.0, signal.SIGTERM), (SAVE_GRACE, signal.SIGKILL))
@@ -246,18 +255,9 @@ class _Group:
         return report.text(
             cause,
             self._workdir,
-            shown=self._outputs.errors.shown.decode(errors="replace"),
+            shown=self._outputs.shown.decode(errors="replace"),
             out_of_memory=before is not None and after is not None and after > before,
         )
-
-    def _say(self, text: str, code: int) -> int:
-        """Prints on a line of its own: a progress bar or a death may have left one."""
-        shown = self._outputs.errors.shown
-        begun = shown and not shown.endswith(b"\n")
-        sys.stdout.flush()
-        sys.stderr.write("\n" + text if begun and text else text)
-        sys.stderr.flush()
-        return code
 
 
 @contextlib.contextmanager

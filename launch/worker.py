@@ -20,6 +20,7 @@ import distfit
 from launch import (
     configuration,
     parts,
+    progress,
     refusals,
     saving,
     stall,
@@ -33,16 +34,21 @@ from launch.heartbeat import Heartbeat
 from launch.metrics_log import MetricsLog
 
 METRICS_FILE = "metrics.jsonl"
-STALL_TIMEOUT = 1800.0  # seconds
 
 
-def run(command_line: CommandLine, model: str, cluster: Cluster | None = None) -> bool:
+def run(
+    command_line: CommandLine,
+    model: str,
+    cluster: Cluster | None,
+    watchdog: stall.Watchdog,
+) -> bool:
     """Does what the command line asks for and prints a summary.
 
     Args:
         command_line: what was asked for.
         model: the model that it comes down to.
         cluster: the cluster that this process is a worker of, if any.
+        watchdog: watches this process from here on.
 
     Returns:
         Whether all is well: `verify` may find that it is not.
@@ -52,9 +58,10 @@ def run(command_line: CommandLine, model: str, cluster: Cluster | None = None) -
     """
     if command_line.command == "verify":
         return verification.run(command_line, model)
-    with refusals.as_usage_errors():
-        made = parts.prepare(command_line, model)
-    with _watchdog(command_line, made, cluster) as watchdog:
+    with watchdog:
+        with refusals.as_usage_errors():
+            made = parts.prepare(command_line, model, cluster, watchdog)
+        watchdog.note(0, progress.BEFORE_STEPS)
         does = train if command_line.command == "train" else evaluate
         rows = does(made, watchdog)
         distfit.wait_for_all(made.strategy)  # Who leaves early ends the others, too.
@@ -108,16 +115,6 @@ def _folder_to_save_in(run: parts.Run) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield pathlib.Path(folder)
-
-
-def _watchdog(
-    command_line: CommandLine, run: parts.Run, cluster: Cluster | None
-) -> stall.Watchdog:
-    """Watches this worker if it has others to wait for."""
-    if cluster is None or cluster.num_workers == 1:
-        return stall.Watchdog(None, 0, 1, None)
-    timeout = command_line.cluster.get("stall_timeout", STALL_TIMEOUT)
-    return stall.Watchdog(run.folder, cluster.index, cluster.num_workers, timeout)
 
 
 def evaluate(run: parts.Run, watchdog: stall.Watchdog) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from launch.errors import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIABLES = ("TF_CONFIG", "SLURM_", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST")
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in list(os.environ):
-        if name.startswith(VARIABLES):
+        if name.startswith((*VARIABLES, *PROXIES)):
             monkeypatch.delenv(name)
     return tmp_path
 
@@ -138,6 +139,60 @@ def test_what_tensorflow_is_told_has_the_chief_as_worker_0():
     assert environment == {}
 
 
+@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "a,::1"),
+        ({"no_proxy": ".org,10.0.0.0/8"}, ".org,10.0.0.0/8,a,::1"),
+        ({"no_proxy": ".org", "no_grpc_proxy": "b"}, "b,a,::1"),
+        ({"no_proxy": "c,a", "no_grpc_proxy": ""}, "c,a,::1"),
+    ],
+)
+def test_workers_are_reached_without_the_proxy(name, given, expected):
+    jobs = {"worker": ["a:1", "a:2", "[::1]:1"]}
+    environment = cluster.discover(tf_config(jobs)).environment(
+        {name: "http://proxy:3128", **given}
+    )
+    assert environment.pop("TF_CONFIG")
+    assert environment == {"no_grpc_proxy": expected}
+
+
+def test_without_a_proxy_none_is_passed_by():
+    found = cluster.discover(tf_config(TWO))
+    environment = found.environment({"http_proxy": "", "no_proxy": "a"})
+    assert set(environment) == {"TF_CONFIG"}
+
+
+@pytest.mark.parametrize(
+    "gpus, shares",
+    [
+        ("0123", ["0,1", None, "2,3"]),
+        ("012", ["0", None, "1"]),
+        ("", [None, None, None]),
+        ("0", [None, None, None]),  # as in containers with a GPU each
+    ],
+)
+@pytest.mark.parametrize("by_flags", [False, True])
+def test_workers_on_one_host_share_its_gpus(gpus, shares, by_flags):
+    workers = ["a:1", "b:1", "A:2"]
+
+    def find(index, **environ):
+        if by_flags:
+            given = {"workers": ",".join(workers), "worker_index": index}
+        else:
+            given = {}
+            environ.update(tf_config({"worker": workers}, index=index))
+        return cluster.discover(environ, gpus=lambda: list(gpus), **given)
+
+    found = [find(index) for index in range(3)]
+    assert [one.gpus for one in found] == shares
+    told = [one.environment().get("CUDA_VISIBLE_DEVICES") for one in found]
+    assert told == shares
+    for value in ("0,1,2,3", "-1", ""):  # who sets it has divided them already
+        assert find(0, CUDA_VISIBLE_DEVICES=value).gpus is None
+
+
 def task(kind="worker", index=0, jobs=TWO):
     return tf_config(jobs, kind, index)["TF_CONFIG"]
 
@@ -182,6 +237,10 @@ BAD_TF_CONFIGS = {
     "IPv6 without brackets": (addresses("::1:22"), r"'::1:22'.*Write.*\[::1\]:2222"),
     "empty address": (addresses("a:1", ""), "Received: ''"),
     "address twice": (addresses("a:1", "b:1", "A:1"), "Received: a:1 more than once"),
+    "address with a zero": (
+        addresses("a:2222", "b:1", "a:02222"),
+        "Received: a:2222, a:02222 which are the same from TF_CONFIG",
+    ),
 }
 
 
@@ -482,7 +541,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def check(workers, resolve=lambda host, port: None, environ=(), index=0):
+def check(workers, resolve=lambda host, port: [], environ=(), index=0):
     """Returns how many seconds the check has waited."""
     time = Time()
     cluster.check_reachable(
@@ -507,6 +566,29 @@ def test_the_own_port_has_to_be_free_and_only_the_own(capsys):
     check(workers)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("address", ["::", "::1"])
+def test_the_own_port_has_to_be_free_for_ipv6_too(address):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            taken.bind((address, 0))
+        except OSError as error:
+            pytest.skip(f"no IPv6 here: {error}")
+        taken.listen()
+        with pytest.raises(UsageError, match="This worker's port is in use"):
+            check([f"a:{taken.getsockname()[1]}"])
+
+
+def test_two_names_of_one_address_are_refused():
+    port = free_port()
+    workers = [f"127.0.0.1:{free_port()}", f"localhost:{port}", f"127.0.0.1:{port}"]
+    expected = f"Received: localhost:{port}, 127.0.0.1:{port} which are the same from"
+    with pytest.raises(UsageError, match=expected):
+        check(workers, resolve=socket.getaddrinfo)
+    check(workers[:2], resolve=socket.getaddrinfo)
+
+
 def test_a_connection_that_was_just_closed_does_not_count():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -519,7 +601,7 @@ def test_every_host_has_to_resolve_and_addresses_do_not_need_a_name_server():
     asked = []
     check(
         [f"a:{free_port()}", "10.0.0.1:1", "[::1]:2", "b:3"],
-        resolve=lambda *address: asked.append(address),
+        resolve=lambda *address: asked.append(address) or [],
     )
     assert asked[1:] == [("10.0.0.1", 1), ("::1", 2), ("b", 3)]
     workers = [f"127.0.0.1:{free_port()}", "[::1]:2", "localhost:3"]
@@ -533,6 +615,7 @@ def test_a_host_without_an_address_is_refused_after_a_while(environ, seconds, ca
     def resolve(host, port):
         if host in ("x", "y"):
             raise socket.gaierror(-2, "Name or service not known")
+        return []
 
     workers = [f"a:{free_port()}", "x:1", "b:1", "y:2"]
     time = Time()
@@ -556,6 +639,7 @@ def test_a_host_that_starts_late_is_waited_for(capsys):
         answer = next(answers) if host == "late" else None
         if answer is not None:
             raise answer
+        return []
 
     assert check([f"a:{free_port()}", "late:1"], resolve) == 3
     assert capsys.readouterr().err.count("\n") == 1
@@ -583,7 +667,7 @@ def calls(replace):
     """Records what the worker and the supervisor are called with."""
     made = []
 
-    def worker(command_line, model, found):
+    def worker(command_line, model, found, watchdog):
         made.append((model, found, os.environ["TF_CONFIG"]))
         return True
 
@@ -750,7 +834,7 @@ def failure(folder, index):
 def test_what_ends_a_worker_is_recorded(
     error, code, replace, monkeypatch, folder, capsys
 ):
-    def run(command_line, model, found):
+    def run(command_line, model, found, watchdog):
         raise error
 
     replace("worker", run)
@@ -771,7 +855,7 @@ def test_a_port_that_is_taken_is_recorded_too(calls, monkeypatch, folder, capsys
 
 
 def test_a_process_without_peers_records_nothing(replace, monkeypatch, folder, capsys):
-    def run(command_line, model, found):
+    def run(command_line, model, found, watchdog):
         raise ValueError("mistake")
 
     replace("worker", run)
@@ -784,7 +868,7 @@ def test_a_process_without_peers_records_nothing(replace, monkeypatch, folder, c
 def test_a_worker_that_is_told_to_end_exits_with_143(replace, monkeypatch, folder):
     cleaned = []
 
-    def run(command_line, model, found):
+    def run(command_line, model, found, watchdog):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
@@ -793,8 +877,6 @@ def test_a_worker_that_is_told_to_end_exits_with_143(replace, monkeypatch, folde
     replace("worker", run)
     set_workers(monkeypatch, 2)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        main([])
-    assert ended.value.code == 143 and cleaned == [True]
+    assert main([]) == 143 and cleaned == [True]
     assert failure(folder, 0)["code"] == 143
     assert signal.getsignal(signal.SIGTERM) is before

@@ -136,6 +136,17 @@ def test_the_indexed_job_finds_its_pods_by_name():
     assert_runs_in_the_working_folder(pod, flags.parse(container["args"]))
 
 
+def test_the_logs_to_follow_are_those_of_the_chief():
+    text = (FOLDER / "kubernetes.yaml").read_text()
+    command = text.partition("kubectl logs ")[2].partition("\n# The last")[0]
+    selector = shlex.split(command.replace("\\\n#", ""))[-1]
+    labels = dict(label.split("=") for label in selector.split(","))
+    # Kubernetes gives each pod of an indexed Job its index as a label.
+    assert labels.pop("batch.kubernetes.io/job-completion-index") == "0"
+    job = documents("kubernetes.yaml")["Job"]
+    assert labels == job["spec"]["template"]["metadata"]["labels"]
+
+
 def test_the_service_names_pods_that_only_just_start():
     objects = documents("kubernetes.yaml")
     service, template = objects["Service"]["spec"], objects["Job"]["spec"]["template"]

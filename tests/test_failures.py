@@ -166,6 +166,21 @@ def test_report_ends_with_the_worker_and_its_error(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "error, code, last_line",
+    [
+        (SystemExit("no data"), 1, "worker 1 failed first, with SystemExit: no data"),
+        (SystemExit(3), 3, "worker 1 ended with exit code 3"),
+        (KeyboardInterrupt(), 130, "worker 1 ended with exit code 130"),
+    ],
+)
+def test_report_of_a_worker_that_ends_itself(tmp_path, error, code, last_line):
+    failures.record(tmp_path, 1, caught(error), code)
+    end = End(1, code, 2.0, failure=failures.read(tmp_path, 1))
+    assert failures.root_cause([End(0, 1, 1.0, None, LOST), end]) is end
+    assert report.text(end, tmp_path) == f"launch: {last_line}\n"
+
+
 def test_report_does_not_repeat_what_is_shown(tmp_path):
     end = End(0, 1, 2.0, failure=failure())
     line = "launch: worker 0 failed first, with ValueError: wrong\n"

@@ -1,12 +1,20 @@
 """Who holds the others up, and when a watchdog ends a worker."""
 
 import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
-from launch import failures, progress, run_files, stall
+from launch import ending, failures, progress, run_files, stall
 from launch.progress import Progress
 
+ROOT = pathlib.Path(__file__).parents[1]
 IN, BETWEEN = stall.IN_STEP, stall.BETWEEN_STEPS
 
 
@@ -31,6 +39,15 @@ PLACES = {
     "before the first step": (
         [at(0, 1, IN, 1), at(1, 0, "preparing", 0)],
         "worker 1 preparing, where worker 0 waits in step 1",
+    ),
+    "before the model is built": (
+        [at(0, 0, progress.BEFORE_STEPS, 3), at(1, 0, progress.MAKING_DATA, 1)],
+        "worker 1 making the data, where worker 0 waits before the first step",
+    ),
+    "some have not joined": (
+        [at(0, 0, progress.waiting_for([1]), 0), at(1, 0, progress.JOINING, 0)],
+        "worker 0 waiting for worker 1 to join and worker 1 waiting to join the others "
+        "at the same time",
     ),
     "all equally far": (
         [at(i, 58, IN, 58) for i in range(3)],
@@ -63,6 +80,13 @@ def test_a_worker_that_is_silent_is_named_though_it_is_as_far():
     assert "not responding" not in progress.explain(found, 2, silence=50)
 
 
+def test_one_that_joins_waits_for_the_one_that_is_silent():
+    waits = at(0, 0, progress.waiting_for([1, 2]), 0)
+    found = {0: waits, 1: at(1, 0, "preparing", 0, alive=60.0)}
+    text = progress.explain(found, 2, silence=30)
+    assert text.endswith(", where worker 0 waits for workers 1, 2 to join")
+
+
 def test_without_files_of_others_a_worker_tells_where_it_is_itself():
     text = progress.explain({1: at(1, 58, IN, 58)}, 3, silence=30)
     unknown = "workers 0, 2 without a progress file in the working folder"
@@ -86,7 +110,7 @@ class Clock:
 
 
 class Watched:
-    """A watchdog whose thread is the test, with a clock and an end of its own."""
+    """A watchdog whose threads are the test, with a clock and an end of its own."""
 
     def __init__(self, workdir, index=0, num_workers=2, timeout=10.0):
         self.clock = Clock()
@@ -104,6 +128,7 @@ class Watched:
     def pass_time(self, seconds):
         for _ in range(int(seconds * 2)):
             self.clock.now += 0.5
+            self.dog.write()
             self.dog.look()
             if self.codes:
                 break
@@ -125,6 +150,67 @@ def test_no_note_for_the_timeout_ends_the_worker_and_is_recorded(tmp_path, capfd
     err = capfd.readouterr().err
     assert "test_stall.py" in err  # the stacks
     assert err.endswith(f"launch: {found.message}\n")
+
+
+def test_the_stages_before_the_first_step_are_told_apart(tmp_path):
+    waits, works = Watched(tmp_path, index=0), Watched(tmp_path, index=1)
+    for phase in (progress.MAKING_DATA, progress.BUILDING, progress.BEFORE_STEPS):
+        waits.dog.note(0, phase)
+    works.dog.note(0, progress.MAKING_DATA)
+    works.dog.note(0, progress.BUILDING)
+    works.pass_time(1)
+    waits.pass_time(11)
+    assert (
+        "Received: worker 1 building the model, where worker 0 waits before the first "
+        "step. See" in failures.read(tmp_path, 0).message
+    )
+
+
+def test_who_waits_for_others_to_join_says_so_and_which_were_seen(tmp_path):
+    watched = Watched(tmp_path, num_workers=3)
+    seen = at(1, 0, progress.waiting_for([2]), 0, alive=4e9)
+    progress.write(tmp_path, seen)
+    watched.dog.note(0, progress.waiting_for([2]))
+    watched.pass_time(11)
+    message = failures.read(tmp_path, 0).message
+    assert "workers 0, 1 waiting for worker 2 to join, worker 2 without a" in message
+    assert message.endswith("workers may start late, or may not reach each other.")
+
+
+def test_what_a_worker_of_a_former_run_has_left_says_nothing(tmp_path):
+    left = dataclasses.replace(at(1, 7, BETWEEN, 7), alive=time.time() - 60)
+    progress.write(tmp_path, left)
+    watched = Watched(tmp_path)
+    watched.pass_time(11)
+    assert "worker 1 without a progress file" in failures.read(tmp_path, 0).message
+
+
+def test_a_worker_removes_what_it_left_in_a_former_run_itself(tmp_path):
+    run_files.clear_worker(tmp_path, 0)
+    for index in range(2):
+        progress.write(tmp_path, at(index, 7, BETWEEN, 7))
+        failures.record(tmp_path, index, ValueError("wrong"), 1)
+    run_files.clear_worker(tmp_path, 0)
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {
+        "worker-1.error.json",
+        "worker-1.progress.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "log, expected",
+    [
+        (None, "the stacks in each worker's standard error:"),
+        ("/a/logs/worker-0.log", "the stacks in /a/logs/worker-*.log:"),
+    ],
+)
+def test_the_message_says_where_the_stacks_are(tmp_path, monkeypatch, log, expected):
+    monkeypatch.delenv("DISTFIT_WORKER_LOG", raising=False)
+    if log is not None:
+        monkeypatch.setenv("DISTFIT_WORKER_LOG", log)
+    watched = Watched(tmp_path)
+    watched.pass_time(11)
+    assert expected in failures.read(tmp_path, 0).message
 
 
 def test_notes_keep_a_worker_alive(tmp_path):
@@ -189,13 +275,90 @@ def test_without_a_folder_a_worker_still_ends(capfd):
 def test_without_a_timeout_there_is_no_thread(tmp_path, timeout):
     with stall.Watchdog(tmp_path, 0, 2, timeout) as dog:
         dog.note(1, IN)
-        assert dog._thread is None
+        assert dog._threads == []
     assert not (tmp_path / "logs").exists()
 
 
-def test_the_thread_watches_and_ends_with_the_context(tmp_path, capfd):
+def test_the_threads_watch_and_end_with_the_context(tmp_path, capfd):
     codes = []
     with stall.Watchdog(tmp_path, 0, 1, 0.1, exit=codes.append, poll=0.02) as dog:
         while not codes:
             pass
-    assert not dog._thread.is_alive() and codes[0] == 1
+    assert not any(thread.is_alive() for thread in dog._threads) and codes[0] == 1
+    assert progress.read(tmp_path, 0) is not None
+
+
+def test_a_folder_that_hangs_when_read_is_said_and_keeps_nobody(tmp_path, capfd):
+    path = run_files.progress(tmp_path, 1)
+    path.parent.mkdir()
+    os.mkfifo(path)  # to open it takes somebody who writes
+    watched = Watched(tmp_path)
+    watched.dog.note(3, IN)
+    watched.pass_time(11)
+    assert watched.codes == [1]
+    err = capfd.readouterr().err
+    assert f"worker 0 in step 3; the folder {tmp_path} does not respond. See" in err
+
+
+def test_a_folder_that_hangs_when_written_keeps_nobody(tmp_path, monkeypatch, capfd):
+    hangs, codes = threading.Event(), []
+
+    def write(*_):
+        hangs.wait(60)
+
+    monkeypatch.setattr(progress, "write", write)
+    monkeypatch.setattr(failures, "record", write)
+    monkeypatch.setattr(ending, "_LAST_WORDS", 0.5)
+    began = time.monotonic()
+    with stall.Watchdog(tmp_path, 0, 2, 0.2, exit=codes.append, poll=0.02):
+        while not codes:
+            time.sleep(0.01)
+    assert codes[0] == 1 and time.monotonic() - began < 10
+    assert "No progress for 0.2 s" in capfd.readouterr().err
+    hangs.set()
+
+
+def run(script, **options):
+    return subprocess.run(
+        [sys.executable, "-c", "from launch import stall\n" + script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+def test_a_native_call_that_lets_no_thread_run_ends_with_stacks():
+    result = run(
+        "import ctypes\n"
+        "stall._LATER_IN_C = 0\n"
+        "with stall.Watchdog(None, 0, 2, 1.0) as dog, dog.in_native_call():\n"
+        "    ctypes.PyDLL(None).sleep(50)  # and keeps the interpreter's lock\n"
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Timeout (0:00:01)!"), result.stderr
+
+
+def test_a_native_call_that_returns_is_watched_no_longer():
+    result = run(
+        "import time\n"
+        "stall._LATER_IN_C = 0\n"
+        "dog = stall.Watchdog(None, 0, 2, 0.5)\n"
+        "with dog.in_native_call():\n"
+        "    pass\n"
+        "time.sleep(1)\n"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_crash_is_told_while_stderr_is_replaced():
+    result = run(
+        "import os, tempfile\n"
+        "stall.enable_stack_dumps()\n"
+        "with tempfile.TemporaryFile() as held:\n"
+        "    os.dup2(held.fileno(), 2)\n"
+        "    os.abort()\n"
+    )
+    assert result.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in result.stderr

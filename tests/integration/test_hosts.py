@@ -15,6 +15,9 @@ pytestmark = pytest.mark.integration
 
 WORKERS = [f"{address}:2222" for address in namespaces.ADDRESSES]
 
+# Nothing listens there, and workers reach each other without it.
+PROXY = {"http_proxy": "http://127.0.0.1:9"}
+
 # Sends a byte there and back.
 SERVER = """
 import socket
@@ -87,7 +90,7 @@ def _tf_config(index):
 def start(tmp_path):
     """`start(hosts, ...)` starts a worker on each; none is left afterwards."""
     made = []
-    with marked.environment(**job.variables()) as environ:
+    with marked.environment(**job.variables(), **PROXY) as environ:
 
         def start(hosts, **options):
             made.append(Run(hosts, tmp_path, environ, **options))

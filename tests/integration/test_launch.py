@@ -13,6 +13,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 240  # a hard limit; each takes a few seconds on an idle machine
+ENDLESS = ("--model=custom_step", "--epochs=100000")
 
 MODULE = """
 import distfit
@@ -329,7 +330,7 @@ def test_verify_refuses_batches_smaller_than_the_replicas(folder):
 def test_an_interrupt_ends_without_a_traceback(folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch", "--model=custom_step", "--epochs=100000"],
+        [sys.executable, "-m", "launch", *ENDLESS],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -346,6 +347,34 @@ def test_an_interrupt_ends_without_a_traceback(folder):
         process.kill()
     assert process.returncode == 130
     assert err.splitlines()[-1] == "launch: interrupted" and "Traceback" not in err
+
+
+def test_the_first_process_of_a_container_ends_when_it_is_told_to(folder):
+    # It is process 1 of its own numbering: there, signals without a handler are lost.
+    alone = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
+    try:
+        tried = subprocess.run([*alone, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs `unshare`, of Debian's package util-linux")
+    if tried.returncode:
+        pytest.skip(f"no process namespace can be made here: {tried.stderr.strip()}")
+    process = subprocess.Popen(
+        [*alone, sys.executable, "-m", "launch", *ENDLESS],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.stdout.readline()  # "Epoch 1/100000"
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        os.kill(int(children.read_text()), signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 143 and "Traceback" not in err, err
 
 
 def test_the_example_of_the_readme_runs_as_it_stands(folder):

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import numpy as np
@@ -69,6 +70,12 @@ def dies(config):
 
 def not_a_number(config):
     return in_order(NotANumber()), None
+
+
+def quits(config):
+    if worker() == 1:
+        sys.exit("no data here")
+    return rows(config)
 
 
 def longer_on_one(config):
@@ -131,6 +138,14 @@ def test_the_first_to_fail_is_named_last(folder):
     assert result.stderr.splitlines()[-1].startswith(expected), result.stderr
     assert "a mistake in the data of worker 1" in result.stderr
     assert "mine.py" in result.stderr and "launch: failed" not in log(folder, 0)
+
+
+def test_a_worker_that_ends_itself_with_a_text_is_named_with_it(folder):
+    result = launch(folder, dataset="quits")
+    assert result.returncode == 1
+    expected = "launch: worker 1 failed first, with SystemExit: no data here"
+    assert result.stderr.splitlines()[-1] == expected
+    assert log(folder, 1).endswith("launch: no data here\n")
 
 
 def test_a_worker_that_is_killed_is_named(folder):

@@ -47,6 +47,10 @@ def started(number):
     while not list(pathlib.Path().glob(f"pid-{number}-*")):
         time.sleep(0.01)
 
+def ready(number):
+    while not pathlib.Path(f"ready-{number}").exists():
+        time.sleep(0.01)
+
 def ignore_and_sleep():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     pathlib.Path(f"deaf-{index}").touch()
@@ -60,30 +64,49 @@ def deaf(number):
 
 
 class Launch:
-    """A supervisor in a process of its own, in an empty folder."""
+    """A supervisor in a process of its own, in an empty folder.
 
-    def __init__(self, folder, script, num_workers=2, tee="chief", save_grace=1.0):
+    `files` are its standard output and errors; `before` is called in it at first.
+    """
+
+    def __init__(
+        self,
+        folder,
+        script,
+        num_workers=2,
+        tee="chief",
+        save_grace=1.0,
+        files=(subprocess.PIPE, subprocess.PIPE),
+        before=lambda: None,
+        environ=(),
+    ):
         (folder / "worker.py").write_text(PREAMBLE + script)
         self.folder = folder
         parent = PARENT.format(num_workers=num_workers, tee=tee, save_grace=save_grace)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environ)}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
+
+        def prepare():
+            # Of a test run in the background, children would ignore these signals.
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            before()
+
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-c", parent],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # Of a test run in the background, children would ignore the signal.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            stdout=files[0],
+            stderr=files[1],
+            preexec_fn=prepare,
         )
 
     def wait(self):
         out, err = self.process.communicate(timeout=SECONDS)
         self.seconds = time.monotonic() - self.began
-        self.out, self.err = (out or b"").decode(), err.decode()
+        self.out, self.err = (out or b"").decode(), (err or b"").decode()
         self.last = self.err.splitlines()[-1] if self.err else ""
         return self.process.returncode
 
@@ -486,6 +509,154 @@ def test_files_of_a_former_run_are_removed_and_others_kept(launch, tmp_path):
         "worker-0.log",
         "worker-1.log",
     ]
+
+
+def test_logs_of_former_runs_are_set_aside(launch, tmp_path):
+    out = tmp_path / "out"
+    for text in ("trained", "evaluated", "refused"):
+        assert launch(f"print('{text}', index)", tee="all").wait() == 0
+    found = {
+        str(path.relative_to(out)): path.read_text() for path in out.rglob("*.log")
+    }
+    assert found == {
+        f"{folder}/worker-{index}.log": f"{text} {index}\n"
+        for folder, text in (
+            ("logs-1", "trained"),
+            ("logs-2", "evaluated"),
+            ("logs", "refused"),
+        )
+        for index in range(2)
+    }
+
+
+def test_workers_know_their_logs_and_are_reached_without_a_proxy(launch):
+    names = ["DISTFIT_WORKER_LOG", "no_grpc_proxy", "no_proxy"]
+    run = launch(
+        f"os.chdir('/'); print([os.environ.get(name) for name in {names}], flush=True)",
+        environ={"http_proxy": "http://127.0.0.1:9", "no_proxy": "example.org"},
+    )
+    assert run.wait() == 0
+    for index in range(2):
+        log = str(run.folder / "out" / "logs" / f"worker-{index}.log")
+        expected = [log, "example.org,127.0.0.1", "example.org"]
+        assert run.log(index) == f"{expected}\n"
+
+
+# More than a pipe or a terminal holds. The last file says that the pipe is empty again.
+TALKS = (
+    "for i in range(10_000 if index == 0 else 0): print(i, 'x' * 99)\n"
+    "sys.stdout.flush()\n"
+    "pathlib.Path(f'ready-{index}').touch()\n"
+)
+
+
+@pytest.fixture
+def terminal():
+    """The ends of a terminal, for who looks at it and for who writes."""
+    ends = os.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+@pytest.mark.parametrize(
+    "end, number, code, last",
+    [
+        ("time.sleep(60)", signal.SIGTERM, 143, "launch: terminated"),
+        ("time.sleep(60)", signal.SIGINT, 130, "launch: interrupted"),
+        (
+            "if index: ready(0), fail(ValueError('mine'))\ntime.sleep(60)",
+            None,
+            1,
+            "launch: worker 1 failed first, with ValueError: mine",
+        ),
+    ],
+)
+def test_a_screen_that_nobody_reads_keeps_nothing_from_its_end(
+    launch, terminal, kind, end, number, code, last
+):
+    out = subprocess.PIPE if kind == "pipe" else terminal[1]
+    run = launch(TALKS + end, files=(out, subprocess.PIPE))
+    run.wait_for("ready-*", 2)
+    if number is not None:
+        run.process.send_signal(number)
+    assert run.process.wait(SECONDS) == code
+    assert time.monotonic() - run.began < 15
+    assert run.process.stderr.read().decode().splitlines()[-1] == last
+    assert run.log(0).count("x\n") == 10_000
+    check_nothing_is_left(run)
+
+
+def test_a_screen_that_is_read_late_shows_all(launch):
+    run = launch(TALKS)
+    run.wait_for("ready-*", 2)
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    assert run.wait() == 0
+    assert run.out == run.log(0) and len(run.out.splitlines()) == 10_000
+
+
+def test_the_last_line_stands_alone_below_what_the_chief_has_begun(launch):
+    script = "print(' 5/10 loss: 1.0', end='', flush=True)\nif index: os._exit(7)\n"
+    files = (subprocess.PIPE, subprocess.STDOUT)
+    run = launch(script + "time.sleep(60)", files=files)
+    assert run.wait() == 1
+    lines = run.out.splitlines()
+    assert lines[0] == " 5/10 loss: 1.0"
+    assert lines[1].startswith("Worker 1, the end of ")
+    assert lines[-1].startswith("launch: worker 1 ended with exit code 7")
+
+
+def test_errors_that_nobody_reads_any_more_change_no_exit_code(launch):
+    run = launch("pathlib.Path(f'ready-{index}').touch()\ntime.sleep(60)")
+    run.wait_for("ready-*", 2)
+    run.process.stderr.close()
+    run.process.stderr = None
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 143
+
+
+def test_a_run_without_an_output_goes_on_and_keeps_its_logs(launch):
+    run = launch("print('said')", before=lambda: os.close(1))
+    assert run.wait() == 0
+    assert (run.err, run.log(0), run.log(1)) == ("", "said\n", "said\n")
+
+
+def test_the_last_words_of_a_worker_may_come_a_little_late(launch):
+    code = "import time; time.sleep(0.1); print('late')"
+    run = launch(
+        f"command = [sys.executable, '-Ic', {code!r}]\n"
+        "subprocess.Popen(command, start_new_session=True)"
+    )
+    assert run.wait() == 0
+    assert (run.out, run.log(1)) == ("late\n", "late\n")
+
+
+def test_what_is_said_before_a_crash_in_the_import_of_tensorflow_is_shown(launch):
+    run = launch(
+        "from launch import quiet\n"
+        "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
+        "if index == 0: time.sleep(60)\n"
+        "with quiet.tensorflow_import():\n"
+        "    os.write(2, b'compiled to use AVX instructions\\n')\n"
+        "    os.abort()"
+    )
+    assert run.wait() == 1
+    *_, said, last = run.err.splitlines()
+    assert said == run.log(1).strip() == "compiled to use AVX instructions"
+    assert last == "launch: worker 1 was killed by SIGABRT"
+
+
+def test_what_has_left_a_worker_and_writes_on_is_not_waited_for(launch):
+    code = "import time\nwhile True: print('on', flush=True); time.sleep(0.01)"
+    run = launch(
+        f"left = subprocess.Popen([sys.executable, '-c', {code!r}], "
+        "start_new_session=True)\n"
+        "pathlib.Path(f'pid-left-{left.pid}').touch()"
+    )
+    assert run.wait() == 0
+    assert run.seconds < 20
 
 
 def test_a_screen_that_is_gone_does_not_end_the_run(launch):
