@@ -3,41 +3,34 @@
 import contextlib
 import json
 import os
-import pathlib
 import socket
 from collections.abc import Sequence
 
-from launch import proxy, run_files
+from launch import proxy
 from launch.hardware import GPU_VARIABLE, Share
 
 _HOST = "127.0.0.1"
 
 
-def environments(
-    shares: Sequence[Share], workdir: pathlib.Path
-) -> list[dict[str, str]]:
+def environments(shares: Sequence[Share]) -> list[dict[str, str]]:
     """Returns the environment variables of each worker: this process's, and its own.
 
     Args:
         shares: of each, what it gets of this host.
-        workdir: the working folder of the run.
     """
     addresses = [f"{_HOST}:{port}" for port in _free_ports(len(shares))]
     return [
-        {**os.environ, **_own(addresses, index, share, run_files.log(workdir, index))}
+        {**os.environ, **_own(addresses, index, share)}
         for index, share in enumerate(shares)
     ]
 
 
-def _own(
-    addresses: list[str], index: int, share: Share, log: pathlib.Path
-) -> dict[str, str]:
+def _own(addresses: list[str], index: int, share: Share) -> dict[str, str]:
     task = {"type": "worker", "index": index}
     config = {"cluster": {"worker": addresses}, "task": task}
     variables = {
         "TF_CONFIG": json.dumps(config),
         "PYTHONUNBUFFERED": "1",
-        run_files.LOG_VARIABLE: str(log.absolute()),
         **proxy.exemption(os.environ, [_HOST]),
     }
     if share.gpus is not None:

@@ -80,8 +80,9 @@ def run(
         sys.stdout.flush()
     outputs = Outputs(workdir, num_workers, tee)
     with _Group(workdir, outputs) as group:
-        environments = local_cluster.environments(shares, workdir)
-        for index, environment in enumerate(environments):
+        for index, environment in enumerate(local_cluster.environments(shares)):
+            log = run_files.log(workdir, index).absolute()
+            environment[run_files.LOG_VARIABLE] = str(log)
             group.start(index, command, environment, shares[index].cores)
         group.watch()
     return group.tell()
