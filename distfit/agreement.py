@@ -5,7 +5,7 @@ With a single worker there is nobody to agree with, and nothing here does anythi
 
 import inspect
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -22,13 +22,16 @@ STOP_FLAGS = {
 _SETTINGS = ("run_eagerly", "jit_compile", "steps_per_execution", "batch_statistics")
 
 
-def check_alike(model: keras.Model, place: str, facts: dict[str, Any]) -> None:
+def check_alike(
+    model: keras.Model, place: str, facts: Callable[[], dict[str, Any]]
+) -> None:
     """Checks that the workers run the same program.
 
     Args:
         model: The model, with its steps built.
         place: The method that is called.
-        facts: Its arguments and data, as far as they must be the same.
+        facts: Returns its arguments and data, as far as they must be the same. It is
+            not called where there is a single worker.
 
     Raises:
         ValueError: on every worker, naming what differs.
@@ -36,8 +39,8 @@ def check_alike(model: keras.Model, place: str, facts: dict[str, Any]) -> None:
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
-    facts = {**facts, **_facts_of_model(model), "code": _code(model)}
-    team.check_alike(place, facts)
+    alike = {**facts(), **_facts_of_model(model), "code": _code(model)}
+    team.check_alike(place, alike)
 
 
 def check_same_batches(model: keras.Model, kind: str, batches: GlobalBatches) -> None:

@@ -67,17 +67,20 @@ def fit(
         drivers = [driver]
         if validation is not None:
             drivers.append(step_driver(model, "test", validation))
-        facts = {
-            "epochs": epochs,
-            "initial_epoch": initial_epoch,
-            "shuffle": shuffle,
-            "class_weight": class_weight,
-            "validation_freq": validation_freq,
-            **batches.facts("the data"),
-            "has validation data": validation is not None,
-            **(validation.facts("the validation data") if validation else {}),
-        }
-        agreement.check_alike(model, "fit()", facts)
+        agreement.check_alike(
+            model,
+            "fit()",
+            lambda: {
+                "epochs": epochs,
+                "initial_epoch": initial_epoch,
+                "shuffle": shuffle,
+                "class_weight": class_weight,
+                "validation_freq": validation_freq,
+                **batches.facts("the data"),
+                "has validation data": validation is not None,
+                **(validation.facts("the validation data") if validation else {}),
+            },
+        )
         model.stop_training = False
         callbacks.on_train_begin()
         agreement.agree_on_state(model, "fit()", drivers)
@@ -113,7 +116,7 @@ def evaluate(
     )
     with _callback_list(model, callbacks, verbose, 1, batches.epoch_steps) as callbacks:
         driver = step_driver(model, "test", batches)
-        agreement.check_alike(model, "evaluate()", batches.facts("the data"))
+        agreement.check_alike(model, "evaluate()", lambda: batches.facts("the data"))
         agreement.agree_on_state(model, "evaluate()", [driver])
         return _test(model, batches, callbacks)
 
@@ -125,7 +128,7 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     workers.agree_on_randomness(team, "predict()")
     batches = make_batches(strategy, x, batch_size=batch_size, steps_per_epoch=steps)
     driver = _predict_driver(model, batches.spec)
-    agreement.check_alike(model, "predict()", batches.facts("the data"))
+    agreement.check_alike(model, "predict()", lambda: batches.facts("the data"))
     agreement.agree_on_state(model, "predict()", [])
     model.stop_predicting = False
     outputs: list = []  # A list of batches for each execution.
@@ -141,7 +144,6 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     with _callback_list(model, callbacks, verbose, 1, batches.epoch_steps) as callbacks:
         callbacks.on_predict_begin()
         _run_steps(model, "predict", run, batches, callbacks, latest)
-        agreement.check_same_batches(model, "predict", batches)
         callbacks.on_predict_end()
     return predictions.join(team, [batch for some in outputs for batch in some])
 
@@ -229,7 +231,6 @@ def _run_epoch(model, kind, driver, batches, callbacks) -> dict[str, float]:
         return driver.run(batches, steps)
 
     _run_steps(model, kind, run, batches, callbacks, driver.results)
-    agreement.check_same_batches(model, kind, batches)
     return driver.results()
 
 
@@ -252,6 +253,7 @@ def _run_steps(model, kind, run, batches, callbacks, read) -> None:
         if getattr(model, agreement.STOP_FLAGS[kind]):
             break
     batches.end_epoch(step)
+    agreement.check_same_batches(model, kind, batches)
 
 
 def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
@@ -264,7 +266,7 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     known = len(_drivers(model, kind))
     driver = _cached_driver(model, kind, _spec_of(batch), rows < replicas)
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
-        agreement.check_alike(model, place, {"batch": fingerprint(batch)})
+        agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
     driver.reset()
     driver.run_on(batch)

@@ -127,7 +127,7 @@ class Workers:
         if len(set(digests)) == 1:  # As nearly always: the long form is not needed.
             return
         told = self.tell(f"{place}, which differs", own)
-        for name in {name: None for facts_of in told for name in facts_of}:
+        for name in dict.fromkeys(name for facts_of in told for name in facts_of):
             values = [facts_of.get(name, "nothing") for facts_of in told]
             if len(set(values)) > 1:
                 shown = ", ".join(f"{v} on worker {i}" for i, v in enumerate(values))

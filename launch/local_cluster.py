@@ -18,7 +18,7 @@ def environments(shares: Sequence[Share]) -> list[dict[str, str]]:
     Args:
         shares: of each, what it gets of this host.
     """
-    addresses = [f"{_HOST}:{port}" for port in _free_ports(len(shares))]
+    addresses = [f"{_HOST}:{port}" for port in free_ports(len(shares))]
     return [
         {**os.environ, **_own(addresses, index, share)}
         for index, share in enumerate(shares)
@@ -38,7 +38,7 @@ def _own(addresses: list[str], index: int, share: Share) -> dict[str, str]:
     return variables
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Returns ports that are free on all addresses of this host: workers bind all."""
     with contextlib.ExitStack() as stack:
         # All are bound before the first is let go, so that none is chosen twice.

@@ -16,6 +16,7 @@ import itertools
 import re
 from collections.abc import Mapping
 
+from launch import hardware
 from launch.errors import UsageError
 
 _FIRST_PORT = 15000
@@ -118,8 +119,7 @@ def share_of_gpus(environ: Mapping[str, str], step: Step) -> str | None:
             "Give srun --gpus-per-task=N, or as many tasks on each node as divide its "
             "GPUs."
         )
-    size = len(gpus) // count
-    return ",".join(gpus[local * size : (local + 1) * size])
+    return hardware.divide_gpus(gpus, count)[local]
 
 
 def _numbers(text: str, expression: str) -> list[str]:

@@ -6,18 +6,13 @@ import time
 
 import pytest
 
-from launch import meeting
+from launch import local_cluster, meeting
 from launch.cluster import Cluster
 
 
 def clusters(count, host="127.0.0.1"):
     """Returns a cluster of free ports of this host, as each of its workers sees it."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("", 0))
-    workers = tuple(f"{host}:{each.getsockname()[1]}" for each in sockets)
-    for each in sockets:
-        each.close()
+    workers = tuple(f"{host}:{port}" for port in local_cluster.free_ports(count))
     return [Cluster(workers, i, "a test") for i in range(count)]
 
 

@@ -1,15 +1,15 @@
 """Workers of a cluster that nobody watches: how they end when another does not come."""
 
-import contextlib
 import json
 import signal
-import socket
 import subprocess
 import time
 
 import job
 import marked
 import pytest
+
+from launch import local_cluster
 
 pytestmark = pytest.mark.integration
 
@@ -46,11 +46,7 @@ class Workers:
         (folder / "theirs.py").write_text(MODULE)
         self.processes = {}
         self._environ = environ
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-            for each in sockets:
-                each.bind(("", 0))
-            self._ports = [each.getsockname()[1] for each in sockets]
+        self._ports = local_cluster.free_ports(count)
 
     def start(self, index, *flags):
         workers = ",".join(f"127.0.0.1:{port}" for port in self._ports)
