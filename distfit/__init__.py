@@ -1,24 +1,20 @@
 """Custom `train_step` Keras models on many replicas, with one device's numbers."""
 
-from distfit import callbacks, losses, random
-from distfit.collectives import all_gather, global_mean, global_sum
-from distfit.model import Model, Sequential
+from distfit import callbacks
+from distfit.model import Model, Sequential, evaluate, fit, predict
 from distfit.strategy import create_strategy, is_chief, wait_for_all
-from distfit.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Model",
     "Sequential",
-    "all_gather",
     "callbacks",
     "create_strategy",
-    "global_mean",
-    "global_sum",
+    "evaluate",
+    "fit",
     "is_chief",
-    "losses",
-    "random",
+    "predict",
     "verify",
     "wait_for_all",
 ]

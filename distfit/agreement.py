@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from distfit import _keras, build, metrics, workers
+from distfit import _keras, build, workers
 from distfit.data import GlobalBatches
 from distfit.driver import StepDriver
 
@@ -19,7 +19,7 @@ STOP_FLAGS = {
     "test": "stop_evaluating",
     "predict": "stop_predicting",
 }
-_SETTINGS = ("run_eagerly", "jit_compile", "steps_per_execution", "batch_statistics")
+_SETTINGS = ("run_eagerly", "jit_compile", "steps_per_execution")
 
 
 def check_alike(
@@ -111,7 +111,7 @@ def _facts_of_model(model: keras.Model) -> dict[str, Any]:
     layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
     variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
     losses = [_described(loss) for loss in keras.tree.flatten(model.loss)]
-    watched = [part for m in metrics.all_of(model) for part in _keras.parts_of(m)]
+    watched = [part for m in build.metrics_of(model) for part in _keras.parts_of(m)]
     kinds = [
         f"{type(m).__name__} {[tuple(v.shape) for v in m.variables]}" for m in watched
     ]

@@ -1,33 +1,10 @@
 """What must be there before a step is compiled, and is checked before any work."""
 
 import warnings
-from typing import Any
 
 import keras
-import tensorflow as tf
-from keras import tree
 
-from distfit import _keras, metrics, strategy
-
-
-def build_layers(model: keras.Model, spec: Any) -> None:
-    """Builds the layers of a subclassed model for batches of the given spec.
-
-    A model without a `call`, or with one that takes something else than a batch, as
-    that of a GAN may, is built by its step from parts that are built.
-    """
-    parts = [layer for layer in _keras.layers_of(model) if layer is not model]
-    if model.built or (parts and all(layer.built for layer in parts)):
-        return
-    if type(model).call is keras.Model.call:
-        return
-    x = spec[0] if isinstance(spec, tuple) else spec
-    with model.distribute_strategy.scope():
-        model(tree.map_structure(_symbolic, x))
-
-
-def _symbolic(spec: tf.TensorSpec) -> keras.KerasTensor:
-    return keras.KerasTensor(spec.shape, spec.dtype.name)
+from distfit import _keras
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
@@ -48,20 +25,6 @@ def check_compiled(model: keras.Model, method: str) -> None:
             f"You must call `compile()` before calling `{method}()`. Received: a model "
             f"{model.name!r} that is not compiled."
         )
-
-
-def check_in_scope(model: keras.Model) -> None:
-    """Raises a `ValueError` naming what was built outside the strategy's scope."""
-    used = model.distribute_strategy
-    if used.num_replicas_in_sync == 1:
-        return
-    strategy.check_created_in_scope(used, f"The model {model.name!r}", model.weights)
-    for optimizer in optimizers_of(model):
-        what = f"The optimizer {optimizer.name!r}"
-        strategy.check_created_in_scope(used, what, optimizer.variables)
-    for metric in metrics.all_of(model):
-        what = f"The metric {metric.name!r}"
-        strategy.check_created_in_scope(used, what, metric.variables)
 
 
 def check_metrics(model: keras.Model) -> None:
@@ -87,3 +50,8 @@ def check_metrics(model: keras.Model) -> None:
             "`metrics` property.",
             stacklevel=2,
         )
+
+
+def metrics_of(model: keras.Model) -> list[keras.metrics.Metric]:
+    """All metrics of a model, also those that its `metrics` leaves out."""
+    return list(dict.fromkeys([*model.metrics, *_keras.tracked_metrics(model)]))

@@ -16,7 +16,9 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, collectives, workers
+from distfit import _keras, workers
+from distfit.partition.exchanges import Replicas
+from distfit.shares import replicas_of
 
 
 class GlobalBatches:
@@ -91,13 +93,6 @@ class GlobalBatches:
     def length_is_known(self) -> bool:
         """Whether it is known beforehand how many steps the data are good for."""
         return self.num_batches is not None or self._never_ends
-
-    def smallest_batch(self) -> int | None:
-        """The number of rows of the smallest batch; None if only the data know."""
-        if isinstance(self._adapter, _keras.ArrayDataAdapter):
-            batch_size = self._adapter.batch_size
-            return min(batch_size, self._adapter.partial_batch_size or batch_size)
-        return tf.nest.flatten(self.spec)[0].shape[0]
 
     def facts(self, name: str) -> dict[str, Any]:
         """What must be the same on every worker, of data that are called `name`."""
@@ -215,9 +210,6 @@ class Shards(GlobalBatches):
         self.num_batches = None  # Those of other workers are not known.
         self._never_ends = False
 
-    def smallest_batch(self) -> int | None:
-        return None
-
     def has_next(self) -> bool:
         """Whether any replica brings rows to the next step."""
         return bool(np.any(self.take_next()[1]))
@@ -225,7 +217,7 @@ class Shards(GlobalBatches):
     def take_next(self) -> tuple:
         """`(batches of this worker's replicas, rows of all replicas)`, for a step."""
         if self._next is None:
-            self._next = _first_shards(self._iterator, self.strategy)
+            self._next = _first_shards(self._iterator, replicas_of(self.strategy))
         return self._next
 
 
@@ -288,7 +280,7 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return batch, num_rows(batch)
 
     def stand_in(batch, rows):
-        return take_rows(batch, 0, 1), 0
+        return tree.map_structure(_first_row, batch), 0
 
     own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
     first = own.take(1).map(stand_in).cache().repeat()  # The source is read no more.
@@ -296,6 +288,13 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return own.concatenate(first).concatenate(
         tf.data.Dataset.from_tensors((blank, 0)).repeat()
     )
+
+
+def _first_row(tensor: Any) -> Any:
+    if isinstance(tensor, tf.SparseTensor):
+        size = tf.concat([[1], tensor.dense_shape[1:]], 0)
+        return tf.sparse.slice(tensor, tf.zeros_like(size), size)
+    return tensor[:1]
 
 
 def _blank_row(spec: tf.TypeSpec) -> Any:
@@ -309,22 +308,26 @@ def _blank_row(spec: tf.TypeSpec) -> Any:
     return blank
 
 
-def next_shards(iterator, strategy) -> tuple:
+def next_shards(iterator, replicas: Replicas) -> tuple:
     """Reads a step's batches of this worker's replicas and learns all row counts.
 
     Returns:
         An optional with a tuple of batches, and int32 of shape (num_replicas,).
     """
-    own = workers.of(strategy)
-    local_replicas = strategy.num_replicas_in_sync // own.count
-    batches, rows = zip(*(next(iterator) for _ in range(local_replicas)), strict=True)
-    counts = collectives.gather_counts(strategy, tf.stack(rows), own.first_replica)
-    return tf.experimental.Optional.from_value(batches), counts
+    batches, rows = zip(*(next(iterator) for _ in range(replicas.count)), strict=True)
+    own = tf.stack(rows)
+    if replicas.count < replicas.num_replicas:
+        before = replicas.first
+        after = replicas.num_replicas - before - replicas.count
+        mine = tf.pad(own, [[before, after]])
+        parts = [mine] + [tf.zeros_like(mine)] * (replicas.count - 1)
+        own = replicas.sum([parts])[0][0]
+    return tf.experimental.Optional.from_value(batches), own
 
 
 @functools.partial(tf.function, autograph=False, reduce_retracing=True)
-def _first_shards(iterator, strategy):
-    return next_shards(iterator, strategy)
+def _first_shards(iterator, replicas):
+    return next_shards(iterator, replicas)
 
 
 def fingerprint(arrays: Any) -> list:
@@ -420,27 +423,11 @@ def num_rows(batch: Any) -> Any:
     return tf.shape(first)[0]
 
 
-def take_rows(batch: Any, start: Any, stop: Any) -> Any:
-    """The rows `[start, stop)` of every tensor of a batch."""
-    return tree.map_structure(lambda tensor: _slice(tensor, start, stop), batch)
-
-
 def without_optionals(batch: Any) -> Any:
     """Turns the empty optionals by which Keras's adapters say None into None."""
     return tree.map_structure(
         lambda t: None if isinstance(t, tf.experimental.Optional) else t, batch
     )
-
-
-def _slice(tensor, start, stop):
-    if tensor is None:
-        return None
-    if isinstance(tensor, tf.SparseTensor):
-        rest = tensor.dense_shape[1:]
-        first, rows = (tf.cast([n], tf.int64) for n in (start, stop - start))
-        begin = tf.concat([first, tf.zeros_like(rest)], 0)
-        return tf.sparse.slice(tensor, begin, tf.concat([rows, rest], 0))
-    return tensor[start:stop]
 
 
 def _warn_of_missing_data() -> None:

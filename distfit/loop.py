@@ -1,6 +1,7 @@
 """The epoch loop: what `fit`, `evaluate` and `predict` do around the compiled steps."""
 
 import types
+import weakref
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ from distfit import _keras, agreement, build, predictions, workers
 from distfit.callbacks import CallbackList
 from distfit.data import (
     GlobalBatches,
+    Shards,
     check_positive,
     fingerprint,
     make_batches,
@@ -127,7 +129,7 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     team = workers.of(strategy)
     workers.agree_on_randomness(team, "predict()")
     batches = make_batches(strategy, x, batch_size=batch_size, steps_per_epoch=steps)
-    driver = _predict_driver(model, batches.spec)
+    driver = _predict_driver(model, batches.spec, isinstance(batches, Shards))
     agreement.check_alike(model, "predict()", lambda: batches.facts("the data"))
     agreement.agree_on_state(model, "predict()", [])
     model.stop_predicting = False
@@ -260,11 +262,9 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     place = f"{kind}_on_batch()"
     workers.check_not_alone(place)
     batch = tree.map_structure(_to_tensor, batch)
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    rows = int(num_rows(batch))
-    check_positive("batch_size", rows)
+    check_positive("batch_size", int(num_rows(batch)))
     known = len(_drivers(model, kind))
-    driver = _cached_driver(model, kind, _spec_of(batch), rows < replicas)
+    driver = _cached_driver(model, kind, _spec_of(batch))
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
         agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
@@ -275,47 +275,35 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
 
 def step_driver(model, kind: str, batches: GlobalBatches) -> StepDriver:
     """The compiled steps of a kind for some data, built if there are none yet."""
-    smallest = batches.smallest_batch()
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    may_be_few = replicas > 1 and (smallest is None or smallest < replicas)
-    return _cached_driver(model, kind, batches.spec, may_be_few)
+    return _cached_driver(model, kind, batches.spec, isinstance(batches, Shards))
 
 
-class _Drivers:
-    """The compiled steps of one kind, kept until the model is compiled anew."""
-
-    def __init__(self):
-        self.by_key: dict[tuple, Any] = {}
+# The compiled steps of models, kept until a model is compiled anew.
+_drivers_of: Any = weakref.WeakKeyDictionary()
 
 
 def _drivers(model, kind: str) -> dict[tuple, Any]:
-    attribute = f"{kind}_function"  # Keras sets it to None in `compile()`.
-    if not isinstance(getattr(model, attribute), _Drivers):
-        setattr(model, attribute, _Drivers())
-    return getattr(model, attribute).by_key
+    compiled = _keras.compilation(model)
+    known = _drivers_of.get(model)
+    if known is None or known[0] is not compiled:
+        known = _drivers_of[model] = (compiled, {"train": {}, "test": {}, "predict": {}})
+    return known[1][kind]
 
 
-def _cached_driver(model, kind: str, spec, may_be_few: bool) -> StepDriver:
+def _cached_driver(model, kind: str, spec, sharded: bool = False) -> StepDriver:
     drivers = _drivers(model, kind)
-    key = (_signature(spec), may_be_few, model.run_eagerly, model.check_finite)
+    key = (_signature(spec), sharded, model.run_eagerly)
     if key not in drivers:
-        step = getattr(model, f"{kind}_step")
-        drivers[key] = StepDriver(model, step, spec, may_be_few)
+        drivers[key] = StepDriver(model, getattr(model, f"{kind}_step"), spec, sharded)
     return drivers[key]
 
 
-def _predict_driver(model, spec) -> PredictDriver:
+def _predict_driver(model, spec, sharded: bool = False) -> PredictDriver:
     drivers = _drivers(model, "predict")
-    key = (_signature(spec), model.run_eagerly)
+    key = (_signature(spec), sharded, model.run_eagerly)
     if key not in drivers:
-        drivers[key] = PredictDriver(model, spec)
+        drivers[key] = PredictDriver(model, spec, sharded)
     return drivers[key]
-
-
-def first_non_finite(model) -> tuple[int, int] | None:
-    """See `Model.first_non_finite`."""
-    watches = [d.watch for d in _drivers(model, "train").values() if d.watch]
-    return next((w.first() for w in watches if w.first()), None)
 
 
 def _signature(spec) -> str:
@@ -325,7 +313,8 @@ def _signature(spec) -> str:
 
 def _rank_and_dtype(spec) -> str:
     if isinstance(spec, tf.TensorSpec):
-        return f"{spec.dtype.name}{spec.shape.rank}"
+        rows = spec.shape[:1] if spec.shape.rank else ""
+        return f"{spec.dtype.name}{spec.shape.rank}{rows}"
     return str(spec)
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.collectives import replica_index
 
 _CHUNK = 1 << 26  # Bytes of one exchange: a message of gRPC ends at 2 GB.
 _local = threading.local()
@@ -278,6 +277,12 @@ def _compiled_gather(strategy: tf.distribute.Strategy, first_replica: int) -> Ca
         return strategy.experimental_local_results(gathered)[0]
 
     return gather
+
+
+def replica_index() -> int:
+    """Which replica this thread runs, among those of all workers."""
+    context = tf.distribute.get_replica_context()
+    return int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def _packed(data: bytes) -> np.ndarray:

@@ -90,6 +90,11 @@ def should_evaluate(model: keras.Model, epoch: int, validation_freq: Any) -> boo
     return model._should_eval(epoch, validation_freq)
 
 
+def compilation(model: keras.Model) -> Any:
+    """An object that is a new one after each `compile()`."""
+    return model._compile_config
+
+
 def in_order_of_metrics(model: keras.Model, logs: dict) -> Any:
     """Logs as a list, or a number if there is one, as `evaluate()` returns them."""
     return model._flatten_metrics_in_order(logs)

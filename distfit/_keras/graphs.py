@@ -1,0 +1,234 @@
+"""Private names of TensorFlow that reading and making graphs takes.
+
+| names | why |
+|---|---|
+| `FuncGraph` | stages are graphs that captures nothing by accident |
+| `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
+| `create_op` with attributes, `capture` | an operation with other inputs |
+| `UpdateContext` | variables act as their first copy while a step is traced |
+| `regroup`, `batch_reduce_to` | a sum over replicas outside of `strategy.run` |
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.distribute import distribute_lib, distribute_utils
+from tensorflow.python.distribute import values as distribute_values
+from tensorflow.python.framework import ops
+from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
+
+EMISSION_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    AssertionError,
+    tf.errors.OpError,
+)
+
+
+def new_graph(name: str) -> Any:
+    """A graph to build a stage in."""
+    return FuncGraph(name)
+
+
+def trace(function: Callable, spec: Any) -> Any:
+    """The graph of `function(batch)` for a batch of a structure of specs.
+
+    Unlike with `tf.function`, variables that it makes are created as they are asked
+    for.
+    """
+    return func_graph_from_py_func("step", function, (spec,), {})
+
+
+def copy_operation(
+    graph: Any, op: tf.Operation, inputs: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Adds an operation like `op` with other inputs, and returns its outputs."""
+    definition = op.node_def
+    attributes = {k: v for k, v in definition.attr.items() if not k.startswith("_")}
+    for value in attributes.values():
+        functions = [value.func] if value.HasField("func") else value.list.func
+        for function in functions:
+            graph._add_function_recursive(_function(op.graph, function.name))
+    dtypes = [t.dtype for t in op.outputs]
+    made = graph._create_op_internal(
+        op.type, list(inputs), dtypes, attrs=attributes, name=op.type
+    )
+    return list(made.outputs)
+
+
+def body_of(op: tf.Operation, attribute: str) -> Any:
+    """The graph of a function that an operation calls."""
+    return _function(op.graph, op.get_attr(attribute).name).graph
+
+
+def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
+    """The graphs of a list of functions that an operation calls."""
+    return [
+        _function(op.graph, f.name).graph for f in op.node_def.attr[attribute].list.func
+    ]
+
+
+def _function(graph: Any, name: str) -> Any:
+    while graph is not None:
+        found = graph._functions.get(name)
+        if found is not None:
+            return found
+        graph = getattr(graph, "outer_graph", None)
+    raise ValueError(f"The graph calls a function that it lacks. Received: {name!r}.")
+
+
+def definition(graph: Any) -> Any:
+    """The GraphDef of a graph, without its functions."""
+    if graph.captures:
+        captured = [outer for outer, _ in graph.captures]
+        raise AssertionError(f"A stage takes from outside: {captured}.")
+    result = graph.as_graph_def()
+    result.ClearField("library")
+    return result
+
+
+def instance(
+    graph: Any,
+    graph_def: Any,
+    inputs: Mapping[str, tf.Tensor],
+    outputs: Sequence[str],
+    device: str,
+) -> list[tf.Tensor]:
+    """Adds a graph to the current one.
+
+    Args:
+        graph: The graph; its functions are added as well.
+        graph_def: Its `definition()`.
+        inputs: What to use in place of its placeholders, by their names.
+        outputs: Names of tensors.
+        device: The device of its operations.
+
+    Returns:
+        The tensors of these names in the current graph.
+    """
+    current = ops.get_default_graph()
+    for function in graph._functions.values():
+        current._add_function_recursive(function)
+    for node in graph_def.node:
+        node.device = device
+    given = {
+        name: current.capture(tensor) for name, tensor in inputs.items()
+    }
+    return tf.graph_util.import_graph_def(
+        graph_def, input_map=given, return_elements=list(outputs), name="stage"
+    )
+
+
+def instance_of_function(
+    graph: Any, given: Sequence[Any], outputs: Sequence[tf.Tensor], device: str
+) -> list[tf.Tensor]:
+    """Adds the graph of a function to the current one, with its captures given."""
+    result = graph.as_graph_def()
+    result.ClearField("library")
+    inputs = {
+        inner.op.name: tensor for inner, tensor in zip(graph.inputs, given, strict=True)
+    }
+    return instance(graph, result, inputs, [t.name for t in outputs], device)
+
+
+def instance_of_reads(
+    graph: Any, captured: Sequence[Any], outputs: Sequence[tf.Tensor], device: str
+) -> list[tf.Tensor]:
+    """Adds what some outputs of a function depend on, which is captured alone."""
+    if not outputs:
+        return []
+    kept: set[str] = set()
+    stack = [tensor.op for tensor in outputs]
+    while stack:
+        op = stack.pop()
+        if op.name not in kept:
+            kept.add(op.name)
+            stack += [tensor.op for tensor in op.inputs]
+    result = graph.as_graph_def()
+    result.ClearField("library")
+    nodes = [node for node in result.node if node.name in kept]
+    result.ClearField("node")
+    for node in nodes:
+        data = [name for name in node.input if not name.startswith("^")]
+        del node.input[:]
+        node.input.extend(data)
+        result.node.append(node)
+    inner = graph.inputs[len(graph.inputs) - len(captured) :]
+    inputs = {
+        placeholder.op.name: tensor
+        for placeholder, tensor in zip(inner, captured, strict=True)
+        if placeholder.op.name in kept
+    }
+    return instance(graph, result, inputs, [t.name for t in outputs], device)
+
+
+def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
+    """What a captured tensor is on the replicas of this process.
+
+    Returns:
+        The kind of resource, as in `emission.Resource`, and the tensors.
+
+    Raises:
+        RuntimeError: for a copy of a variable other than the first: the step was not
+            traced as for one device.
+    """
+    container = getattr(handle, "_distributed_container", lambda: None)()
+    if container is None:
+        return "single", [handle] * count
+    copies = list(container.values)
+    if copies[0].handle is not handle:
+        raise RuntimeError(
+            "A step must be traced as for one device. Received: an operation on "
+            f"another replica's copy of the variable {container.name!r}. Something in "
+            "the step uses tf.distribute itself: remove it."
+        )
+    summed = container.synchronization == tf.VariableSynchronization.ON_READ
+    if summed and container.aggregation != tf.VariableAggregation.SUM:
+        raise RuntimeError(
+            "A variable that is aggregated on read must be a sum. Received: "
+            f"{container.name!r} with {container.aggregation}. Create it with "
+            "aggregation SUM, or without synchronization."
+        )
+    handles = [copy.handle for copy in copies]
+    return "summed" if summed else "mirrored", handles * (count // len(handles))
+
+
+@contextlib.contextmanager
+def as_first_replica() -> Iterator[None]:
+    """Makes distributed variables act as their first copy, in this thread."""
+    with distribute_lib.UpdateContext(0):
+        yield
+
+
+def sum_over_replicas(strategy: Any, parts: list) -> list:
+    """Sums what the replicas of this process have over all replicas."""
+    value = (
+        distribute_utils.regroup(tuple(parts))
+        if len(parts) > 1
+        else distribute_values.PerReplica(tuple(parts))
+    )
+    (summed,) = strategy.extended.batch_reduce_to(
+        tf.distribute.ReduceOp.SUM, [(value, value)]
+    )
+    return list(strategy.experimental_local_results(summed))
+
+
+def copy_from_first_replica(strategy: Any) -> None:
+    """Gives all copies of mirrored variables the value of the first one.
+
+    For steps that run eagerly, on the first copies alone.
+    """
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), distribute_values.MirroredVariable):
+            continue
+        if thing._distribute_strategy is strategy:
+            first, *others = thing.values
+            for other in others:
+                other.assign(first.value())

@@ -1,0 +1,102 @@
+"""Private names of Keras's optimizers.
+
+| names | why |
+|---|---|
+| `_PLAIN`, `_tf_apply` | methods that Keras overrides for tf.distribute; their \
+originals stand in for them while a step is traced |
+| `_distribution_strategy` | the strategy for which an optimizer was made |
+"""
+
+import contextlib
+import gc
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+_PLAIN = (
+    "_backend_update_step",
+    "_apply_weight_decay",
+    "_overwrite_model_variables_with_average_value",
+    "_backend_increment_gradient_accumulators",
+)
+_tracing = threading.RLock()
+
+
+@contextlib.contextmanager
+def of_one_device(scope: Callable) -> Iterator[None]:
+    """Lets all optimizers update variables as on one device, in this thread.
+
+    Keras's own methods would update the copies of all replicas. Methods of single
+    objects are replaced, for the time of the block, and act in this thread only: in
+    others, the optimizers do what they always do.
+
+    Args:
+        scope: Returns the context in which variables are created.
+    """
+    owner = threading.get_ident()
+    with _tracing:
+        found = [o for o in gc.get_objects() if _is_optimizer(o)]
+        replaced: list[tuple[Any, str]] = []
+        try:
+            for optimizer in found:
+                for name, method in _methods(optimizer, scope).items():
+                    if name in vars(optimizer):
+                        continue
+                    own = _only_in(owner, method, getattr(optimizer, name))
+                    object.__setattr__(optimizer, name, own)
+                    replaced.append((optimizer, name))
+            yield
+        finally:
+            for optimizer, name in replaced:
+                object.__delattr__(optimizer, name)
+
+
+def _is_optimizer(thing: Any) -> bool:
+    # Not isinstance(): that asks the object, which may be a lazy module or a proxy.
+    return issubclass(type(thing), keras.optimizers.Optimizer)
+
+
+def _methods(optimizer: Any, scope: Callable) -> dict[str, Callable]:
+    methods: dict[str, Callable] = {}
+    for name in _PLAIN:
+        if getattr(type(optimizer), name) is getattr(TFOptimizer, name):
+            plain = getattr(BaseOptimizer, name)
+            methods[name] = types.MethodType(plain, optimizer)
+    if hasattr(optimizer, "_common_apply"):
+        methods["_tf_apply"] = optimizer._common_apply
+    methods["build"] = _built_in(scope, optimizer)
+    return methods
+
+
+def _built_in(scope: Callable, optimizer: Any) -> Callable:
+    stock = optimizer.build
+
+    def build(variables):
+        # A part of accumulated gradients stays on each replica until it is used.
+        with tf.init_scope(), scope():
+            with tf.variable_creator_scope(_summed_accumulators):
+                return stock(variables)
+
+    return build
+
+
+def _summed_accumulators(next_creator, **kwargs):
+    if "gradient_accumulator" in (kwargs.get("name") or ""):
+        kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+        kwargs["aggregation"] = tf.VariableAggregation.SUM
+    return next_creator(**kwargs)
+
+
+def _only_in(thread: int, method: Callable, stock: Callable) -> Callable:
+    def either(*args, **kwargs):
+        if threading.get_ident() == thread:
+            return method(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    return either

@@ -1,0 +1,765 @@
+"""From the graph of one device to a program for all replicas.
+
+`Emitter` goes through the nodes of a traced graph in order. A rule gives each of them
+its layout; an operation that no rule takes is computed in full on every replica, which
+is always right.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distfit._keras import graphs
+from distfit.partition import layouts
+from distfit.partition.layouts import (
+    BATCH,
+    PARTIAL,
+    REPLICATED,
+    Dim,
+    Layout,
+    Size,
+    Sizes,
+    by_rows,
+    depends_on_rows,
+    product,
+    unknown,
+)
+from distfit.partition.program import (
+    Branch,
+    Exchange,
+    Level,
+    Loop,
+    Port,
+    Program,
+    RowPorts,
+    Stage,
+)
+from distfit.partition.tracing import Edge, Flat, Node
+
+# For each type of operation, what it does with layouts. A rule is given an Emitter, the
+# node and the values of its inputs, and returns the values of its outputs, or None if
+# it cannot tell.
+RULES: dict[str, Callable] = {}
+
+# For operations on sizes: given an Emitter, the node and the values of its inputs, the
+# elements of each output, where None is one that is not known; or None.
+SIZE_RULES: dict[str, Callable] = {}
+
+
+def rule(*types: str) -> Callable:
+    """Registers a rule for types of operations."""
+
+    return _registered(RULES, types)
+
+
+def size_rule(*types: str) -> Callable:
+    """Registers what types of operations do with sizes."""
+    return _registered(SIZE_RULES, types)
+
+
+def _registered(table: dict[str, Callable], types: Sequence[str]) -> Callable:
+    def register(function: Callable) -> Callable:
+        for type in types:
+            if type in table:
+                raise ValueError(f"There is a rule for {type} already.")
+            table[type] = function
+        return function
+
+    return register
+
+
+@dataclasses.dataclass(eq=False)
+class Resource:
+    """A variable or another resource that a graph takes from outside.
+
+    Attributes:
+        kind: `"mirrored"`: each replica has its copy. `"summed"`: each replica has a
+            part, and the value is their sum. `"single"`: there is one in this process.
+        level: The level of the latest operation on it, so that their order is kept.
+        is_read_only: Whether nothing in the graph writes to it.
+    """
+
+    kind: str
+    level: int = 0
+
+
+class Value:
+    """What a tensor of one device is on the replicas.
+
+    Attributes:
+        layout: How it lies.
+        dims: Its global shape; None if its rank is unknown.
+        dtype: Its dtype.
+        sizes: For a small tensor of integers that follow from shapes, its elements as
+            `Dim`s: an array of objects.
+        level: The first level whose stage can use it.
+        ready: The first level whose meetings can use it.
+        home, tensor: The stage that computes it and its tensor there; for a value that
+            comes from a meeting, None and a port.
+        constant: A node to copy wherever the value is used.
+        whole: The same value, replicated, once it was asked for.
+        element: For a list of tensors, `(layout, dims)` of its elements.
+        resource: The resource that it is a handle of.
+        node: The node that gives it.
+    """
+
+    __slots__ = (
+        *("layout", "dims", "dtype", "sizes", "level", "ready", "home", "tensor"),
+        *("constant", "whole", "element", "resource", "node"),
+    )
+
+    def __init__(
+        self,
+        layout: Layout,
+        dims: Sequence[Dim] | None,
+        dtype: tf.DType,
+        *,
+        level: int = 0,
+        ready: int = 0,
+        home: Stage | None = None,
+        tensor: Any = None,
+        sizes: Any = None,
+        constant: Node | None = None,
+        element: tuple | None = None,
+        resource: Resource | None = None,
+    ):
+        self.layout = layout
+        self.dims = None if dims is None else list(dims)
+        self.dtype = dtype
+        self.level = level
+        self.ready = ready
+        self.home = home
+        self.tensor = tensor
+        self.sizes = sizes
+        self.constant = constant
+        self.element = element
+        self.resource = resource
+        self.whole: Value | None = None
+        self.node: Node | None = None
+
+    @property
+    def rank(self) -> int:
+        assert_dims: Any = self.dims
+        return len(assert_dims)
+
+    @property
+    def is_replicated(self) -> bool:
+        return self.layout.kind == "replicated"
+
+    @property
+    def is_partial(self) -> bool:
+        return self.layout.kind == "partial"
+
+    @property
+    def has_rows(self) -> bool:
+        return self.layout.kind == "rows"
+
+    @property
+    def has_known_sizes(self) -> bool:
+        """Whether all its elements are known as sizes."""
+        return self.sizes is not None and all(s is not None for s in self.sizes.flat)
+
+    def local_shape(self) -> list[int | None] | None:
+        """The static shape of what a replica has."""
+        if self.dims is None:
+            return None
+        shape: list[int | None] = [d if isinstance(d, int) else None for d in self.dims]
+        if self.has_rows:
+            shape[self.layout.dim] = None
+        return shape
+
+    def __repr__(self) -> str:
+        return f"<{self.dtype.name}{self.dims} {self.layout}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An operation that every replica computes in full.
+
+    Attributes:
+        type: The type of the operation.
+        line: Where the user's code makes it.
+        elements: The number of elements of its outputs, as far as it is known.
+    """
+
+    type: str
+    line: str
+    elements: int
+
+
+class Emitter:
+    """Makes a program of a traced graph.
+
+    Args:
+        sizes: What is known of the number of rows.
+        num_replicas: Number of replicas of all workers.
+        findings: Gets a `Finding` for each operation that is not partitioned.
+    """
+
+    def __init__(self, sizes: Sizes, num_replicas: int, findings: list[Finding]):
+        self.sizes = sizes
+        self.num_replicas = num_replicas
+        self.findings = findings
+        self.levels = [Level()]
+        self.exchanges: dict[int, Exchange] = {}
+        self.rows = RowPorts.new()
+        self.inputs: list[Port] = []
+        self.values: dict[Edge, Value] = {}
+        self.symbols: dict[str, tuple[Value, int]] = {}
+        self._effects = 0  # The level of the latest effect that needs an order.
+
+    # --- Inputs and outputs of the program.
+
+    def input(
+        self,
+        dtype: tf.DType,
+        layout: Layout = REPLICATED,
+        dims: Sequence[Dim] | None = None,
+        **known: Any,
+    ) -> Value:
+        """A new input of the program."""
+        value = Value(layout, dims, dtype, **known)
+        value.tensor = Port(dtype, value.local_shape())
+        self.inputs.append(value.tensor)
+        self._bind_symbols(value)
+        return value
+
+    def like(self, other: Value, **changed: Any) -> Value:
+        """A new input of the program, laid out as a value of another program."""
+        known = dict(
+            layout=other.layout,
+            dims=other.dims,
+            sizes=other.sizes,
+            element=other.element,
+            resource=other.resource,
+        )
+        return self.input(other.dtype, **(known | changed))
+
+    def program(self, outputs: Sequence[Value]) -> Program:
+        """The program that returns the given values."""
+        keys = [self._exported(value) for value in outputs]
+        return Program(self.inputs, self.rows, self.levels, keys)
+
+    def _exported(self, value: Value) -> Any:
+        """The key of a value for what is placed outside of its stage."""
+        if value.tensor is None:
+            self._materialize(value)
+        if value.home is not None:
+            value.home.export(value.tensor)
+        return value.tensor
+
+    def _materialize(self, value: Value) -> None:
+        """Computes a value, that any stage could make, in a stage of its own level."""
+        stage = self.levels[value.level].stage
+        value.home, value.tensor = stage, self._rebuilt(value, stage)
+        value.ready = value.level + 1
+
+    # --- Running nodes.
+
+    def run(self, nodes: Iterable[Node]) -> None:
+        """Emits nodes, each after those that it depends on."""
+        for node in nodes:
+            inputs = [self.values[edge] for edge in node.inputs]
+            try:
+                outputs = self.emit(node, inputs)
+            except graphs.EMISSION_ERRORS as error:
+                raise RuntimeError(
+                    f"{node.type} could not be partitioned. Received: {inputs} at "
+                    f"{node.line()}. {type(error).__name__}: {error}"
+                ) from error
+            for i, value in enumerate(outputs):
+                value.node = value.node or node
+                self.values[Edge(node, i)] = value
+
+    def emit(self, node: Node, inputs: list[Value]) -> list[Value]:
+        """The values of a node's outputs."""
+        sizes = self._sizes(node, inputs)
+        if sizes and all(s is not None and self.can_compute(s.flat) for s in sizes):
+            return [
+                self.known(s, t.dtype)
+                for s, t in zip(sizes, node.outputs, strict=True)
+            ]
+        found = RULES.get(node.type)
+        outputs = found(self, node, inputs) if found else None
+        if outputs is None:
+            outputs = self.in_full(node, inputs)
+        for value, known in zip(outputs, sizes, strict=True):
+            if known is not None and value.sizes is None and value.is_replicated:
+                value.sizes = known
+        return outputs
+
+    def _sizes(self, node: Node, inputs: list[Value]) -> list[Any]:
+        """For each output, its elements as sizes; None where they are no such."""
+        evaluate = SIZE_RULES.get(node.type)
+        nothing = [None] * len(node.outputs)
+        if evaluate is None or not all(t.dtype.is_integer for t in node.outputs):
+            return nothing
+        found = evaluate(self, node, inputs)
+        return nothing if found is None else [np.asarray(s, object) for s in found]
+
+    def in_full(self, node: Node, inputs: list[Value]) -> list[Value]:
+        """Computes a node on every replica, from whole inputs."""
+        if self.must_happen_once(node, inputs):
+            return self.once(node, inputs)
+        if any(v.resource is not None and v.resource.kind == "summed" for v in inputs):
+            raise NotImplementedError("a variable that is summed on read")
+        if not all(v.is_replicated for v in inputs):
+            self.report(node)
+        return self.op(node, [self.whole(v) for v in inputs])
+
+    def must_happen_once(self, node: Node, inputs: Sequence[Value]) -> bool:
+        """Whether an operation has an effect, or a state, that replicas share."""
+        resources = [v.resource for v in inputs if v.resource is not None]
+        if any(r.kind == "single" for r in resources):
+            return True
+        return node.has_effect and not resources
+
+    def report(self, node: Node) -> None:
+        """Notes that a node is computed in full on every replica."""
+        elements = sum(t.shape.num_elements() or 0 for t in node.outputs)
+        self.findings.append(Finding(node.type, node.line(), elements))
+
+    # --- What rules are made of.
+
+    def value(
+        self,
+        layout: Layout,
+        dims: Sequence[Dim] | None,
+        tensor: tf.Tensor,
+        stage: Stage,
+        level: int,
+    ) -> Value:
+        """The value of a tensor that a stage computes."""
+        value = Value(
+            layout,
+            dims,
+            tensor.dtype,
+            level=level,
+            ready=level + 1,
+            home=stage,
+            tensor=tensor,
+        )
+        self._bind_symbols(value)
+        return value
+
+    def op(
+        self,
+        node: Node,
+        inputs: Sequence[Value],
+        layout: Layout | Sequence[Layout] = REPLICATED,
+        dims: Any = None,
+    ) -> list[Value]:
+        """Emits the operation of a node on what each replica has of the inputs.
+
+        Args:
+            node: The node.
+            inputs: Values to be used as they lie.
+            layout: The layout of the outputs, one for all or one for each.
+            dims: The shape of the only output or, in a tuple, those of all; None where
+                the traced graph tells it.
+        """
+        level = self.level_of(inputs)
+        stage = self.levels[level].stage
+        tensors = stage.create(node, [self.tensor(v, stage) for v in inputs])
+        self._touch(inputs, level)
+        count = len(tensors)
+        each = [layout] * count if isinstance(layout, Layout) else list(layout)
+        shapes = list(dims) if isinstance(dims, tuple) else [dims] * count
+        outputs = []
+        for traced, tensor, lies, shape in zip(
+            node.outputs, tensors, each, shapes, strict=True
+        ):
+            if shape is None:
+                shape = self.static_dims(traced, lies)
+            value = self.value(lies, shape, tensor, stage, level)
+            if lies.kind != "rows" and tensor.dtype not in (tf.resource, tf.variant):
+                static = [d if isinstance(d, int) else None for d in value.dims or ()]
+                if value.dims is not None:
+                    tensor.set_shape(static)
+            outputs.append(value)
+        return outputs
+
+    def call(
+        self,
+        function: Callable,
+        inputs: Sequence[Value],
+        layout: Layout,
+        dims: Sequence[Dim] | None,
+        level: int = 0,
+    ) -> Value:
+        """Emits `function(*tensors)`, a TensorFlow function of a single result."""
+        level = max(level, self.level_of(inputs))
+        stage = self.levels[level].stage
+        tensors = [self.tensor(v, stage) for v in inputs]
+        with stage.graph.as_default():
+            result = function(*tensors)
+        return self.value(layout, dims, result, stage, level)
+
+    def level_of(self, values: Sequence[Value]) -> int:
+        """The first level that can use all values, and keeps the order of effects."""
+        level = 0
+        for value in values:
+            level = max(level, value.level)
+            if value.resource is not None:
+                level = max(level, value.resource.level)
+        return level
+
+    def _touch(self, values: Sequence[Value], level: int) -> None:
+        for value in values:
+            if value.resource is not None:
+                value.resource.level = max(value.resource.level, level)
+
+    def static_dims(self, tensor: tf.Tensor, layout: Layout = REPLICATED) -> Any:
+        """The shape of a traced tensor: numbers where it tells them, else unknown."""
+        if tensor.shape.rank is None:
+            return None
+        dims: list[Dim] = [unknown() if d is None else d for d in tensor.shape]
+        if layout.kind == "rows":
+            dims[layout.dim] = layout.size
+        return dims
+
+    def tensor(self, value: Value, stage: Stage) -> tf.Tensor:
+        """What a replica has of a value, as a tensor of a stage."""
+        if value.home is stage:
+            return value.tensor
+        if value.constant is not None or value.tensor is None:
+            return self._rebuilt(value, stage)
+        if value.home is not None:
+            value.home.export(value.tensor)
+        return stage.input(value.tensor, value.dtype, value.local_shape())
+
+    def _rebuilt(self, value: Value, stage: Stage) -> tf.Tensor:
+        if value.constant is not None:
+            key: Any = value.constant
+            if key not in stage.cache:
+                (stage.cache[key],) = stage.create(value.constant, [])
+            return stage.cache[key]
+        return self.tensor_of_sizes(value.sizes, value.dtype, stage)
+
+    def tensor_of_sizes(self, sizes: Any, dtype: tf.DType, stage: Stage) -> tf.Tensor:
+        """Known sizes as a tensor, for the global batch."""
+        key = (sizes.shape, tuple(sizes.flat), dtype)
+        if key not in stage.cache:
+            stage.cache[key] = self._built_sizes(sizes, dtype, stage)
+        return stage.cache[key]
+
+    def _built_sizes(self, sizes: Any, dtype: tf.DType, stage: Stage) -> tf.Tensor:
+        numbers = [self.sizes.number(s) for s in sizes.flat]
+        with stage.graph.as_default():
+            if all(isinstance(n, int | np.integer) for n in numbers):
+                return tf.constant(np.reshape(numbers, sizes.shape), dtype)
+            built = [self._scalar(n, dtype, stage) for n in numbers]
+            if sizes.shape == ():
+                return built[0]
+            return tf.reshape(tf.stack(built), sizes.shape)
+
+    def _scalar(self, dim: Dim, dtype: tf.DType, stage: Stage, local=False) -> Any:
+        """A dimension as a scalar; with `local`, for the rows of the replica."""
+        if not isinstance(dim, Size):
+            return tf.constant(dim, dtype)
+        key = (dim, dtype, local)
+        if key not in stage.cache:
+            result = None
+            for symbol in dim.symbols:
+                factor = self._symbol(symbol, stage, local)
+                factor = factor if dtype == tf.int32 else tf.cast(factor, dtype)
+                result = factor if result is None else result * factor
+            if dim.factor != 1:
+                result = result * tf.constant(dim.factor, dtype)
+            stage.cache[key] = result
+        return stage.cache[key]
+
+    def _symbol(self, symbol: str, stage: Stage, local: bool) -> tf.Tensor:
+        if symbol == BATCH:
+            port = self.rows.count if local else self.rows.total
+            return stage.input(port, tf.int32, ())
+        key = ("symbol", symbol)
+        if key not in stage.cache:
+            value, dim = self.symbols[symbol]
+            home = value.home or self.levels[value.level].stage
+            with home.graph.as_default():
+                size = tf.shape(self.tensor(value, home))[dim]
+            if home is not stage:
+                home.export(size)
+                size = stage.input(size, tf.int32, ())
+            stage.cache[key] = size
+        return stage.cache[key]
+
+    def level_of_sizes(self, dims: Iterable[Dim]) -> int:
+        """The first level at which dimensions can be computed."""
+        level = 0
+        for dim in dims:
+            for symbol in dim.symbols if isinstance(dim, Size) else ():
+                if symbol != BATCH:
+                    level = max(level, self.symbols[symbol][0].level)
+        return level
+
+    def can_compute(self, dims: Iterable[Dim | None]) -> bool:
+        """Whether dimensions can be computed in this program."""
+        return all(
+            dim is not None
+            and all(
+                s == BATCH or s in self.symbols
+                for s in (dim.symbols if isinstance(dim, Size) else ())
+            )
+            for dim in dims
+        )
+
+    def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
+        """A vector: the shape of what a replica has of a tensor."""
+        level = self.level_of_sizes(dims)
+        stage = self.levels[level].stage
+        key = ("local shape", tuple(dims), layout, dtype)
+        if key not in stage.cache:
+            with stage.graph.as_default():
+                stage.cache[key] = tf.stack(
+                    [
+                        self._scalar(
+                            d, dtype, stage, layout.kind == "rows" and i == layout.dim
+                        )
+                        for i, d in enumerate(dims)
+                    ]
+                )
+        return self.value(REPLICATED, [len(dims)], stage.cache[key], stage, level)
+
+    def known(self, sizes: Any, dtype: tf.DType) -> Value:
+        """A value of known sizes, which is computed only where it is used."""
+        sizes = np.asarray(sizes, object)
+        level = self.level_of_sizes(sizes.flat)
+        return Value(
+            REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=level
+        )
+
+    def known_local_count(self, value: Value, axes: Iterable[int]) -> Value:
+        """The number of elements along axes that a replica has, an int32 scalar."""
+        places = sorted(axes)
+        layout = value.layout
+        if value.has_rows:
+            layout = layout.moved(places.index(layout.dim))
+        shape = self.local_shape([(value.dims or [])[a] for a in places], layout)
+        return self.call(tf.reduce_prod, [shape], REPLICATED, [])
+
+    def _bind_symbols(self, value: Value) -> None:
+        """Notes where the sizes of a value can be measured, if nowhere else yet."""
+        for i, dim in enumerate(value.dims or ()):
+            if (
+                isinstance(dim, Size)
+                and dim.factor == 1
+                and len(dim.symbols) == 1
+                and dim.symbols[0] != BATCH
+                and not (value.has_rows and value.layout.dim == i)
+            ):
+                self.symbols.setdefault(dim.symbols[0], (value, i))
+
+    # --- Changing layouts.
+
+    def whole(self, value: Value) -> Value:
+        """The value, replicated: that is what an exchange is needed for."""
+        if value.is_replicated and value.element is None:
+            return value
+        if value.element is not None and value.element[0].kind != "replicated":
+            raise NotImplementedError("a list of rows that is needed whole")
+        if value.is_replicated:
+            return value
+        if value.whole is None:
+            value.whole = self._exchanged(value)
+        return value.whole
+
+    def _exchanged(self, value: Value) -> Value:
+        source = self._exported(value)
+        level = value.level + 1
+        self.reach(level)
+        if level not in self.exchanges:
+            self.exchanges[level] = Exchange(self.rows)
+            self.levels[level].meetings.insert(0, self.exchanges[level])
+        whole = Value(REPLICATED, value.dims, value.dtype, level=level, ready=level)
+        whole.tensor = Port(value.dtype, whole.local_shape())
+        whole.node = value.node
+        self._bind_symbols(whole)
+        if value.is_partial:
+            self.exchanges[level].sums.append((source, whole.tensor))
+        else:
+            self.exchanges[level].gathers.append((source, value.layout, whole.tensor))
+        return whole
+
+    def reach(self, level: int) -> None:
+        """Makes levels up to the given one."""
+        while len(self.levels) <= level:
+            self.levels.append(Level())
+
+    def cut(self, value: Value, layout: Layout) -> Value:
+        """The rows of each replica, of a value that is replicated."""
+        dims = list(value.dims or ())
+        dims[layout.dim] = layout.size
+        stage_level = max(value.level, self.level_of_sizes([layout.size]))
+
+        def rows_of(tensor):
+            stage = self.levels[stage_level].stage
+            start = stage.input(self.rows.start, tf.int32, ())
+            count = stage.input(self.rows.count, tf.int32, ())
+            d, rank = layout.dim, len(dims)
+            if layout.blocks == 1 and layout.inner == 1:
+                begin, size = [0] * rank, [-1] * rank
+                begin[d], size[d] = start, count
+                return tf.slice(tensor, tf.stack(begin), tf.stack(size))
+            total = stage.input(self.rows.total, tf.int32, ())
+            blocks = self._scalar(layout.blocks, tf.int32, stage)
+            inner = self._scalar(layout.inner, tf.int32, stage)
+            shape = tf.shape(tensor)
+            opened = tf.reshape(
+                tensor,
+                tf.concat([shape[:d], [blocks, total, inner], shape[d + 1 :]], 0),
+            )
+            begin, size = [0] * (rank + 2), [-1] * (rank + 2)
+            begin[d + 1], size[d + 1] = start, count
+            opened = tf.slice(opened, tf.stack(begin), tf.stack(size))
+            closed = tf.concat([shape[:d], [blocks * count * inner], shape[d + 1 :]], 0)
+            result = tf.reshape(opened, closed)
+            return result
+
+        cut = self.call(rows_of, [value], layout, dims, stage_level)
+        cut.tensor.set_shape(cut.local_shape())
+        cut.whole = value
+        return cut
+
+    def as_partial(self, value: Value) -> Value:
+        """A value as a sum over replicas: the first replica has it, others zeros."""
+        if value.is_partial:
+            return value
+        value = self.whole(value)
+
+        def of_first(tensor):
+            stage = self.levels[level].stage
+            index = stage.input(self.rows.index, tf.int32, ())
+            return tf.where(tf.equal(index, 0), tensor, tf.zeros_like(tensor))
+
+        level = value.level
+        return self.call(of_first, [value], PARTIAL, value.dims)
+
+    def to(self, value: Value, layout: Layout) -> Value:
+        """A value in another layout."""
+        if value.layout == layout:
+            return value
+        if layout.kind == "replicated":
+            return self.whole(value)
+        if layout.kind == "partial":
+            return self.as_partial(value)
+        return self.cut(self.whole(value), layout)
+
+    def stacked(self, value: Value) -> Value:
+        """What the replicas have of a value, along a new first dimension.
+
+        Args:
+            value: A value whose shape is the same on all replicas, in any layout: its
+                tensors are taken as they are.
+        """
+        count = self.num_replicas
+
+        def slotted(tensor):
+            # Each replica puts its own into zeros, so that it travels with the sums.
+            stage = self.levels[value.level].stage
+            index = stage.input(self.rows.index, tf.int32, ())
+            if tensor.dtype == tf.bool:
+                tensor = tf.cast(tensor, tf.int32)
+            own = tf.equal(tf.range(count), index)
+            own = tf.reshape(own, [count] + [1] * len(tensor.shape))
+            return tf.where(own, tensor[tf.newaxis], tf.zeros((), tensor.dtype))
+
+        dims = [count, *(value.dims or ())]
+        return self.call(slotted, [value], PARTIAL, dims)
+
+    # --- What one replica does for all.
+
+    def once(self, node: Node, inputs: Sequence[Value]) -> list[Value]:
+        """Emits a node on the first replica alone; its results go to all."""
+        inputs = [self.whole(v) for v in inputs]
+        level = 0
+        for value in inputs:
+            level = max(level, value.ready)
+            if value.resource is not None:
+                level = max(level, value.resource.level)
+        if node.has_effect:
+            level = max(level, self._effects)
+        self.reach(level)
+        stage = self._once_stage(level)
+        tensors = stage.create(node, [self.tensor(v, stage) for v in inputs])
+        self._touch(inputs, level)
+        if node.has_effect:
+            self._effects = level
+        outputs = []
+        for traced, tensor in zip(node.outputs, tensors, strict=True):
+            value = Value(
+                REPLICATED,
+                self.static_dims(traced),
+                tensor.dtype,
+                level=level,
+                ready=level,
+                home=stage,
+                tensor=tensor,
+            )
+            self._bind_symbols(value)
+            outputs.append(value)
+        return outputs
+
+    def _once_stage(self, level: int) -> Stage:
+        meetings = self.levels[level].meetings
+        if not meetings or not isinstance(meetings[-1], Stage):
+            meetings.append(Stage(once=True))
+        last: Any = meetings[-1]
+        return last
+
+    # --- Branches and loops.
+
+    def body(
+        self, graph: Any, inputs: Sequence[Value], **changed: Any
+    ) -> "tuple[Emitter, list[Value]]":
+        """Emits the body of a branch or of a loop: its emitter and its outputs."""
+        flat = Flat(graph)
+        inner = Emitter(self.sizes, self.num_replicas, [])
+        resources: dict[int, Resource] = {}
+        for node, value in zip(flat.inputs, inputs, strict=True):
+            resource = value.resource
+            if resource is not None:
+                resource = resources.setdefault(id(resource), Resource(resource.kind))
+            given = inner.like(value, resource=resource)
+            given.node = node
+            inner.values[Edge(node, 0)] = given
+        inner.run(flat.needed(flat.outputs))
+        return inner, [inner.values[edge] for edge in flat.outputs]
+
+    def meeting(
+        self, inputs: Sequence[Value]
+    ) -> tuple[int, list[Any]]:
+        """The level of a meeting that takes values, and their keys."""
+        level = max([value.ready for value in inputs], default=0)
+        for value in inputs:
+            if value.resource is not None:
+                level = max(level, value.resource.level + 1)
+        keys = []
+        for value in inputs:
+            keys.append(self._exported(value))
+            level = max(level, value.ready)
+        level = max(level, self._effects)
+        self.reach(level)
+        self._touch(inputs, level)
+        return level, keys
+
+    def arrived(self, level: int, like: Value, **changed: Any) -> Value:
+        """A value that comes from a meeting, laid out as one of its programs says."""
+        known = dict(
+            layout=like.layout, dims=like.dims, dtype=like.dtype, element=like.element
+        )
+        known |= changed
+        value = Value(level=level, ready=level, **known)
+        value.tensor = Port(value.dtype, value.local_shape())
+        self._bind_symbols(value)
+        return value
+
+
+
+
+
+from distfit.partition import rules  # noqa: E402, F401

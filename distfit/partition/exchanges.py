@@ -1,0 +1,188 @@
+"""Exchanges between replicas: sums and gathers. No other file of steps exchanges."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+
+
+class Replicas:
+    """The replicas of this process, and how they exchange.
+
+    Args:
+        strategy: The strategy; None where there is a single replica.
+        devices: The devices of the replicas of this process.
+        num_replicas: Number of replicas of all processes.
+        first: The index of the first replica of this process among all.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy | None,
+        devices: Sequence[str],
+        num_replicas: int,
+        first: int = 0,
+    ):
+        self.strategy = strategy
+        self.devices = list(devices)
+        self.num_replicas = num_replicas
+        self.first = first
+
+    @property
+    def count(self) -> int:
+        """Number of replicas of this process."""
+        return len(self.devices)
+
+    def only(self, index: int) -> "Replicas":
+        """One of these replicas alone, for what needs no exchange."""
+        return Replicas(None, [self.devices[index]], 1)
+
+    def sum(self, parts: Sequence[list]) -> list[list]:
+        """Sums tensors over the replicas; those of one dtype travel as one buffer.
+
+        Args:
+            parts: For each tensor, what the replicas of this process have of it.
+
+        Returns:
+            For each tensor, its sum, on every replica of this process.
+        """
+        if self.num_replicas == 1:
+            return [list(part) for part in parts]
+        sums: list[Any] = [None] * len(parts)
+        by_dtype: dict[tf.DType, list[int]] = {}
+        for i, part in enumerate(parts):
+            by_dtype.setdefault(part[0].dtype, []).append(i)
+        for places in by_dtype.values():
+            if len(places) == 1:
+                sums[places[0]] = self._sum(parts[places[0]])
+                continue
+            flat = self._each(_flattened, *(parts[i] for i in places))
+            summed = self._sum(flat)
+            apart = self._each(_split_like, summed, *(parts[i] for i in places))
+            for k, i in enumerate(places):
+                sums[i] = [tensors[k] for tensors in apart]
+        return sums
+
+    def gather(self, parts: list, layout: Any, *, total, start, count) -> list:
+        """Joins the rows of all replicas.
+
+        Args:
+            parts: What the replicas of this process have.
+            layout: A layout by rows.
+            total, start, count: The rows of the global batch, and of these replicas.
+
+        Returns:
+            The whole tensor, on every replica of this process.
+        """
+        if self.num_replicas == 1:
+            return list(parts)
+        if self.count == self.num_replicas:
+            return [self._joined(parts, layout, r, count) for r in range(self.count)]
+        own = self._joined(parts, layout, 0, count)
+        whole = self._gather_workers(own, layout, total[0], start[0], count)
+        return self._each(lambda t, like: _unwired(t, like.dtype), whole, parts)
+
+    def _joined(self, parts: list, layout: Any, replica: int, count) -> tf.Tensor:
+        dim = layout.dim
+        with tf.device(self.devices[replica]):
+            if layout.blocks == 1:
+                return tf.concat(parts, dim)
+            # Blocks of rows: [blocks, rows, inner] on each replica.
+            opened = [
+                _opened(part, dim, rows, layout)
+                for part, rows in zip(parts, count, strict=True)
+            ]
+            joined = tf.concat(opened, dim + 1)
+            return _closed(joined, dim)
+
+    def _gather_workers(self, own, layout, total, start, count) -> list:
+        """Each worker puts its rows into zeros, and these are summed."""
+        dim = layout.dim
+        rows = tf.add_n(list(count))
+        with tf.device(self.devices[0]):
+            opened = _wired(_opened(own, dim, rows, layout))
+            padding = [[0, 0]] * len(opened.shape)
+            padding[dim + 1] = [start, total - start - rows]
+            padded = tf.pad(opened, padding)
+        parts = [padded]
+        for device in self.devices[1:]:
+            with tf.device(device):
+                parts.append(tf.zeros_like(padded))
+        return self._each(lambda t: _closed(t, dim), self._sum(parts))
+
+    def _sum(self, parts: list) -> list:
+        if self.count == self.num_replicas and _all_on_cpu(self.devices):
+            with tf.device(self.devices[0]):
+                total = tf.add_n(parts)
+            return [total] * self.count
+        wired = self._each(_wired, parts)
+        dtype = parts[0].dtype
+        summed = graphs.sum_over_replicas(self.strategy, wired)
+        return self._each(lambda t: _unwired(t, dtype), summed)
+
+    def _each(self, function, *lists: list) -> list:
+        results = []
+        for device, *values in zip(self.devices, *lists, strict=True):
+            with tf.device(device):
+                results.append(function(*values))
+        return results
+
+
+def _all_on_cpu(devices: Sequence[str]) -> bool:
+    return all("CPU" in device.upper() for device in devices)
+
+
+def _flattened(*tensors: tf.Tensor) -> tf.Tensor:
+    return tf.concat([tf.reshape(t, [-1]) for t in tensors], 0)
+
+
+def _split_like(flat: tf.Tensor, *tensors: tf.Tensor) -> list[tf.Tensor]:
+    static = all(t.shape.is_fully_defined() for t in tensors)
+    if static:
+        sizes: Any = [t.shape.num_elements() for t in tensors]
+    else:
+        sizes = tf.stack([tf.size(t) for t in tensors])
+    pieces = tf.split(flat, sizes, num=len(tensors))
+    return [
+        tf.reshape(piece, t.shape if t.shape.is_fully_defined() else tf.shape(t))
+        for piece, t in zip(pieces, tensors, strict=True)
+    ]
+
+
+def _opened(tensor: tf.Tensor, dim: int, rows: Any, layout: Any) -> tf.Tensor:
+    """Dimension `dim` as three: blocks, rows and what a row has."""
+    shape = tf.shape(tensor)
+    blocks = layout.blocks
+    if not isinstance(blocks, int):
+        raise NotImplementedError("blocks of a size that is not known")
+    inner = layout.inner if isinstance(layout.inner, int) else -1
+    if inner == -1:
+        inner = tf.math.floordiv(shape[dim], tf.maximum(rows * blocks, 1))
+    return tf.reshape(
+        tensor, tf.concat([shape[:dim], [blocks, rows, inner], shape[dim + 1 :]], 0)
+    )
+
+
+def _closed(tensor: tf.Tensor, dim: int) -> tf.Tensor:
+    shape = tf.shape(tensor)
+    size = tf.reduce_prod(shape[dim : dim + 3])
+    return tf.reshape(tensor, tf.concat([shape[:dim], [size], shape[dim + 3 :]], 0))
+
+
+def _wired(tensor: tf.Tensor) -> tf.Tensor:
+    """A tensor as one of a dtype that collectives can add, without loss."""
+    if tensor.dtype in (tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16):
+        return tf.cast(tensor, tf.int32)
+    if tensor.dtype in (tf.uint32, tf.uint64):
+        return tf.cast(tensor, tf.int64)
+    if tensor.dtype.is_complex:
+        return tf.stack([tf.math.real(tensor), tf.math.imag(tensor)], -1)
+    return tensor
+
+
+def _unwired(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    if dtype.is_complex:
+        return tf.complex(tensor[..., 0], tensor[..., 1])
+    return tf.cast(tensor, dtype)

@@ -1,0 +1,354 @@
+"""A partitioned graph: stages, and between them what replicas do together.
+
+A stage is the graph of what one replica does until the next exchange. It is built once
+and placed once for each replica; what differs between replicas (rows, handles of
+variables) are its inputs. Between two stages come the *meetings*: exchanges, operations
+that one replica does for all, branches and loops.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+from distfit.partition.exchanges import Replicas
+
+
+class Port:
+    """A tensor that a stage has from outside, and no stage computes."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, dtype: tf.DType, shape: Any = None):
+        self.dtype = dtype
+        self.shape = shape
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPorts:
+    """What every program is told of the rows of a replica: int32 scalars.
+
+    `total` is the rows of the global batch, `start` the first row of this replica,
+    `count` its number of rows, `index` which of all replicas it is.
+    """
+
+    total: Port
+    start: Port
+    count: Port
+    index: Port
+
+    @classmethod
+    def new(cls) -> "RowPorts":
+        return cls(*(Port(tf.int32, ()) for _ in range(4)))
+
+    def all(self) -> list[Port]:
+        return [self.total, self.start, self.count, self.index]
+
+
+# What the tensors of a program are on all replicas of this process, by port or by
+# tensor of a stage.
+Placed = dict[Any, list[Any]]
+
+
+def key_of(tensor: Any) -> Any:
+    """The key of a tensor of a stage, or of a port, among what is placed."""
+    return tensor.ref() if isinstance(tensor, tf.Tensor) else tensor
+
+
+class Stage:
+    """The graph of one replica between two meetings."""
+
+    def __init__(self, once: bool = False) -> None:
+        self.graph = graphs.new_graph("stage")
+        self.once = once  # Whether one replica does it for all.
+        self.inputs: dict[Any, tf.Tensor] = {}
+        self.sources: dict[Any, Any] = {}
+        self.exports: dict[Any, tf.Tensor] = {}
+        self.cache: dict[Any, Any] = {}
+        self._definition: Any = None
+
+    def input(self, source: Any, dtype: tf.DType, shape: Any) -> tf.Tensor:
+        """The placeholder for a port or for a tensor of another stage."""
+        key = key_of(source)
+        if key not in self.inputs:
+            with self.graph.as_default():
+                self.inputs[key] = tf.compat.v1.placeholder(dtype, shape)
+            self.sources[key] = source
+        return self.inputs[key]
+
+    def export(self, tensor: tf.Tensor) -> None:
+        """Notes that a tensor is used outside of the stage."""
+        self.exports[tensor.ref()] = tensor
+
+    def create(self, node: Any, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Adds the operation of a node, with other inputs."""
+        with self.graph.as_default():
+            return graphs.copy_operation(self.graph, node.op, inputs)
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool = False) -> None:
+        """Adds the stage to the current graph, for every replica."""
+        if not self.graph.get_operations():
+            return
+        if self.once:
+            results = self._place_on(placed, 0, replicas.devices[0], False)
+            for key, tensor in zip(self.exports, results, strict=True):
+                placed[key] = [tensor] * replicas.count
+            return
+        of_replicas = [
+            self._place_on(placed, index, device, jit)
+            for index, device in enumerate(replicas.devices)
+        ]
+        for key, tensors in zip(self.exports, zip(*of_replicas, strict=True)):
+            placed[key] = list(tensors)
+
+    def _place_on(self, placed: Placed, index: int, device: str, jit: bool) -> list:
+        given = [placed[key][index] for key in self.inputs]
+        if not jit or not self._compiles():
+            return self._instance(given, device)
+
+        def computation(*tensors):
+            return self._instance(tensors, device)
+
+        with tf.device(device):
+            compiled = tf.function(computation, autograph=False, jit_compile=True)
+            return list(compiled(*given))
+
+    def _compiles(self) -> bool:
+        return any(op.type not in _TRIVIAL for op in self.graph.get_operations())
+
+    def _instance(self, given: Sequence[tf.Tensor], device: str) -> list[tf.Tensor]:
+        if self._definition is None:
+            self._definition = graphs.definition(self.graph)
+        names = [tensor.op.name for tensor in self.inputs.values()]
+        return graphs.instance(
+            self.graph,
+            self._definition,
+            dict(zip(names, given, strict=True)),
+            [tensor.name for tensor in self.exports.values()],
+            device,
+        )
+
+
+_TRIVIAL = {"Placeholder", "Const", "Identity", "NoOp"}
+
+
+class Meeting:
+    """What is done between two stages for all replicas of this process at once."""
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
+        raise NotImplementedError
+
+
+class Level:
+    """Meetings, and the stage that comes after them."""
+
+    def __init__(self) -> None:
+        self.meetings: list[Meeting | Stage] = []
+        self.stage = Stage()
+
+
+@dataclasses.dataclass
+class Program:
+    """A graph for all replicas.
+
+    Attributes:
+        inputs: Ports of what it is given: tensors of all replicas.
+        rows: Ports of the rows of the replicas.
+        levels: What it does, in order.
+        outputs: What it returns, as ports or tensors of stages.
+    """
+
+    inputs: list[Port]
+    rows: RowPorts
+    levels: list[Level]
+    outputs: list[Any]
+
+    @property
+    def meets(self) -> bool:
+        """Whether replicas must do anything together."""
+        return len(self.levels) > 1 or any(level.meetings for level in self.levels)
+
+    def place(
+        self,
+        inputs: Sequence[list],
+        rows: Sequence[list],
+        replicas: Replicas,
+        jit: bool = False,
+    ) -> list[list]:
+        """Adds it to the current graph.
+
+        Args:
+            inputs, rows: For each port, the tensors of all replicas.
+            replicas: The replicas of this process.
+            jit: Whether stages are compiled by XLA.
+
+        Returns:
+            For each output, the tensors of all replicas.
+        """
+        placed: Placed = dict(zip(self.inputs, inputs, strict=True))
+        placed |= dict(zip(self.rows.all(), rows, strict=True))
+        for level in self.levels:
+            for meeting in level.meetings:
+                meeting.place(placed, replicas, jit)
+            level.stage.place(placed, replicas, jit)
+        return [placed[key_of(output)] for output in self.outputs]
+
+
+@dataclasses.dataclass
+class Exchange(Meeting):
+    """Sums and gathers after a level, all in one exchange of a kind.
+
+    Attributes:
+        sums: Pairs of what is summed and the port of the sum.
+        gathers: Triples of what is gathered, its layout and the port of the result.
+    """
+
+    rows: RowPorts
+    sums: list[tuple[Any, Port]] = dataclasses.field(default_factory=list)
+    gathers: list[tuple[Any, Any, Port]] = dataclasses.field(default_factory=list)
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
+        if self.sums:
+            parts = [placed[key_of(source)] for source, _ in self.sums]
+            for (_, port), total in zip(self.sums, replicas.sum(parts), strict=True):
+                placed[port] = total
+        for source, layout, port in self.gathers:
+            placed[port] = replicas.gather(
+                placed[key_of(source)],
+                layout,
+                total=placed[self.rows.total],
+                start=placed[self.rows.start],
+                count=placed[self.rows.count],
+            )
+
+
+@dataclasses.dataclass
+class Branch(Meeting):
+    """A `tf.cond` (or a `tf.switch_case`) whose branches are programs of the same
+    inputs and outputs.
+
+    Attributes:
+        index: The port or tensor that selects the branch.
+        branches: For `tf.cond`, the branch of False and that of True.
+        inputs: What the branches are given.
+        outputs: Ports of what they return.
+        rows: Ports of the rows.
+    """
+
+    index: Any
+    branches: list[Program]
+    inputs: list[Any]
+    outputs: list[Port]
+    rows: RowPorts
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
+        index = placed[key_of(self.index)]
+        inputs = [placed[key_of(source)] for source in self.inputs]
+        rows = [placed[port] for port in self.rows.all()]
+        if any(program.meets for program in self.branches):
+            results = self._placed(index[0], inputs, rows, replicas, jit)
+        else:
+            each = []
+            for r in range(replicas.count):
+                one = replicas.only(r)
+                with tf.device(one.devices[0]):
+                    own = [[part[r]] for part in inputs]
+                    own_rows = [[part[r]] for part in rows]
+                    each.append(self._placed(index[r], own, own_rows, one, jit))
+            results = [sum(parts, []) for parts in zip(*each, strict=True)]
+        for port, tensors in zip(self.outputs, results, strict=True):
+            placed[port] = tensors
+
+    def _placed(self, index, inputs, rows, replicas, jit) -> list[list]:
+        def branch(program: Program) -> Callable:
+            def run():
+                outputs = program.place(inputs, rows, replicas, jit)
+                flat = [tensor for tensors in outputs for tensor in tensors]
+                # TensorFlow wants a branch to return something.
+                return [tf.identity(t) for t in flat] or [tf.constant(0)]
+
+            return run
+
+        if index.dtype == tf.bool:
+            on_false, on_true = self.branches
+            flat = tf.cond(index, branch(on_true), branch(on_false))
+        else:
+            flat = tf.switch_case(index, [branch(b) for b in self.branches])
+        flat = list(flat) if isinstance(flat, list | tuple) else [flat]
+        return _by_replica(flat[: len(self.outputs) * replicas.count], replicas.count)
+
+
+@dataclasses.dataclass
+class Loop(Meeting):
+    """A `tf.while_loop` whose condition and body are programs.
+
+    Attributes:
+        condition: A program that returns a bool.
+        body: A program that returns the loop's variables.
+        constant: For each variable, whether the body returns it as it was given.
+        inputs: The initial values.
+        shapes: The shapes that the variables keep.
+        outputs: Ports of the final values.
+        rows: Ports of the rows.
+        parallel_iterations: As in `tf.while_loop`.
+    """
+
+    condition: Program
+    body: Program
+    constant: list[bool]
+    inputs: list[Any]
+    shapes: list[Any]
+    outputs: list[Port]
+    rows: RowPorts
+    parallel_iterations: int
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
+        inputs = [placed[key_of(source)] for source in self.inputs]
+        rows = [placed[port] for port in self.rows.all()]
+        if self.body.meets or self.condition.meets:
+            results = self._placed(inputs, rows, replicas, jit)
+        else:
+            each = []
+            for r in range(replicas.count):
+                one = replicas.only(r)
+                with tf.device(one.devices[0]):
+                    own = [[part[r]] for part in inputs]
+                    own_rows = [[part[r]] for part in rows]
+                    each.append(self._placed(own, own_rows, one, jit))
+            results = [sum(parts, []) for parts in zip(*each, strict=True)]
+        for port, tensors in zip(self.outputs, results, strict=True):
+            placed[port] = tensors
+
+    def _placed(self, inputs, rows, replicas, jit) -> list[list]:
+        count = replicas.count
+        moving = [i for i, constant in enumerate(self.constant) if not constant]
+
+        def variables(flat: Sequence) -> list[list]:
+            values = list(inputs)
+            for i, tensors in zip(moving, _by_replica(list(flat), count), strict=True):
+                values[i] = tensors
+            return values
+
+        def condition(*flat):
+            return self.condition.place(variables(flat), rows, replicas, jit)[0][0]
+
+        def body(*flat):
+            outputs = self.body.place(variables(flat), rows, replicas, jit)
+            return [tf.identity(t) for i in moving for t in outputs[i]]
+
+        flat = tf.while_loop(
+            condition,
+            body,
+            [t for i in moving for t in inputs[i]],
+            shape_invariants=[
+                tf.TensorShape(self.shapes[i]) for i in moving for _ in range(count)
+            ],
+            parallel_iterations=self.parallel_iterations,
+        )
+        return variables(flat)
+
+
+def _by_replica(flat: list, count: int) -> list[list]:
+    return [flat[i : i + count] for i in range(0, len(flat), count)]

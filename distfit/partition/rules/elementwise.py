@@ -1,0 +1,209 @@
+"""Operations on elements: each replica computes its own rows.
+
+A sum over replicas passes through what is linear; for anything else it is exchanged.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import PARTIAL, REPLICATED, Layout, depends_on_rows
+from distfit.partition.tracing import Node
+
+_UNARY = (
+    *("Abs", "Acos", "Acosh", "Angle", "Asin", "Asinh", "Atan", "Atanh"),
+    *("BesselI0", "BesselI0e", "BesselI1", "BesselI1e", "Bitcast", "Cast", "Ceil"),
+    *("BesselJ0", "BesselJ1", "BesselK0", "BesselK0e", "BesselK1", "BesselK1e"),
+    *("BesselY0", "BesselY1", "Dawsn", "Expint", "FresnelCos", "FresnelSin"),
+    *("CheckNumerics", "ComplexAbs", "Conj", "Cos", "Cosh", "Digamma", "Elu", "Erf"),
+    *("Erfc", "Erfinv", "Exp", "Expm1", "Floor", "Identity", "Imag", "Inv", "Invert"),
+    *("IsFinite", "IsInf", "IsNan", "LeakyRelu", "Lgamma", "Log", "Log1p", "Ndtri"),
+    *("LogicalNot", "Neg", "OnesLike", "PopulationCount", "PreventGradient", "Real"),
+    *("Reciprocal", "Relu", "Relu6", "Rint", "Round", "Rsqrt", "Selu", "Sigmoid"),
+    *("Sign", "Sin", "Sinh", "Snapshot", "Softplus", "Softsign", "Spence", "Sqrt"),
+    *("Square", "StopGradient", "Tan", "Tanh", "ZerosLike"),
+    *("AsString", "StringLower", "StringUpper", "StringStrip", "StringLength"),
+    *("StringToHashBucketFast", "StringToHashBucketStrong", "StringToHashBucket"),
+    *("StringToNumber", "RegexFullMatch", "StaticRegexReplace", "StaticRegexFullMatch"),
+    *("DecodeBase64", "EncodeBase64", "AdjustContrastv2_", "QuantizeAndDequantizeV4_"),
+)
+_NARY = (
+    *("Add", "AddN", "AddV2", "Atan2", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
+    *("Betainc", "ClipByValue", "Complex", "Div", "DivNoNan", "EluGrad", "Equal"),
+    *("FloorDiv", "FloorMod", "Greater", "GreaterEqual", "Igamma", "IgammaGradA"),
+    *("Igammac", "InvGrad", "LeakyReluGrad", "LeftShift", "Less", "LessEqual"),
+    *("LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Mod", "Mul", "MulNoNan"),
+    *("NextAfter", "NotEqual", "Polygamma", "Pow", "RealDiv", "ReciprocalGrad"),
+    *("Relu6Grad", "ReluGrad", "RightShift", "RsqrtGrad", "SelectV2", "SeluGrad"),
+    *("SigmoidGrad", "SoftplusGrad", "SoftsignGrad", "SqrtGrad", "SquaredDifference"),
+    *("Sub", "TanhGrad", "TruncateDiv", "TruncateMod", "Xdivy", "Xlog1py", "Xlogy"),
+    *("Zeta", "AccumulateNV2"),
+)
+# Linear in their only tensor.
+_LINEAR = {
+    *("Identity", "StopGradient", "PreventGradient", "Snapshot", "Neg", "Conj"),
+    *("Real", "Imag"),
+}
+# Linear in all their tensors together.
+_ADDITIVE = {"Add", "AddV2", "Sub", "AddN", "AccumulateNV2", "Complex"}
+_SHAPE_ONLY = {"ZerosLike", "OnesLike"}
+
+
+@rule(*_UNARY)
+def _unary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    (value,) = inputs
+    if value.dtype in (tf.resource, tf.variant) or value.dims is None:
+        return [value] if node.type == "Identity" else None
+    dims = value.dims
+    if node.type == "Bitcast" and value.dtype.size != node.outputs[0].dtype.size:
+        return None
+    if value.is_partial:
+        if node.type in _SHAPE_ONLY:
+            return emitter.op(node, [value], REPLICATED, dims)
+        if not _is_linear(node, value):
+            value = emitter.whole(value)
+    return emitter.op(node, [value], value.layout, dims)
+
+
+def _is_linear(node: Node, value: Value) -> bool:
+    if node.type == "Cast":
+        to = node.outputs[0].dtype
+        return value.dtype.is_floating and (to.is_floating or to.is_complex)
+    return node.type in _LINEAR
+
+
+@rule(*_NARY)
+def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    if any(v.dims is None for v in inputs):
+        return None
+    dims = emitter.sizes.broadcast([v.dims or [] for v in inputs])
+    if any(v.is_partial for v in inputs):
+        linear = _linear_inputs(emitter, node, inputs)
+        if linear is not None:
+            return emitter.op(node, linear, PARTIAL, dims)
+        inputs = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    aligned = align(emitter, inputs)
+    if aligned is None:
+        return None
+    return emitter.op(node, aligned[0], aligned[1], dims)
+
+
+def _linear_inputs(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """The inputs of an operation that keeps a sum over replicas a sum; else None."""
+    if any(v.has_rows for v in inputs):
+        return None
+    partial = [v.is_partial for v in inputs]
+    if node.type in _ADDITIVE:
+        return [emitter.as_partial(v) for v in inputs]
+    if node.type == "Mul" and sum(partial) == 1:
+        return inputs
+    floating = node.outputs[0].dtype.is_floating
+    if node.type in ("RealDiv", "Div", "DivNoNan") and partial == [True, False]:
+        return inputs if floating else None
+    if node.type == "SelectV2" and not partial[0]:
+        return [inputs[0], *(emitter.as_partial(v) for v in inputs[1:])]
+    return None
+
+
+def align(
+    emitter: Emitter, inputs: Sequence[Value]
+) -> tuple[list[Value], Layout] | None:
+    """Lays values that broadcast together by the same rows.
+
+    Args:
+        emitter: The emitter.
+        inputs: Values that are replicated or lie by rows, of known ranks.
+
+    Returns:
+        The values, some cut or made whole, and the layout of an elementwise result.
+        None where it cannot be proven that rows meet rows.
+    """
+    cut = [v for v in inputs if v.has_rows]
+    rank = max(v.rank for v in inputs)
+    if not cut:
+        return list(inputs), REPLICATED
+    # Where rows meet along two dimensions, as in x[:, None] - x[None], the first stays.
+    lead = min(cut, key=lambda v: v.layout.dim - v.rank)
+    layout = lead.layout.moved(lead.layout.dim - lead.rank + rank)
+    result = []
+    for value in inputs:
+        dim = layout.dim - rank + value.rank
+        if value.has_rows and value.layout == layout.moved(dim):
+            result.append(value)
+            continue
+        if dim < 0 or emitter.sizes.is_one(value.dims[dim]):  # type: ignore[index]
+            result.append(emitter.whole(value))
+        elif emitter.sizes.same(value.dims[dim], layout.size):  # type: ignore[index]
+            result.append(emitter.cut(emitter.whole(value), layout.moved(dim)))
+        else:
+            return None
+    return result, layout
+
+
+@rule("Select")
+def _select(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    """`tf.compat.v1.where`: a condition of one element, or one for each row."""
+    condition, x, y = inputs
+    if condition.dims is None or x.dims is None or y.dims is None:
+        return None
+    if condition.rank not in (0, x.rank):
+        return None
+    return _nary(emitter, node, inputs)
+
+
+@rule("BiasAdd")
+def _bias_add(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    x, bias = inputs
+    if x.is_partial:
+        x = emitter.whole(x)
+    if x.dims is None or not (x.is_replicated or x.layout.dim == 0):
+        return None
+    return emitter.op(node, [x, emitter.whole(bias)], x.layout, x.dims)
+
+
+@rule("IdentityN")
+def _identity_n(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    return list(inputs)
+
+
+@rule("Softmax", "LogSoftmax")
+def _softmax(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value = emitter.whole(inputs[0]) if inputs[0].is_partial else inputs[0]
+    if value.dims is None or (value.has_rows and value.layout.dim == value.rank - 1):
+        return None
+    return emitter.op(node, [value], value.layout, value.dims)
+
+
+@rule("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
+def _cross_entropy(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    inputs = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    logits, labels = inputs
+    if logits.dims is None or labels.dims is None:
+        return None
+    lead = next((v for v in inputs if v.has_rows), None)
+    if lead is None:
+        dims = (logits.dims[:1], logits.dims)
+        return emitter.op(node, inputs, REPLICATED, dims)
+    layout, rows = lead.layout, lead.layout.size
+    if layout.dim != 0:
+        return None
+    laid = []
+    for value in inputs:
+        if value.has_rows and value.layout != layout:
+            value = emitter.whole(value)
+        if not emitter.sizes.same(value.dims[0], rows):  # type: ignore[index]
+            return None
+        laid.append(emitter.to(value, layout))
+    return emitter.op(node, laid, layout, ([rows], [rows, logits.dims[1]]))
+
+
+def has_rows_anywhere(value: Value) -> bool:
+    """Whether any dimension of a value depends on the number of rows."""
+    return any(depends_on_rows(d) for d in value.dims or ())

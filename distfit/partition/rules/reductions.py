@@ -1,0 +1,209 @@
+"""Reductions: a sum over rows is a sum over replicas of the sums of their rows."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    Dim,
+    Layout,
+    product,
+)
+from distfit.partition.rules.sizes import ints
+from distfit.partition.tracing import Node
+
+
+def reduced(
+    value: Value, axes: set[int], keep_dims: bool
+) -> tuple[list[Dim], Layout]:
+    """The shape and, if rows are not reduced, the layout of a reduction."""
+    dims: list[Dim] = []
+    for i, dim in enumerate(value.dims or ()):
+        if i not in axes:
+            dims.append(dim)
+        elif keep_dims:
+            dims.append(1)
+    layout = value.layout
+    if value.has_rows and layout.dim not in axes and not keep_dims:
+        layout = layout.moved(layout.dim - sum(a < layout.dim for a in axes))
+    return dims, layout
+
+
+@rule("Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm")
+def _reduce(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where = inputs
+    numbers = ints(where)
+    if value.dims is None or numbers is None:
+        return None
+    axes = {a % value.rank for a in numbers} if value.rank else set()
+    dims, layout = reduced(value, axes, node.attr("keep_dims"))
+    if value.is_partial:
+        if node.type not in ("Sum", "Mean"):
+            value, layout = emitter.whole(value), REPLICATED
+        return emitter.op(node, [value, where], layout, dims)
+    if not value.has_rows or value.layout.dim not in axes:
+        return emitter.op(node, [value, where], layout, dims)
+    if not axes:
+        return emitter.op(node, [value, where], value.layout, dims)
+    if node.type == "Sum":
+        return [_sum(emitter, node, value, where, dims)]
+    if node.type == "Mean":
+        return _variance(emitter, node, value, axes, dims) or [
+            _mean(emitter, node, value, where, axes, dims)
+        ]
+    if node.type == "EuclideanNorm":
+        return None
+    return [_of_parts(emitter, node, value, where, dims)]
+
+
+def _sum(emitter, node, value: Value, where: Value, dims) -> Value:
+    (result,) = emitter.op(node, [value, where], PARTIAL, dims)
+    return result
+
+
+def _mean(emitter, node, value: Value, where: Value, axes: set[int], dims) -> Value:
+    """The sum of the rows of a replica, divided by the number of all."""
+    count = product([value.dims[a] for a in axes])  # type: ignore[index]
+    dtype = value.dtype
+    keep = node.attr("keep_dims")
+    at = sorted(axes)
+    if not emitter.can_compute([count]) or not dtype.is_floating:
+        return emitter.in_full(node, [value, where])[0]
+
+    def part(tensor, size):
+        # Sums of many rows leave the range of half precision: means do not.
+        wide = tf.cast(tensor, tf.float32) if dtype.size < 4 else tensor
+        total = tf.reduce_sum(wide, at, keepdims=keep)
+        return tf.cast(total / tf.cast(size, wide.dtype), dtype)
+
+    size = emitter.known(count, tf.int32)
+    return emitter.call(part, [value, size], PARTIAL, dims)
+
+
+def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] | None:
+    """The mean of the squared distances from a mean over the same axes.
+
+    Taken as it stands, it takes an exchange for the mean and then one for itself. From
+    the means and squared distances of each replica it takes one, together with the mean
+    (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm
+    for computing sample variances", 1979):
+    sum of squares = sum over replicas of (own sum of squares + n · (own mean - mean)²).
+    """
+    distances = value.node
+    if distances is None or distances.type != "SquaredDifference":
+        return None
+    edges = list(distances.inputs)
+    for x_edge, mean_edge in (edges, edges[::-1]):
+        mean_node = mean_edge.node
+        while mean_node.type in ("StopGradient", "Identity"):
+            mean_node = mean_node.inputs[0].node
+        if mean_node.type != "Mean" or mean_node.inputs[0] != x_edge:
+            continue
+        x = emitter.values[x_edge]
+        of_mean = ints(emitter.values[mean_node.inputs[1]])
+        if (
+            not mean_node.attr("keep_dims")
+            or of_mean is None
+            or {a % x.rank for a in of_mean} != axes
+            or not x.has_rows
+            or x.layout != value.layout
+            or x.dims != value.dims
+            or not x.dtype.is_floating
+        ):
+            continue
+        return [_variance_of(emitter, node, x, axes, dims)]
+    return None
+
+
+def _variance_of(emitter, node, x: Value, axes: set[int], dims) -> Value:
+    at, dtype = sorted(axes), x.dtype
+    local = emitter.known_local_count(x, axes)
+    total = emitter.known(product([x.dims[a] for a in axes]), tf.int32)
+
+    def moments(tensor, count):
+        n = tf.cast(count, dtype)
+        own = tf.math.divide_no_nan(tf.reduce_sum(tensor, at, keepdims=True), n)
+        squares = tf.reduce_sum(tf.math.squared_difference(tensor, own), at)
+        own = tf.squeeze(own, at)
+        return tf.stack([own, squares, tf.fill(tf.shape(own), n)])
+
+    kept = [d for i, d in enumerate(x.dims or ()) if i not in axes]
+    stack = emitter.call(moments, [x, local], REPLICATED, [3, *kept])
+    stacked = emitter.whole(emitter.stacked(stack))
+
+    def combined(parts, count):
+        means, squares, counts = tf.unstack(parts, num=3, axis=1)
+        n = tf.cast(count, dtype)
+        mean = tf.reduce_sum(means * counts, 0) / n
+        between = counts * tf.math.squared_difference(means, mean[tf.newaxis])
+        variance = tf.reduce_sum(squares + between, 0) / n
+        for axis in at if node.attr("keep_dims") else ():
+            variance = tf.expand_dims(variance, axis)
+        return variance
+
+    return emitter.call(combined, [stacked, total], REPLICATED, dims)
+
+
+_OF_PARTS: dict[str, Callable] = {
+    "Max": tf.reduce_max,
+    "Min": tf.reduce_min,
+    "Prod": tf.reduce_prod,
+    "Any": tf.reduce_max,  # Of 0 and 1.
+    "All": tf.reduce_min,
+}
+
+
+def _of_parts(emitter, node, value: Value, where: Value, dims) -> Value:
+    """The reduction of each replica's rows, and then of these."""
+    (own,) = emitter.op(node, [value, where], REPLICATED, dims)
+    parts = emitter.whole(emitter.stacked(own))
+    dtype, combine = node.outputs[0].dtype, _OF_PARTS[node.type]
+
+    def combined(tensor):
+        result = combine(tensor, 0)
+        return result if result.dtype == dtype else tf.cast(result, dtype)
+
+    return emitter.call(combined, [parts], REPLICATED, dims)
+
+
+@rule("L2Loss")
+def _l2_loss(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    (value,) = inputs
+    if value.is_partial:
+        value = emitter.whole(value)
+    return emitter.op(node, [value], PARTIAL if value.has_rows else REPLICATED, [])
+
+
+@rule("BiasAddGrad")
+def _bias_add_grad(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    (value,) = inputs
+    if value.dims is None:
+        return None
+    channels = 1 if node.attr("data_format") == "NCHW" else value.rank - 1
+    dims = [value.dims[channels]]
+    if value.is_partial:
+        return emitter.op(node, [value], PARTIAL, dims)
+    if not value.has_rows:
+        return emitter.op(node, [value], REPLICATED, dims)
+    if value.layout.dim == channels:
+        return None
+    return emitter.op(node, [value], PARTIAL, dims)
+
+
+@rule("ArgMax", "ArgMin")
+def _arg(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where = inputs
+    numbers = ints(where)
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None or numbers is None:
+        return None
+    axes = {numbers[0] % value.rank}
+    dims, layout = reduced(value, axes, False)
+    if value.has_rows and value.layout.dim in axes:
+        return None
+    return emitter.op(node, [value, where], layout, dims)

@@ -1,0 +1,782 @@
+"""Operations that move elements: the rows move with their dimension."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    ROWS,
+    Dim,
+    Layout,
+    by_rows,
+    product,
+    quotient,
+    unknown,
+)
+from distfit.partition.rules.elementwise import align
+from distfit.partition.rules.sizes import ints
+from distfit.partition.tracing import Node
+
+
+def elements_of(value: Value) -> list[Any] | None:
+    """The elements of a vector of sizes."""
+    return None if value.sizes is None else list(value.sizes.flat)
+
+
+# --- Reshape.
+
+
+@rule("Reshape")
+def _reshape(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, shape = inputs
+    wanted = elements_of(shape)
+    if wanted is None or any(w is None for w in wanted):
+        if value.is_partial:  # The shape is that of the global batch.
+            dims = emitter.static_dims(node.outputs[0])
+            return emitter.op(node, [value, emitter.whole(shape)], PARTIAL, dims)
+        return None
+    if not value.has_rows:
+        dims = _resolved(emitter, value, wanted)
+        return emitter.op(node, [value, emitter.whole(shape)], value.layout, dims)
+    found = reshaped(emitter, value, wanted)
+    if found is None:
+        return None
+    dims, layout = found
+    return [to_shape(emitter, value, dims, layout)]
+
+
+def to_shape(
+    emitter: Emitter, value: Value, dims: list[Dim], layout: Layout
+) -> Value:
+    """A value reshaped to global dims that lie by rows."""
+    others = [d for i, d in enumerate(dims) if i != layout.dim]
+    if all(isinstance(d, int) and d > 0 for d in others):
+        static = [-1 if i == layout.dim else d for i, d in enumerate(dims)]
+        return emitter.call(lambda t: tf.reshape(t, static), [value], layout, dims)
+    shape = emitter.local_shape(dims, layout)
+    return emitter.call(tf.reshape, [value, shape], layout, dims)
+
+
+def _resolved(emitter: Emitter, value: Value, wanted: list[Dim]) -> list[Dim]:
+    """The wanted shape with its -1 computed, if that can be."""
+    if -1 not in wanted:
+        return wanted
+    at = wanted.index(-1)
+    rest = product([w for i, w in enumerate(wanted) if i != at])
+    whole = None if value.dims is None else quotient(product(value.dims), rest)
+    return [(unknown() if whole is None else whole) if w == -1 else w for w in wanted]
+
+
+def reshaped(
+    emitter: Emitter, value: Value, wanted: list[Dim]
+) -> tuple[list[Dim], Layout] | None:
+    """The shape and layout of rows after a reshape.
+
+    In the order of the elements there are `left` times the rows, and each has `right`
+    elements. Both stay as they are, so a dimension of the result has the rows if what
+    is before it divides `left`, and what is after it divides `right`.
+    """
+    number = emitter.sizes.number
+    lies, dims = value.layout, value.dims or []
+    left = product([*(number(d) for d in dims[: lies.dim]), lies.blocks])
+    right = product([lies.inner, *(number(d) for d in dims[lies.dim + 1 :])])
+    wanted = [w if w == -1 else number(w) for w in wanted]
+    open_at = wanted.index(-1) if -1 in wanted else None
+    size = product([left, number(ROWS), right])
+    for j in range(len(wanted)):
+        if open_at is not None and open_at != j:
+            rest = product([w for i, w in enumerate(wanted) if i != open_at])
+            filled = quotient(size, rest)
+            if filled is None:
+                return None
+            shape = [filled if i == open_at else w for i, w in enumerate(wanted)]
+        else:
+            shape = list(wanted)
+        blocks = quotient(left, product(shape[:j]))
+        inner = quotient(right, product(shape[j + 1 :]))
+        if not isinstance(blocks, int) or inner is None:
+            continue
+        layout = by_rows(j, blocks, inner)
+        if shape[j] == -1 or emitter.sizes.same(shape[j], layout.size):
+            shape[j] = layout.size
+            return shape, layout
+    return None
+
+
+# --- Dimensions of size 1, order of dimensions.
+
+
+@rule("ExpandDims")
+def _expand_dims(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    value, where = inputs
+    numbers = ints(where)
+    if value.dims is None or numbers is None:
+        return None
+    axis = numbers[0] % (value.rank + 1)
+    dims = [*value.dims[:axis], 1, *value.dims[axis:]]
+    return emitter.op(node, inputs, _inserted(value.layout, axis), dims)
+
+
+def _inserted(layout: Layout, axis: int) -> Layout:
+    """The layout with a new dimension before `axis`."""
+    if layout.kind == "rows" and axis <= layout.dim:
+        return layout.moved(layout.dim + 1)
+    return layout
+
+
+@rule("Squeeze")
+def _squeeze(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    (value,) = inputs
+    if value.dims is None:
+        return None
+    given = node.attr("squeeze_dims")
+    sizes = emitter.sizes
+    if given:
+        axes = sorted({a % value.rank for a in given})
+    else:
+        axes = [i for i, d in enumerate(value.dims) if sizes.is_one(d)]
+        if not all(isinstance(sizes.number(d), int) for d in value.dims):
+            return None  # A size that is not known may be 1.
+    if value.has_rows and value.layout.dim in axes:
+        return None
+    dims = [d for i, d in enumerate(value.dims) if i not in axes]
+    layout = value.layout
+    if value.has_rows:
+        layout = layout.moved(layout.dim - sum(a < layout.dim for a in axes))
+    return [
+        emitter.call(
+            (lambda t: tf.squeeze(t, axes)) if axes else tf.identity,
+            [value],
+            layout,
+            dims,
+        )
+    ]
+
+
+@rule("Transpose", "ConjugateTranspose")
+def _transpose(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where = inputs
+    order = ints(where)
+    if value.dims is None or order is None:
+        return None
+    order = [a % value.rank for a in order]
+    layout = value.layout
+    if value.has_rows:
+        layout = layout.moved(order.index(layout.dim))
+    return emitter.op(node, inputs, layout, [value.dims[a] for a in order])
+
+
+# --- Broadcasts.
+
+
+@rule("Fill")
+def _fill(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    shape, value = inputs
+    return _spread(emitter, node, emitter.whole(value), shape)
+
+
+@rule("BroadcastTo")
+def _broadcast_to(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    value, shape = inputs
+    return _spread(emitter, node, value, shape)
+
+
+def _spread(
+    emitter: Emitter, node: Node, value: Value, shape: Value
+) -> list[Value] | None:
+    dims = elements_of(shape)
+    if dims is None or value.dims is None or not emitter.can_compute(dims):
+        return None
+    if value.has_rows:
+        dim = value.layout.dim + len(dims) - value.rank
+        layout = value.layout.moved(dim)
+        if not emitter.sizes.same(dims[dim], layout.size):
+            return None
+    else:
+        at = _rows_at(dims)
+        if at is None or value.is_partial:
+            shape = emitter.whole(shape)
+            inputs = [shape, value] if node.type == "Fill" else [value, shape]
+            return emitter.op(node, inputs, value.layout, dims)
+        layout = by_rows(at, 1, quotient(dims[at], ROWS) or 1)
+        if layout.size != dims[at]:
+            return None
+        own = at - len(dims) + value.rank
+        if own >= 0 and not emitter.sizes.is_one(value.dims[own]):
+            if not emitter.sizes.same(value.dims[own], layout.size):
+                return None
+            value = emitter.cut(value, layout.moved(own))
+    local = emitter.local_shape(dims, layout)
+    return [emitter.call(tf.broadcast_to, [value, local], layout, dims)]
+
+
+def _rows_at(dims: list[Dim]) -> int | None:
+    """The first dimension that is a multiple of the rows."""
+    return next((i for i, d in enumerate(dims) if quotient(d, ROWS) is not None), None)
+
+
+@rule("Tile")
+def _tile(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where = inputs
+    times = elements_of(where)
+    if value.dims is None or times is None or not emitter.can_compute(times):
+        return None
+    dims = [product([d, t]) for d, t in zip(value.dims, times, strict=True)]
+    if value.is_replicated:
+        at = _rows_at(times)
+        if at is not None and emitter.sizes.is_one(value.dims[at]):
+            layout = by_rows(at, 1, quotient(times[at], ROWS) or 1)
+            if layout.size == times[at]:
+                dims[at] = layout.size
+                local = emitter.local_shape(times, layout)
+                return [emitter.call(tf.tile, [value, local], layout, dims)]
+    if not value.has_rows:
+        return emitter.op(node, [value, emitter.whole(where)], value.layout, dims)
+    layout = value.layout
+    more = times[layout.dim]
+    if more != 1:  # The rows, and then the same rows again.
+        if not isinstance(more, int):
+            return None
+        layout = by_rows(layout.dim, product([layout.blocks, more]), layout.inner)
+    return emitter.op(node, [value, emitter.whole(where)], layout, dims)
+
+
+# --- Joining and taking apart.
+
+
+@rule("ConcatV2")
+def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    *values, where = inputs
+    numbers = ints(where)
+    if numbers is None or any(v.dims is None for v in values):
+        return None
+    axis = numbers[0] % values[0].rank
+    along = [v.dims[axis] for v in values]  # type: ignore[index]
+    dims = list(emitter.sizes.broadcast([v.dims or [] for v in values]))
+    dims[axis] = _total(emitter, along)
+    if all(v.is_partial for v in values):
+        return emitter.op(node, inputs, PARTIAL, dims)
+    values = [emitter.whole(v) if v.is_partial else v for v in values]
+    cut = [v for v in values if v.has_rows]
+    if not cut:
+        return emitter.op(node, [*values, where], REPLICATED, dims)
+    layout = cut[0].layout
+    if layout.dim != axis:
+        laid = _alike(emitter, values, layout)
+        if laid is None:
+            return None
+        dims[layout.dim] = layout.size
+        return emitter.op(node, [*laid, where], layout, dims)
+    return _blocks(emitter, node, values, where, axis, dims)
+
+
+def _total(emitter: Emitter, along: list[Dim]) -> Dim:
+    numbers = [emitter.sizes.number(d) for d in along]
+    if all(isinstance(n, int) for n in numbers):
+        return sum(numbers)  # type: ignore[arg-type]
+    if len({getattr(n, "symbols", None) for n in numbers}) == 1:
+        first: Any = numbers[0]
+        factor = sum(n.factor for n in numbers)  # type: ignore[union-attr]
+        return type(first)(factor, first.symbols)
+    return unknown()
+
+
+def _alike(emitter: Emitter, values: list[Value], layout: Layout) -> Any:
+    """Values of one shape by the same rows; None if they cannot be proven to have
+    them."""
+    laid = []
+    for value in values:
+        if value.layout == layout:
+            laid.append(value)
+        elif emitter.sizes.same(value.dims[layout.dim], layout.size):  # type: ignore[index]
+            laid.append(emitter.cut(emitter.whole(value), layout))
+        else:
+            return None
+    return laid
+
+
+def _blocks(emitter, node, values, where, axis: int, dims) -> list[Value] | None:
+    """Joins along the rows: the rows of the first, then those of the next."""
+    laid, blocks, inner = [], 0, None
+    for value in values:
+        layout = value.layout
+        if not value.has_rows:
+            many = quotient(value.dims[axis], ROWS)
+            if not isinstance(many, int) or many < 1:
+                return None
+            layout = by_rows(axis, many, 1)
+            value = emitter.cut(value, layout)
+        if layout.dim != axis or not isinstance(layout.blocks, int):
+            return None
+        if inner is not None and layout.inner != inner:
+            return None
+        inner = layout.inner
+        blocks += layout.blocks
+        laid.append(value)
+    layout = by_rows(axis, blocks, inner)
+    dims[axis] = layout.size
+    return emitter.op(node, [*laid, where], layout, dims)
+
+
+@rule("Pack")
+def _pack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    if any(v.dims is None for v in inputs):
+        return None
+    rank = inputs[0].rank
+    axis = node.attr("axis") % (rank + 1)
+    dims = list(emitter.sizes.broadcast([v.dims or [] for v in inputs]))
+    dims.insert(axis, len(inputs))
+    if any(v.is_partial for v in inputs) and not any(v.has_rows for v in inputs):
+        laid = [emitter.as_partial(v) for v in inputs]
+        return emitter.op(node, laid, PARTIAL, dims)
+    values = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    if any(v.rank != rank for v in values):
+        return None
+    cut = [v for v in values if v.has_rows]
+    if not cut:
+        return emitter.op(node, values, REPLICATED, dims)
+    laid = _alike(emitter, values, cut[0].layout)
+    if laid is None:
+        return None
+    layout = _inserted(cut[0].layout, axis)
+    dims[layout.dim] = layout.size
+    return emitter.op(node, laid, layout, dims)
+
+
+@rule("Unpack")
+def _unpack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    (value,) = inputs
+    if value.dims is None:
+        return None
+    axis = node.attr("axis") % value.rank
+    dims = [d for i, d in enumerate(value.dims) if i != axis]
+    layout = value.layout
+    if value.has_rows:
+        if layout.dim == axis:
+            return None
+        layout = layout.moved(layout.dim - (axis < layout.dim))
+    count = len(node.outputs)
+    return emitter.op(node, [value], layout, tuple(list(dims) for _ in range(count)))
+
+
+@rule("Split", "SplitV")
+def _split(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    if node.type == "Split":
+        where, value = inputs
+        lengths = None
+    else:
+        value, lengths, where = inputs
+    numbers = ints(where)
+    if value.dims is None or numbers is None:
+        return None
+    axis, count = numbers[0] % value.rank, len(node.outputs)
+    if value.has_rows and value.layout.dim == axis:
+        return _split_rows(emitter, node, value, axis, count, lengths)
+    if lengths is None:
+        share = quotient(emitter.sizes.number(value.dims[axis]), count)
+        sizes: list[Dim | None] = [share] * count
+    else:
+        sizes = elements_of(lengths) or [None] * count
+    shapes = []
+    for i, size in enumerate(sizes):
+        dims = list(value.dims)
+        traced = node.outputs[i].shape
+        static = traced[axis] if traced.rank is not None else None
+        known = size if size is not None and size != -1 else static
+        dims[axis] = unknown() if known is None else known
+        shapes.append(dims)
+    given = [emitter.whole(v) if v is not value else v for v in inputs]
+    return emitter.op(node, given, value.layout, tuple(shapes))
+
+
+def _split_rows(emitter, node, value, axis, count, lengths) -> list[Value] | None:
+    """`fake, real = tf.split(both, 2)`: apart at the borders of blocks."""
+    blocks = value.layout.blocks
+    if lengths is not None or not isinstance(blocks, int) or blocks % count:
+        return None
+    layout = by_rows(axis, blocks // count, value.layout.inner)
+    dims = list(value.dims)
+    dims[axis] = layout.size
+    shapes = tuple(list(dims) for _ in range(count))
+    return emitter.op(node, [emitter.known(axis, tf.int32), value], layout, shapes)
+
+
+# --- Slices.
+
+
+@rule("StridedSlice")
+def _strided_slice(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    value = inputs[0]
+    spec = _Slices.of(emitter, node, value, inputs[1:])
+    if spec is None:
+        return None
+    given = [emitter.whole(v) for v in inputs[1:]]
+    if not value.has_rows:
+        return emitter.op(node, [value, *given], value.layout, spec.dims)
+    rows = spec.rows
+    if rows is None:
+        return None
+    if rows != "all":
+        return spec.of_blocks(emitter, value)
+    return emitter.op(
+        node,
+        [value, *spec.local(emitter, inputs[1:])],
+        value.layout.moved(spec.row_dim),
+        spec.dims,
+    )
+
+
+class _Slices:
+    """What a StridedSlice takes of each dimension.
+
+    Attributes:
+        dims: The shape of the result.
+        rows: `"all"` if it takes all rows; `(first, last)` blocks; None for anything
+            else.
+        row_dim: The dimension of the result that has the rows.
+        only_rows: Whether nothing but rows is sliced.
+    """
+
+    dims: list[Dim]
+    rows: Any = "all"
+    row_dim = 0
+    only_rows = True
+
+    @classmethod
+    def of(cls, emitter: Emitter, node: Node, value: Value, given: list[Value]):
+        elements = [elements_of(v) for v in given]
+        if value.dims is None or elements[2] is None:
+            return None
+        count = len(elements[2])
+        begins, ends, steps = (e or [None] * count for e in elements)
+        masks = {
+            name: node.attr(f"{name}_mask")
+            for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+        }
+        spec = cls()
+        spec.dims = []
+        spec._node = node
+        source = 0
+        for i in range(count):
+            if masks["ellipsis"] >> i & 1:
+                later = sum(
+                    not masks["new_axis"] >> j & 1 for j in range(i + 1, count)
+                )
+                while source < value.rank - later:
+                    spec._keep(value, source)
+                    source += 1
+                continue
+            if masks["new_axis"] >> i & 1:
+                spec.dims.append(1)
+                spec.only_rows = False
+                continue
+            if source >= value.rank:
+                return None
+            begin = None if masks["begin"] >> i & 1 else begins[i]
+            end = None if masks["end"] >> i & 1 else ends[i]
+            known_begin = masks["begin"] >> i & 1 or begins[i] is not None
+            known_end = masks["end"] >> i & 1 or ends[i] is not None
+            shrink = bool(masks["shrink_axis"] >> i & 1)
+            spec._take(
+                emitter,
+                value,
+                source,
+                begin if known_begin else "?",
+                end if known_end else "?",
+                steps[i],
+                shrink,
+            )
+            source += 1
+        while source < value.rank:
+            spec._keep(value, source)
+            source += 1
+        return spec
+
+    def _keep(self, value: Value, source: int) -> None:
+        if value.has_rows and source == value.layout.dim:
+            self.row_dim = len(self.dims)
+        self.dims.append(value.dims[source])  # type: ignore[index]
+
+    def _take(self, emitter, value, source, begin, end, step, shrink) -> None:
+        size = value.dims[source]
+        is_rows = value.has_rows and source == value.layout.dim
+        if shrink:
+            self.only_rows = False
+            if is_rows:
+                self.rows = None
+            return
+        same = emitter.sizes.same
+        from_start = begin is None or begin == 0
+        to_end = end is None or (end != "?" and same(end, size))
+        if step == 1 and from_start and to_end:
+            self._keep(value, source)
+            return
+        if is_rows:
+            self.row_dim = len(self.dims)
+            self.rows = _block_borders(emitter, value, begin, end, step)
+            if self.rows is None:
+                self.dims.append(unknown())
+                return
+            first, last = self.rows
+            layout = value.layout
+            self.dims.append(by_rows(source, last - first, layout.inner).size)
+            return
+        self.only_rows = False
+        traced = self._node.outputs[0].shape
+        number = traced[len(self.dims)] if traced.rank is not None else None
+        length = _length(emitter, size, begin, end, step)
+        if length is None:
+            length = number
+        self.dims.append(unknown() if length is None else length)
+
+    def local(self, emitter: Emitter, given: list[Value]) -> list[Value]:
+        """Begin, end and step for a replica's rows: where all rows are taken, an end
+        that is their number becomes that of the replica."""
+        return [_open_ended(emitter, v, self._node) for v in given]
+
+    def of_blocks(self, emitter: Emitter, value: Value) -> list[Value] | None:
+        """`both[:n]`: the first blocks of rows."""
+        if not self.only_rows or not isinstance(value.layout.inner, int):
+            return None
+        first, last = self.rows
+        layout = by_rows(self.row_dim, last - first, value.layout.inner)
+        d, inner, rank = value.layout.dim, value.layout.inner, value.rank
+
+        def sliced(tensor, shape):
+            count = shape[0]
+            begin, size = [0] * rank, [-1] * rank
+            begin[d], size[d] = first * inner * count, (last - first) * inner * count
+            return tf.slice(tensor, tf.stack(begin), tf.stack(size))
+
+        count = emitter.local_shape([ROWS], by_rows(0))
+        return [emitter.call(sliced, [value, count], layout, self.dims)]
+
+
+def _open_ended(emitter: Emitter, value: Value, node: Node) -> Value:
+    """A vector of ends where what depends on the rows stands for "to the end"."""
+    elements = elements_of(value)
+    if elements is None or not any(
+        quotient(e, ROWS) is not None for e in elements if e is not None
+    ):
+        return emitter.whole(value)
+    largest = 2**31 - 1
+    numbers = [
+        largest if e is not None and quotient(e, ROWS) is not None else e
+        for e in elements
+    ]
+    if not emitter.can_compute(numbers):
+        return emitter.whole(value)
+    return emitter.known(numbers, value.dtype)
+
+
+def _block_borders(emitter, value, begin, end, step) -> tuple[int, int] | None:
+    """The first and last block that a slice of rows takes; None if it cuts one."""
+    layout = value.layout
+    if step != 1 or "?" in (begin, end) or not isinstance(layout.blocks, int):
+        return None
+    one = product([ROWS, layout.inner])
+    borders = []
+    for border, default in ((begin, 0), (end, layout.blocks)):
+        if border is None:
+            borders.append(default)
+            continue
+        if border == 0:
+            borders.append(0)
+            continue
+        many = quotient(border, one)
+        if not isinstance(many, int):
+            return None
+        borders.append(many + layout.blocks if many < 0 else many)
+    first, last = borders
+    return (first, last) if 0 <= first <= last <= layout.blocks else None
+
+
+def _length(emitter, size, begin, end, step) -> int | None:
+    size = emitter.sizes.number(size)
+    given = [begin, end, step]
+    if not isinstance(size, int) or not all(
+        g is None or isinstance(g, int) for g in given
+    ):
+        return None
+    return len(range(*slice(begin, end, step).indices(size)))
+
+
+@rule("Slice")
+def _slice(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, begin, size = inputs
+    begins, sizes = elements_of(begin), elements_of(size)
+    if value.dims is None or begins is None or sizes is None:
+        return None
+    dims: list[Dim] = []
+    for i, (at, many, dim) in enumerate(zip(begins, sizes, value.dims, strict=True)):
+        whole = many is not None and (many == -1 or emitter.sizes.same(many, dim))
+        if at == 0 and whole:
+            dims.append(dim)
+        elif value.has_rows and i == value.layout.dim:
+            return None
+        elif many is not None and many != -1:
+            dims.append(many)
+        elif isinstance(dim, int) and isinstance(at, int) and many == -1:
+            dims.append(dim - at)
+        else:
+            dims.append(unknown())
+    if not value.has_rows:
+        return emitter.op(
+            node, [value, emitter.whole(begin), emitter.whole(size)], value.layout, dims
+        )
+    local = [-1 if i == value.layout.dim else s for i, s in enumerate(sizes)]
+    if not emitter.can_compute(local):
+        return None
+    given = [value, emitter.whole(begin), emitter.known(local, size.dtype)]
+    return emitter.op(node, given, value.layout, dims)
+
+
+@rule("StridedSliceGrad")
+def _strided_slice_grad(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """The gradient of a slice, put back into zeros of the shape that was sliced."""
+    shape, *given, gradient = inputs
+    dims = elements_of(shape)
+    if dims is None or gradient.dims is None or not emitter.can_compute(dims):
+        return None
+    if not gradient.has_rows:
+        laid = [emitter.whole(v) for v in (shape, *given)]
+        return emitter.op(node, [*laid, gradient], gradient.layout, dims)
+    # As if it were the slice of a tensor with these dims, by the rows of one of them.
+    for at, dim in enumerate(dims):
+        inner = quotient(emitter.sizes.number(dim), emitter.sizes.number(ROWS))
+        if inner is None:
+            continue
+        lies = gradient.layout
+        for blocks in {lies.blocks, 1}:
+            rest = quotient(inner, blocks)
+            if rest is None:
+                continue
+            source = Value(by_rows(at, blocks, rest), dims, gradient.dtype)
+            spec = _Slices.of(emitter, node, source, given)
+            if spec is None or spec.rows != "all" or spec.row_dim != lies.dim:
+                continue
+            if source.layout.moved(lies.dim) != lies:
+                continue
+            local = emitter.local_shape(dims, source.layout, shape.dtype)
+            laid = spec.local(emitter, given)
+            return emitter.op(node, [local, *laid, gradient], source.layout, dims)
+        found = _padded_blocks(emitter, node, gradient, dims, at, given)
+        if found is not None:
+            return found
+    return None
+
+
+def _padded_blocks(emitter, node, gradient, dims, at, given) -> list[Value] | None:
+    """The gradient of `both[:n]`: zeros for the blocks that were not taken."""
+    lies = gradient.layout
+    inner = lies.inner
+    if lies.dim != at or not isinstance(inner, int):
+        return None
+    blocks = quotient(dims[at], product([ROWS, inner]))
+    if not isinstance(blocks, int):
+        return None
+    source = Value(by_rows(at, blocks, inner), dims, gradient.dtype)
+    spec = _Slices.of(emitter, node, source, given)
+    if spec is None or spec.rows in ("all", None) or not spec.only_rows:
+        return None
+    first, last = spec.rows
+    if last - first != lies.blocks:
+        return None
+    rank = len(dims)
+
+    def padded(tensor, shape):
+        count = shape[0] * inner
+        paddings = [[0, 0]] * rank
+        paddings[at] = [first * count, (blocks - last) * count]
+        return tf.pad(tensor, paddings)
+
+    count = emitter.local_shape([ROWS], by_rows(0))
+    return [emitter.call(padded, [gradient, count], source.layout, dims)]
+
+
+# --- Padding, order, running sums: along other dimensions than the rows.
+
+
+@rule("Pad", "PadV2", "MirrorPad")
+def _pad(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where, *rest = inputs
+    numbers = elements_of(where)
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None or numbers is None:
+        return None
+    dims: list[Dim] = []
+    for i, dim in enumerate(value.dims):
+        before, after = numbers[2 * i : 2 * i + 2]
+        if before == 0 and after == 0:
+            dims.append(dim)
+            continue
+        if value.has_rows and i == value.layout.dim:
+            return None
+        if all(isinstance(n, int) for n in (before, dim, after)):
+            dims.append(before + dim + after)  # type: ignore[operator]
+        else:
+            dims.append(unknown())
+    given = [emitter.whole(v) for v in (where, *rest)]
+    return emitter.op(node, [value, *given], value.layout, dims)
+
+
+@rule("Cumsum", "Cumprod", "ReverseV2", "CumulativeLogsumexp")
+def _along(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, where = inputs
+    numbers = ints(where)
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None or numbers is None:
+        return None
+    axes = {a % value.rank for a in numbers}
+    if value.has_rows and value.layout.dim in axes:
+        return None
+    return emitter.op(node, [value, where], value.layout, value.dims)
+
+
+@rule("TopKV2")
+def _top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, k = inputs
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None or (value.has_rows and value.layout.dim == value.rank - 1):
+        return None
+    many = (elements_of(k) or [None])[0]
+    dims = [*value.dims[:-1], unknown() if many is None else many]
+    return emitter.op(
+        node, [value, emitter.whole(k)], value.layout, (dims, list(dims))
+    )
+
+
+@rule("OneHot")
+def _one_hot(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, depth, *rest = inputs
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None:
+        return None
+    axis = node.attr("axis") % (value.rank + 1)
+    classes = (elements_of(depth) or [None])[0]
+    size = unknown() if classes is None else classes
+    dims = [*value.dims[:axis], size, *value.dims[axis:]]
+    given = [emitter.whole(v) for v in (depth, *rest)]
+    return emitter.op(node, [value, *given], _inserted(value.layout, axis), dims)
+
+
+@rule("Range")
+def _range(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    """`tf.range(n)`: its size is known, so its rows can be cut."""
+    start, limit, step = ((elements_of(v) or [None])[0] for v in inputs)
+    size = limit if start == 0 and step == 1 and limit is not None else unknown()
+    return emitter.op(node, [emitter.whole(v) for v in inputs], REPLICATED, [size])
+
+
+_ = align

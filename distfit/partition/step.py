@@ -1,0 +1,296 @@
+"""A step of one device, on all replicas of this process.
+
+This is where the parts come together: the step is traced, its graph is laid out and
+emitted for all replicas, and placed where a compiled function needs it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+from distfit.partition import tracing
+from distfit.partition.emission import Emitter, Finding, Resource, Value
+from distfit.partition.exchanges import Replicas
+from distfit.partition.layouts import REPLICATED, ROWS, Sizes, by_rows, unknown
+from distfit.partition.program import Program
+from distfit.partition.tracing import Edge, Flat, Node
+
+
+@dataclasses.dataclass
+class Share:
+    """What the replicas of this process get of a global batch.
+
+    Attributes:
+        parts: For each tensor of the batch, what each replica has of it: its rows, or
+            all of it where it has none.
+        wholes: For each tensor, all of it; None where this process has only a part.
+        total, start, count: int32 scalars for each replica: the rows of the global
+            batch, the first row of the replica and its number of rows.
+        index: For each replica, which of all it is.
+    """
+
+    parts: list[list]
+    wholes: list[Any]
+    total: list
+    start: list
+    count: list
+    index: list
+
+
+class Step:
+    """`function(batch)` of one device, made for N replicas.
+
+    Args:
+        function: Takes a batch, returns a structure of tensors.
+        spec: The structure of specs of a global batch.
+        has_rows: For each tensor of the batch, whether its first dimension is the rows.
+        rows: The number of rows of every batch, or None if it may change.
+        replicas: The replicas of this process.
+        first_replica: The index of the first of them among all.
+        scope: Returns the context in which variables that the step makes are created.
+        jit: Whether what lies between exchanges is compiled by XLA.
+        shared_wholes: Whether every process has the whole batch.
+        keep_rows: Whether outputs that lie by rows are only those of this process.
+
+    Attributes:
+        outputs: The structure that `function` returns, of tensors of the traced graph.
+        layouts: The layout of each output.
+        lasting: For each output, whether it is a function of variables alone, as they
+            are after the step: then it is computed only when it is asked for.
+        findings: What every replica computes in full.
+        written: The resources that the step writes to.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        spec: Any,
+        *,
+        has_rows: Sequence[bool],
+        rows: int | None,
+        replicas: Replicas,
+        scope: Callable,
+        jit: bool = False,
+        shared_wholes: bool = True,
+        keep_rows: bool = False,
+    ):
+        self.replicas = replicas
+        self.jit = jit
+        self.has_rows = list(has_rows)
+        self._rows = rows
+        self._shared_wholes = shared_wholes
+        self._keep_rows = keep_rows
+        self._graph = tracing.trace(function, spec, scope)
+        self.outputs = self._graph.structured_outputs
+        self._flat = Flat(self._graph)
+        self._num_leaves = len(self._flat.inputs) - len(self._graph.captures)
+        self._handles = [
+            graphs.copies_of(outer, replicas.strategy, replicas.count)
+            for outer, _ in self._graph.captures
+        ]
+        self.findings: list[Finding] = []
+        self.lasting = [self._is_lasting(edge) for edge in self._flat.outputs]
+        self.written = self._written()
+        self._plan()
+
+    # --- Looking at the traced graph.
+
+    def _written(self) -> list[Any]:
+        inputs = self._flat.inputs[self._num_leaves :]
+        outer = {n: o for n, (o, _) in zip(inputs, self._graph.captures, strict=True)}
+        found = []
+        for node in self._flat.nodes:
+            if node.has_effect:
+                found += [outer[e.node] for e in node.inputs if e.node in outer]
+        return [handle for handle in found if handle.dtype == tf.resource]
+
+    def _is_lasting(self, edge: Edge) -> bool:
+        """Whether an output depends on nothing but the variables after the step."""
+        reached = tracing.reached([edge.node])
+        leaves = set(self._flat.inputs[: self._num_leaves])
+        reads = [n for n in reached if n.type == "ReadVariableOp"]
+        if not reads or reached & leaves:
+            return False
+        if any(
+            n.type != "ReadVariableOp" and n.type != "Input" and n.op.op_def.is_stateful
+            for n in reached
+        ):
+            return False
+        order = {node: i for i, node in enumerate(self._flat.nodes)}
+        written: dict[Node, int] = {}
+        for node in self._flat.nodes:
+            if node.has_effect:
+                for given in node.inputs:
+                    written[given.node] = order[node]
+        return all(order[n] > written.get(n.inputs[0].node, -1) for n in reads)
+
+    # --- Making the programs.
+
+    def _plan(self) -> None:
+        last = [i for i, lasts in enumerate(self.lasting) if lasts]
+        now = [i for i, lasts in enumerate(self.lasting) if not lasts]
+        outputs = self._flat.outputs
+        self.layouts = [REPLICATED] * len(outputs)
+        self._now, self._last = now, last
+        if self.replicas.num_replicas == 1:
+            return
+        self._program = self._emitted(
+            self._flat.needed([outputs[i] for i in now]), now, True
+        )
+        reached = tracing.reached([outputs[i].node for i in last])
+        self._read_program = self._emitted(
+            [n for n in self._flat.nodes if n in reached], last, False
+        )
+
+    def _emitted(self, nodes: list[Node], outputs: list[int], keep: bool) -> Program:
+        """The program of some nodes.
+
+        Args:
+            nodes: The nodes, in order.
+            outputs: Which outputs of the step it returns.
+            keep: Whether outputs that are sums over replicas stay their parts.
+        """
+        sizes = Sizes(self._rows)
+        emitter = Emitter(sizes, self.replicas.num_replicas, self.findings)
+        self._feed(emitter)
+        emitter.run(nodes)
+        values = []
+        for i in outputs:
+            value = emitter.values[self._flat.outputs[i]]
+            if not (keep and (value.is_partial or self._stays_cut(value))):
+                value = emitter.whole(value)
+            self.layouts[i] = value.layout
+            values.append(value)
+        return emitter.program(values)
+
+    def _stays_cut(self, value: Value) -> bool:
+        return self._keep_rows and value.layout == by_rows(0)
+
+    def _feed(self, emitter: Emitter) -> None:
+        leaves = self._flat.inputs[: self._num_leaves]
+        for node, has_rows in zip(leaves, self.has_rows, strict=True):
+            (traced,) = node.outputs
+            rank = traced.shape.rank
+            dims = None
+            if rank is not None:
+                dims = [unknown() if d is None else d for d in traced.shape]
+            if not has_rows:
+                emitter.values[Edge(node, 0)] = emitter.input(
+                    traced.dtype, REPLICATED, dims
+                )
+                emitter.input(tf.int32)  # In the place of a whole.
+                continue
+            assert_dims: Any = dims
+            dims = [ROWS, *assert_dims[1:]]
+            part = emitter.input(traced.dtype, by_rows(0), dims)
+            whole = emitter.input(traced.dtype, REPLICATED, dims)
+            if self._shared_wholes:
+                part.whole = whole
+            emitter.values[Edge(node, 0)] = part
+        captured = self._flat.inputs[self._num_leaves :]
+        resources: dict[int, Resource] = {}
+        for node, (kind, copies) in zip(captured, self._handles, strict=True):
+            (traced,) = node.outputs
+            resource = None
+            if traced.dtype == tf.resource:
+                resource = resources.setdefault(id(copies[0]), Resource(kind))
+            dims = emitter.static_dims(traced)
+            value = emitter.input(traced.dtype, REPLICATED, dims, resource=resource)
+            value.node = node
+            emitter.values[Edge(node, 0)] = value
+
+    # --- Placing them.
+
+    def place(self, share: Share) -> list[list]:
+        """Adds the step to the current graph.
+
+        Returns:
+            For each output that is not lasting, what the replicas have of it.
+        """
+        if self.replicas.num_replicas == 1:
+            return self._place_alone(share)
+        given = []
+        for part, whole in zip(share.parts, share.wholes, strict=True):
+            given.append(part)
+            alike = part if whole is None else [whole] * self.replicas.count
+            given.append(alike)
+        given += [copies for _, copies in self._handles]
+        rows = [share.total, share.start, share.count, share.index]
+        return self._program.place(given, rows, self.replicas, self.jit)
+
+    def _place_alone(self, share: Share) -> list[list]:
+        device = self.replicas.devices[0]
+        given = [part[0] for part in share.parts]
+        given += [copies[0] for _, copies in self._handles]
+        wanted = [self._graph.outputs[i] for i in self._now]
+
+        def instance(*tensors):
+            return graphs.instance_of_function(self._graph, tensors, wanted, device)
+
+        if self.jit:
+            with tf.device(device):
+                instance = tf.function(instance, autograph=False, jit_compile=True)
+                return [[t] for t in instance(*given)]
+        return [[t] for t in instance(*given)]
+
+    @property
+    def returned(self) -> list[tuple]:
+        """The static shape and dtype of what `place` returns of each output."""
+        found = []
+        for i in self._now:
+            tensor = self._flat.outputs[i].node.outputs[self._flat.outputs[i].index]
+            shape = tensor.shape.as_list() if tensor.shape.rank is not None else []
+            if self.layouts[i].kind == "rows":
+                shape[self.layouts[i].dim] = None
+            found.append((shape, tensor.dtype))
+        return found
+
+    def results(self, placed: list[list]) -> Any:
+        """Adds the outputs of the step to the current graph.
+
+        Args:
+            placed: What `place` has returned, of the latest step.
+
+        Returns:
+            The structure that the step returns.
+        """
+        flat: list[Any] = [None] * len(self.layouts)
+        for i, value in zip(self._last, self._read(), strict=True):
+            flat[i] = value
+        sums = [
+            (i, parts)
+            for i, parts in zip(self._now, placed, strict=True)
+            if self.layouts[i].kind == "partial"
+        ]
+        summed = self.replicas.sum([parts for _, parts in sums])
+        totals = {i: s[0] for (i, _), s in zip(sums, summed, strict=True)}
+        for i, parts in zip(self._now, placed, strict=True):
+            if self.layouts[i].kind == "rows":
+                with tf.device("CPU:0"):
+                    flat[i] = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
+            else:
+                flat[i] = totals.get(i, parts[0])
+        tensors = iter(flat)
+        leaves = tf.nest.flatten(self.outputs, expand_composites=True)
+        filled = [next(tensors) if tf.is_tensor(leaf) else leaf for leaf in leaves]
+        return tf.nest.pack_sequence_as(self.outputs, filled, expand_composites=True)
+
+    def _read(self) -> list[Any]:
+        """Adds the lasting outputs to the current graph: their values, in order."""
+        handles = [copies for _, copies in self._handles]
+        if self.replicas.num_replicas == 1:
+            return graphs.instance_of_reads(
+                self._graph,
+                [copies[0] for copies in handles],
+                [self._graph.outputs[i] for i in self._last],
+                self.replicas.devices[0],
+            )
+        nothing = [tf.constant(0)] * self.replicas.count
+        given = [nothing] * (2 * self._num_leaves) + handles
+        rows = [nothing] * 4
+        results = self._read_program.place(given, rows, self.replicas)
+        return [parts[0] for parts in results]
+

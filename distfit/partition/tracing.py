@@ -1,0 +1,202 @@
+"""A step as one device's graph: traced, calls inlined, in the order of its operations.
+
+The result is a list of `Node`s. What the graph takes from outside are nodes of type
+"Input"; every other node is an operation of the traced graph.
+"""
+
+import linecache
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+
+# Operations that are marked as stateful and need not happen if nobody uses the result.
+_READS = {
+    *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"),
+    *("VarHandleOp", "VarIsInitializedOp", "Placeholder", "PlaceholderWithDefault"),
+    *("HashTableV2", "MutableHashTableV2", "AnonymousHashTable"),
+    *("LookupTableFindV2", "LookupTableSizeV2", "LookupTableExportV2"),
+    *("StatelessIf", "StatelessWhile", "StatelessCase"),
+    *("EmptyTensorList", "TensorListReserve"),
+}
+CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+
+
+class Edge(NamedTuple):
+    """The output `index` of a node."""
+
+    node: "Node"
+    index: int
+
+
+class Node:
+    """An operation of the traced graph, with its inputs after calls were inlined.
+
+    Attributes:
+        op: The `tf.Operation`.
+        type: Its type, or "Input".
+        inputs: The edges that it takes.
+        outputs: The `tf.Tensor`s that it gives in the traced graph.
+    """
+
+    __slots__ = ("op", "type", "inputs", "outputs")
+
+    def __init__(self, op: tf.Operation, inputs: Sequence[Edge], type: str = ""):
+        self.op = op
+        self.type = type or op.type
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(op.outputs)
+
+    def attr(self, name: str) -> Any:
+        """An attribute of the operation; bytes are decoded."""
+        value = self.op.get_attr(name)
+        return value.decode() if isinstance(value, bytes) else value
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it must happen even if nothing uses its result."""
+        return self.op.op_def.is_stateful and self.type not in _READS
+
+    def line(self) -> str:
+        """Where the user's code makes it, as `file:line  source`; else its name."""
+        for frame in reversed(self.op.traceback or ()):
+            if _is_of_user(frame.filename):
+                source = linecache.getline(frame.filename, frame.lineno).strip()
+                return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
+        return self.op.name
+
+    def __repr__(self) -> str:
+        return f"<{self.type} {self.op.name}>"
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_LIBRARIES = (
+    sysconfig.get_paths()["purelib"] + os.sep,
+    sysconfig.get_paths()["stdlib"] + os.sep,
+    _PACKAGE,
+    "<",
+)
+_EXAMPLES = (_PACKAGE + "models" + os.sep,)
+
+
+def _is_of_user(filename: str) -> bool:
+    return filename.startswith(_EXAMPLES) or not filename.startswith(_LIBRARIES)
+
+
+class Flat:
+    """A graph with its calls inlined.
+
+    Args:
+        graph: A `FuncGraph`.
+
+    Attributes:
+        inputs: The nodes of the graph's inputs, in order.
+        nodes: All nodes that are not inputs, each after those that it depends on, and
+            operations with effects in the order in which they were made.
+        outputs: The edges that the graph returns.
+    """
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self.inputs = [Node(t.op, (), "Input") for t in graph.inputs]
+        self.nodes: list[Node] = []
+        self.outputs = self._inline(graph, [Edge(n, 0) for n in self.inputs])
+
+    def _inline(self, graph: Any, feeds: Sequence[Edge]) -> list[Edge]:
+        edges = {
+            t.ref(): edge for t, edge in zip(graph.inputs, feeds, strict=True)
+        }
+        for op in _in_order(graph):
+            if op.outputs and op.outputs[0].ref() in edges:
+                continue
+            inputs = [edges[t.ref()] for t in op.inputs]
+            if op.type in CALLS:
+                outputs = self._inline(graphs.body_of(op, "f"), inputs)
+            else:
+                node = Node(op, inputs)
+                self.nodes.append(node)
+                outputs = [Edge(node, i) for i in range(len(op.outputs))]
+            edges.update(
+                (t.ref(), edge) for t, edge in zip(op.outputs, outputs, strict=True)
+            )
+        return [edges[t.ref()] for t in graph.outputs]
+
+    def needed(self, outputs: Iterable[Edge]) -> list[Node]:
+        """The nodes that effects and the given outputs depend on, in order."""
+        wanted = [edge.node for edge in outputs]
+        wanted += [node for node in self.nodes if node.has_effect]
+        found = reached(wanted)
+        return [node for node in self.nodes if node in found]
+
+
+def reached(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they depend on."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [edge.node for edge in node.inputs]
+    return found
+
+
+def _in_order(graph: Any) -> Iterator[tf.Operation]:
+    """Operations in the order in which they were made, and after their inputs.
+
+    The first is not enough: the gradient of a loop gives it further inputs later.
+    """
+    seen: set[tf.Operation] = set()
+    for first in graph.get_operations():
+        stack = [first]
+        while stack:
+            op = stack[-1]
+            if op in seen:
+                stack.pop()
+                continue
+            missing = [t.op for t in op.inputs if t.op not in seen]
+            if missing:
+                stack += missing
+            else:
+                seen.add(stack.pop())
+                yield op
+
+
+def trace(function: Callable, spec: Any, scope: Callable) -> Any:
+    """Traces `function(batch)` as for one device.
+
+    Args:
+        function: Takes a batch and returns a structure of tensors.
+        spec: The structure of the specs of a batch.
+        scope: Returns the context in which variables that it makes are created.
+
+    Returns:
+        A `FuncGraph`; its captures are what the function takes from outside.
+
+    Raises:
+        ValueError: if the function makes a variable of a value that it computes.
+    """
+
+    def create(next_creator, **kwargs):
+        if tf.executing_eagerly():  # Below, and after the creators of the scope.
+            return next_creator(**kwargs)
+        initial = kwargs.get("initial_value")
+        if tf.is_tensor(initial) and not hasattr(initial, "numpy"):
+            raise ValueError(
+                "A variable cannot be created in a step from a value of the step. "
+                f"Received: a variable {kwargs.get('name')!r}. Create it before, or "
+                "give it an initializer."
+            )
+        kwargs.pop("colocate_with", None)
+        with tf.init_scope(), scope():
+            return tf.Variable(**{k: v for k, v in kwargs.items() if v is not None})
+
+    def traced(batch):
+        with tf.variable_creator_scope(create), graphs.as_first_replica():
+            return function(batch)
+
+    return graphs.trace(traced, spec)

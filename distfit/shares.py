@@ -1,0 +1,136 @@
+"""What each replica gets of a global batch: its rows of every tensor that has rows."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit import workers
+from distfit.partition.exchanges import Replicas
+from distfit.partition.step import Share
+
+
+class Layout:
+    """Which tensors of a batch have rows.
+
+    A tensor has rows if its first dimension is that of the batch. Where the specs tell
+    sizes, most of the tensors agree on that of the batch; a size that is open is taken
+    for it, which is checked when a batch is cut.
+
+    Args:
+        spec: The structure of specs of a global batch.
+
+    Attributes:
+        has_rows: For each tensor of the batch, composite ones taken apart, whether it
+            has rows.
+        rows: The number of rows of every batch; None if it may change.
+    """
+
+    def __init__(self, spec: Any):
+        leaves = [s for s in tf.nest.flatten(spec) if isinstance(s, tf.TypeSpec)]
+        dense = [s for s in leaves if _has_first_dimension(s)]
+        sizes = [s.shape[0] for s in dense]
+        self.rows: int | None = None
+        if sizes and None not in sizes:
+            self.rows = collections.Counter(sizes).most_common(1)[0][0]
+        self.has_rows: list[bool] = []
+        for leaf in leaves:
+            if isinstance(leaf, tf.TensorSpec):
+                takes = _has_first_dimension(leaf) and leaf.shape[0] == self.rows
+                self.has_rows.append(takes)
+            else:
+                self.has_rows += [False] * len(
+                    tf.nest.flatten(leaf, expand_composites=True)
+                )
+
+
+def _has_first_dimension(spec: tf.TypeSpec) -> bool:
+    return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
+
+
+def tensors_of(batch: Any) -> list[tf.Tensor]:
+    """The tensors of a batch, composite ones taken apart, without what is None."""
+    flat = tf.nest.flatten(batch, expand_composites=True)
+    return [t for t in flat if tf.is_tensor(t)]
+
+
+def shares(
+    batch: Any, has_rows: Sequence[bool], replicas: Replicas
+) -> Share:
+    """Cuts a global batch for the replicas of this process.
+
+    Replica r of N has rows `[total * r // N, total * (r + 1) // N)`; where there are
+    fewer rows than replicas, some have none.
+    """
+    tensors = tensors_of(batch)
+    local, every = replicas.count, replicas.num_replicas
+    if every == 1:
+        return Share([[t] for t in tensors], [None] * len(tensors), [], [], [], [])
+    with tf.device("CPU:0"):
+        rowed = [t for t, rows in zip(tensors, has_rows, strict=True) if rows]
+        total = tf.shape(rowed[0])[0] if rowed else tf.constant(0)
+        bounds = total * tf.range(every + 1) // every
+        counts = bounds[1:] - bounds[:-1]
+        own = slice(replicas.first, replicas.first + local)
+        parts = []
+        for tensor, rows in zip(tensors, has_rows, strict=True):
+            if rows:
+                # A tensor with another number of rows is an error here.
+                pieces = tf.split(tensor, counts, num=every)
+                parts.append(pieces[own])
+            else:
+                parts.append([tensor] * local)
+        starts = tf.unstack(bounds[:-1], num=every)
+        return Share(
+            parts,
+            list(tensors),
+            [total] * local,
+            starts[own],
+            tf.unstack(counts, num=every)[own],
+            [tf.constant(replicas.first + r) for r in range(local)],
+        )
+
+
+def shares_of_shards(
+    batches: Sequence[Any],
+    counts: tf.Tensor,
+    has_rows: Sequence[bool],
+    replicas: Replicas,
+) -> Share:
+    """The share of each replica, where each brings its own rows.
+
+    Args:
+        batches: What each replica of this process brings.
+        counts: int32 of shape (num_replicas,): the rows of all replicas.
+        has_rows: For each tensor, whether it has rows.
+        replicas: The replicas of this process.
+    """
+    every = replicas.num_replicas
+    with tf.device("CPU:0"):
+        each = tf.unstack(counts, num=every)
+        starts = tf.unstack(tf.cumsum(counts, exclusive=True), num=every)
+        own = slice(replicas.first, replicas.first + replicas.count)
+        parts = [
+            [
+                tensor[:rows] if rowed else tensor
+                for tensor, rows in zip(of_replicas, each[own], strict=True)
+            ]
+            for of_replicas, rowed in zip(
+                zip(*map(tensors_of, batches), strict=True), has_rows, strict=True
+            )
+        ]
+        total = [tf.reduce_sum(counts)] * replicas.count
+    index = [tf.constant(replicas.first + r) for r in range(replicas.count)]
+    return Share(parts, [None] * len(parts), total, starts[own], each[own], index)
+
+
+def replicas_of(strategy: tf.distribute.Strategy) -> Replicas:
+    """The replicas of this process."""
+    every = strategy.num_replicas_in_sync
+    try:
+        devices = list(strategy.extended.worker_devices)
+    except (AttributeError, RuntimeError):  # No strategy at all.
+        devices = [""]
+    team = workers.of(strategy)
+    return Replicas(strategy, devices[: every // team.count], every, team.first_replica)

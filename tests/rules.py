@@ -1,0 +1,138 @@
+"""Runs a function of a batch on one device and partitioned, and compares the results.
+
+A property test draws arrays and how their rows are split, and calls `check`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from distfit.partition.exchanges import Replicas
+from distfit.partition.step import Share, Step
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a partitioned run gave.
+
+    Attributes:
+        results: The outputs, flat, as arrays.
+        layouts: Their layouts, as `"replicated"`, `"partial"` or `"rows"`.
+        fallen: The types of operations that were computed in full on every replica.
+        exchanges: How many levels of the program exchange something.
+    """
+
+    results: list[np.ndarray]
+    layouts: list[str]
+    fallen: list[str]
+    exchanges: int
+
+
+def splits(max_rows: int = 7) -> st.SearchStrategy[list[int]]:
+    """The rows of 2 or 3 replicas: uneven, single and none at all."""
+    return st.lists(st.integers(0, max_rows), min_size=2, max_size=3).filter(any)
+
+
+def partitioned(
+    function: Callable, arrays: Sequence[Any], counts: Sequence[int], rows=None
+) -> Outcome:
+    """Runs `function(*arrays)` on replicas that have `counts` rows.
+
+    Args:
+        function: A TensorFlow function. An array has rows if its first dimension is the
+            sum of `counts`; if that is so by chance, give it as a constant instead.
+        arrays: The arguments.
+        counts: The rows of each replica.
+        rows: The number of rows, if it is to be known while tracing.
+    """
+    total = sum(counts)
+    has_rows = [np.ndim(a) > 0 and np.shape(a)[0] == total for a in arrays]
+    spec = tuple(
+        tf.TensorSpec([rows if r else n, *np.shape(a)[1:]] if np.ndim(a) else [], a.dtype)
+        for a, r in zip(arrays, has_rows, strict=True)
+        for n in [np.shape(a)[0] if np.ndim(a) else None]
+    )
+    devices = [f"CPU:{i}" for i in range(len(counts))]
+    replicas = Replicas(None, devices, len(counts))
+    step = Step(
+        lambda batch: function(*batch),
+        spec,
+        has_rows=has_rows,
+        rows=rows,
+        replicas=replicas,
+        scope=lambda: tf.device(None),
+        keep_rows=True,
+    )
+
+    @tf.function(autograph=False)
+    def run():
+        tensors = [tf.constant(a) for a in arrays]
+        parts = [
+            tf.split(t, counts) if r else [t] * len(counts)
+            for t, r in zip(tensors, has_rows, strict=True)
+        ]
+        starts = np.cumsum([0, *counts[:-1]])
+        share = Share(
+            parts,
+            tensors,
+            [tf.constant(total)] * len(counts),
+            [tf.constant(int(n)) for n in starts],
+            [tf.constant(n) for n in counts],
+            [tf.constant(i) for i in range(len(counts))],
+        )
+        return step.results(step.place(share))
+
+    results = [t.numpy() for t in tf.nest.flatten(run())]
+    program = step._program
+    return Outcome(
+        results,
+        [layout.kind for layout in step.layouts],
+        [finding.type for finding in step.findings],
+        sum(bool(level.meetings) for level in program.levels),
+    )
+
+
+def check(
+    function: Callable,
+    arrays: Sequence[Any],
+    counts: Sequence[int],
+    *,
+    falls_back: bool | None = False,
+    rows: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Outcome:
+    """Asserts that a partitioned run gives what one device gives.
+
+    Args:
+        function, arrays, counts, rows: As for `partitioned`.
+        falls_back: Whether an operation must be computed in full (None: it may).
+        rtol, atol: Tolerances; values that are not finite must be equal.
+    """
+    total = sum(counts)
+    has_rows = [np.ndim(a) > 0 and np.shape(a)[0] == total for a in arrays]
+    spec = [
+        tf.TensorSpec([None if r and rows is None else n, *np.shape(a)[1:]], a.dtype)
+        if np.ndim(a)
+        else tf.TensorSpec([], a.dtype)
+        for a, r in zip(arrays, has_rows, strict=True)
+        for n in [np.shape(a)[0] if np.ndim(a) else None]
+    ]
+    one = tf.function(function, autograph=False, input_signature=spec)
+    expected = [t.numpy() for t in tf.nest.flatten(one(*map(tf.constant, arrays)))]
+    outcome = partitioned(function, arrays, counts, rows)
+    assert len(outcome.results) == len(expected)
+    for got, want in zip(outcome.results, expected, strict=True):
+        assert got.shape == want.shape
+        assert got.dtype == want.dtype
+        if got.dtype.kind in "fc":
+            np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
+        else:
+            np.testing.assert_array_equal(got, want)
+    if falls_back is not None:
+        assert bool(outcome.fallen) == falls_back, outcome.fallen
+    return outcome
