@@ -24,11 +24,7 @@ from distfit import datasets
 
 @keras.saving.register_keras_serializable(package="distfit")
 class GAN(distfit.Model):
-    """A discriminator learns to tell digits from drawings, a generator to fool it.
-
-    Random numbers come from `distfit.random`: any number of replicas gives the same
-    losses.
-    """
+    """A discriminator learns to tell digits from drawings, a generator to fool it."""
 
     def __init__(self, discriminator, generator, latent_dim, seed=1337):
         super().__init__()
@@ -57,20 +53,19 @@ class GAN(distfit.Model):
         batch_size = tf.shape(real_images)[0]
 
         # Draw fakes and put them before the real digits.
-        random_latent_vectors = distfit.random.normal(
+        random_latent_vectors = keras.random.normal(
             shape=(batch_size, self.latent_dim), seed=self.seed_generator
         )
         generated_images = self.generator(random_latent_vectors)
         combined_images = tf.concat([generated_images, real_images], axis=0)
 
         # Fakes are labelled 1, digits 0, with a little noise to keep the discriminator
-        # unsure. Each half draws its own: the rows of a draw are those of the batch.
+        # unsure.
         labels = tf.concat(
-            [
-                tf.ones((batch_size, 1)) + self.label_noise(batch_size),
-                tf.zeros((batch_size, 1)) + self.label_noise(batch_size),
-            ],
-            axis=0,
+            [tf.ones((batch_size, 1)), tf.zeros((batch_size, 1))], axis=0
+        )
+        labels += 0.05 * keras.random.uniform(
+            tf.shape(labels), seed=self.seed_generator
         )
 
         # Train the discriminator.
@@ -80,7 +75,7 @@ class GAN(distfit.Model):
         grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
         self.d_optimizer.apply(grads, self.discriminator.trainable_weights)
 
-        random_latent_vectors = distfit.random.normal(
+        random_latent_vectors = keras.random.normal(
             shape=(batch_size, self.latent_dim), seed=self.seed_generator
         )
         misleading_labels = tf.zeros((batch_size, 1))  # "these are all digits"
@@ -98,9 +93,6 @@ class GAN(distfit.Model):
             "d_loss": self.d_loss_tracker.result(),
             "g_loss": self.g_loss_tracker.result(),
         }
-
-    def label_noise(self, rows):
-        return 0.05 * distfit.random.uniform((rows, 1), seed=self.seed_generator)
 
     def get_config(self):
         return {

@@ -3,7 +3,7 @@
     python -m launch --model=masked_lm
 
 Digits are written as sequences of up to 32 tokens, one for each cell with ink, and a
-small transformer fills in those that `distfit.random` hid. The loss is divided by the
+small transformer fills in those that were hidden by chance. The loss is divided by the
 number of hidden tokens of the global batch, however they are spread over replicas.
 
 Measured on the shipped sample, 8 epochs over 10,000 digits: 59.4 % of the hidden tokens
@@ -35,9 +35,8 @@ class MaskedLM(distfit.Model):
     As in Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for
     Language Understanding" (2019), but a hidden token is always replaced by [MASK].
 
-    The loss is the mean over the hidden tokens of the global batch. Sequences hide
-    different numbers of them, and so do replicas: a mean of the replicas' means would
-    be another number.
+    The loss is the mean over the hidden tokens of the batch, of which sequences have
+    different numbers.
 
     Args:
         network: A network from tokens (rows, length) to logits (rows, length,
@@ -86,9 +85,7 @@ class MaskedLM(distfit.Model):
 
     def choose(self, tokens):
         """Which tokens to hide: bools of the shape of `tokens`, never for padding."""
-        chance = distfit.random.uniform(
-            (tf.shape(tokens)[0], tokens.shape[1]), seed=self.seed_generator
-        )
+        chance = keras.random.uniform(tf.shape(tokens), seed=self.seed_generator)
         return tf.logical_and(chance < self.mask_rate, tokens != PADDING)
 
     def tracked(self, loss, tokens, logits, hidden):

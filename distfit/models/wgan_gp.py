@@ -3,9 +3,9 @@
     python -m launch --model=wgan_gp
 
 The critic's loss holds a penalty on the gradients of its scores, so the step takes
-second-order gradients through losses of the global batch. A step updates the critic
-three times, in a plain Python loop, and the generator once. After each epoch
-`<workdir>/samples/epoch-001.png`, `epoch-002.png`, ... show 64 drawings.
+second-order gradients. A step updates the critic three times, in a plain Python loop,
+and the generator once. After each epoch `<workdir>/samples/epoch-001.png`,
+`epoch-002.png`, ... show 64 drawings.
 
 Measured on the shipped sample, 5 epochs over 12,000 digits: distance 0.652 on 1
 replica and 0.638 on 2, down from 5.797 and 5.802 in the first epoch, in about two
@@ -30,8 +30,7 @@ class WGAN(distfit.Model):
 
     The critic's slope is held near 1 by a penalty (Gulrajani et al., "Improved Training
     of Wasserstein GANs", 2017), so the gradient of its loss contains gradients of its
-    scores. Random numbers come from `distfit.random`: any number of replicas gives the
-    same losses.
+    scores.
 
     Args:
         critic: A network from images (rows, 28, 28, 1) to scores (rows, 1). It must
@@ -94,7 +93,7 @@ class WGAN(distfit.Model):
         latent_points = self.latent_points(rows)
         with tf.GradientTape() as tape:
             scores = self.critic(self.generator(latent_points, training=True))
-            g_loss = -distfit.global_mean(scores)
+            g_loss = -tf.reduce_mean(scores)
         weights = self.generator.trainable_weights
         self.g_optimizer.apply(tape.gradient(g_loss, weights), weights)
 
@@ -103,7 +102,7 @@ class WGAN(distfit.Model):
 
     def train_critic(self, real_images, drawings):
         # One share for each row, the same for all of its pixels.
-        shares = distfit.random.uniform(
+        shares = keras.random.uniform(
             (tf.shape(real_images)[0], 1, 1, 1), seed=self.seed_generator
         )
         between = real_images + shares * (drawings - real_images)
@@ -111,10 +110,10 @@ class WGAN(distfit.Model):
         with tf.GradientTape() as tape:
             # How much higher digits are scored than drawings: an estimate of the
             # Wasserstein distance, which grows as the critic learns.
-            distance = distfit.global_mean(
+            distance = tf.reduce_mean(
                 self.critic(real_images, training=True)
-            ) - distfit.global_mean(self.critic(drawings, training=True))
-            penalty = distfit.global_mean(gradient_penalty(self.critic, between))
+            ) - tf.reduce_mean(self.critic(drawings, training=True))
+            penalty = tf.reduce_mean(gradient_penalty(self.critic, between))
             c_loss = self.penalty_weight * penalty - distance
         weights = self.critic.trainable_weights
         self.c_optimizer.apply(tape.gradient(c_loss, weights), weights)
@@ -124,7 +123,7 @@ class WGAN(distfit.Model):
         self.penalty_tracker.update_state(penalty)
 
     def latent_points(self, rows):
-        return distfit.random.normal((rows, self.latent_dim), seed=self.seed_generator)
+        return keras.random.normal((rows, self.latent_dim), seed=self.seed_generator)
 
     def get_config(self):
         return {

@@ -18,6 +18,7 @@ from distfit.partition.layouts import (
     BATCH,
     PARTIAL,
     REPLICATED,
+    ROWS,
     Dim,
     Layout,
     Size,
@@ -333,6 +334,9 @@ class Emitter:
         level: int,
     ) -> Value:
         """The value of a tensor that a stage computes."""
+        if layout.kind == "rows" and dims is not None:
+            # Not as a number, even if that is known: a replica has fewer rows.
+            dims = [*dims[: layout.dim], layout.size, *dims[layout.dim + 1 :]]
         value = Value(
             layout,
             dims,
@@ -510,20 +514,30 @@ class Emitter:
 
     def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
         """A vector: the shape of what a replica has of a tensor."""
-        level = self.level_of_sizes(dims)
+        cut_at = layout.dim if layout.kind == "rows" else None
+        others = [d for i, d in enumerate(dims) if i != cut_at]
+        level = self.level_of_sizes([*others, layout.blocks, layout.inner])
         stage = self.levels[level].stage
         key = ("local shape", tuple(dims), layout, dtype)
         if key not in stage.cache:
             with stage.graph.as_default():
                 stage.cache[key] = tf.stack(
                     [
-                        self._scalar(
-                            d, dtype, stage, layout.kind == "rows" and i == layout.dim
-                        )
-                        for i, d in enumerate(dims)
+                        self._local_size(layout, dtype, stage)
+                        if i == cut_at
+                        else self._scalar(dim, dtype, stage)
+                        for i, dim in enumerate(dims)
                     ]
                 )
         return self.value(REPLICATED, [len(dims)], stage.cache[key], stage, level)
+
+    def _local_size(self, layout: Layout, dtype: tf.DType, stage: Stage) -> Any:
+        """The size of the dimension that is cut; blocks and inner may depend on rows."""
+        size = self._scalar(ROWS, dtype, stage, local=True)
+        for factor in (layout.blocks, layout.inner):
+            if factor != 1:
+                size = size * self._scalar(factor, dtype, stage)
+        return size
 
     def known(self, sizes: Any, dtype: tf.DType) -> Value:
         """A value of known sizes, which is computed only where it is used."""
@@ -569,6 +583,8 @@ class Emitter:
         return value.whole
 
     def _exchanged(self, value: Value) -> Value:
+        if value.has_rows and not isinstance(value.layout.inner, int):
+            return self._exchanged_open(value)
         source = self._exported(value)
         level = value.level + 1
         self.reach(level)
@@ -583,6 +599,19 @@ class Emitter:
             self.exchanges[level].sums.append((source, whole.tensor))
         else:
             self.exchanges[level].gathers.append((source, value.layout, whole.tensor))
+        return whole
+
+    def _exchanged_open(self, value: Value) -> Value:
+        """As `_exchanged`, where what a row has depends on sizes of the global batch:
+        the rows travel as a dimension of their own."""
+        lies, dims = value.layout, list(value.dims or ())
+        dims[lies.dim : lies.dim + 1] = [lies.blocks, ROWS, lies.inner]
+        layout = by_rows(lies.dim + 1)
+        shape = self.local_shape(dims, layout)
+        opened = self.whole(self.call(tf.reshape, [value, shape], layout, dims))
+        closed = self.known(value.dims, tf.int32)
+        whole = self.call(tf.reshape, [opened, closed], REPLICATED, value.dims)
+        whole.node = value.node
         return whole
 
     def reach(self, level: int) -> None:
@@ -714,7 +743,7 @@ class Emitter:
     # --- Branches and loops.
 
     def body(
-        self, graph: Any, inputs: Sequence[Value], **changed: Any
+        self, graph: Any, inputs: Sequence[Value]
     ) -> "tuple[Emitter, list[Value]]":
         """Emits the body of a branch or of a loop: its emitter and its outputs."""
         flat = Flat(graph)
@@ -731,29 +760,32 @@ class Emitter:
         return inner, [inner.values[edge] for edge in flat.outputs]
 
     def meeting(
-        self, inputs: Sequence[Value]
+        self, inputs: Sequence[Value], has_effect: bool
     ) -> tuple[int, list[Any]]:
         """The level of a meeting that takes values, and their keys."""
-        level = max([value.ready for value in inputs], default=0)
-        for value in inputs:
-            if value.resource is not None:
-                level = max(level, value.resource.level + 1)
+        level = self._effects if has_effect else 0
         keys = []
         for value in inputs:
             keys.append(self._exported(value))
             level = max(level, value.ready)
-        level = max(level, self._effects)
+            if value.resource is not None:
+                level = max(level, value.resource.level + 1)
+        if has_effect:
+            self._effects = level
         self.reach(level)
         self._touch(inputs, level)
         return level, keys
 
-    def arrived(self, level: int, like: Value, **changed: Any) -> Value:
+    def arrived(self, level: int, like: Any) -> Value:
         """A value that comes from a meeting, laid out as one of its programs says."""
-        known = dict(
-            layout=like.layout, dims=like.dims, dtype=like.dtype, element=like.element
+        value = Value(
+            like.layout,
+            like.dims,
+            like.dtype,
+            level=level,
+            ready=level,
+            element=like.element,
         )
-        known |= changed
-        value = Value(level=level, ready=level, **known)
         value.tensor = Port(value.dtype, value.local_shape())
         self._bind_symbols(value)
         return value

@@ -1,14 +1,17 @@
-"""The batches to compare on: even, uneven, and smaller than the replica count."""
+"""The batches to compare on: even, uneven, and smaller than the number of replicas."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import tensorflow as tf
 from keras import tree
 
 from distfit import data
+from distfit.shares import Layout
 
 KINDS = ("even", "uneven", "few rows")
+_COMPOSITE = tf.RaggedTensorSpec | tf.SparseTensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +19,10 @@ class Batch:
     """A global batch.
 
     Attributes:
-        kind: One of `KINDS`: it parts evenly among the replicas, or unevenly, or has
+        kind: One of `KINDS`: it divides evenly among the replicas, or unevenly, or has
             fewer rows than there are replicas.
         rows: Number of rows.
-        tensors: What a step is given.
+        tensors: The argument of a step.
     """
 
     kind: str
@@ -34,7 +37,11 @@ class Source:
         data_given: What `fit()` takes: arrays `x` or `(x, y[, sample_weight])`, or a
             dataset, PyDataset or generator of global batches.
         batch_size: Rows of a global batch.
-        steps: Number of batches to read. Data with fewer are read from the start again.
+        steps: Number of batches to read. Data with fewer are read again from the start.
+
+    Attributes:
+        spec: The specs of a batch.
+        fixed_rows: The number of rows that the data promise for every batch, or None.
 
     Raises:
         ValueError: for data that cannot be trained on.
@@ -48,10 +55,24 @@ class Source:
             batch_size=batch_size if _takes_batch_size(named[0]) else None,
         )
         taken = list(batches.dataset.take(steps))
-        self._batches = [data.without_optionals(batch) for batch in taken]
+        self._batches = [_unpadded(data.without_optionals(batch)) for batch in taken]
         self._steps = steps
-        self.spec = tree.map_structure(_with_any_rows, _unpadded(batches.spec))
-        self._batches = [_unpadded(batch) for batch in self._batches]
+        self._is_fixed = False
+        self._given_spec = _unpadded(batches.spec)
+        self.fixed_rows = Layout(self._given_spec).rows
+        self._has_rows = tree.map_structure(self._takes_rows, self._given_spec)
+        self.spec = tree.map_structure(_with_any_rows, self._given_spec, self._has_rows)
+
+    def _takes_rows(self, spec: Any) -> bool:
+        if isinstance(spec, _COMPOSITE):
+            return True
+        is_tensor = isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
+        return is_tensor and spec.shape[0] == self.fixed_rows
+
+    def fix_rows(self) -> None:
+        """Uses batches of the promised size only, and tells their shape to the step."""
+        self._is_fixed = True
+        self.spec = self._given_spec
 
     def batches(self, num_replicas: int) -> list[Batch]:
         """One batch for each step, of the three kinds in turn.
@@ -60,16 +81,22 @@ class Source:
             ValueError: if a batch has fewer rows than there are replicas.
         """
         kinds = KINDS if num_replicas > 1 else KINDS[:2]
-        # Not what is left over at the end, if other batches have rows enough.
-        large = [b for b in self._batches if int(data.num_rows(b)) >= num_replicas]
+        # Not the rest at the end of the data, if other batches have rows enough.
+        large = [b for b in self._batches if self._rows(b) >= num_replicas]
         given = large or self._batches
         return [
             self._cut(given[step % len(given)], kind, num_replicas)
-            for step, kind in zip(range(self._steps), _repeat(kinds), strict=False)
+            for step, kind in zip(
+                range(self._steps), itertools.cycle(kinds), strict=False
+            )
         ]
 
+    def _rows(self, tensors: Any) -> int:
+        flat = zip(tree.flatten(tensors), tree.flatten(self._has_rows), strict=True)
+        return next(int(data.num_rows(t)) for t, has_rows in flat if has_rows)
+
     def _cut(self, tensors: Any, kind: str, num_replicas: int) -> Batch:
-        given = int(data.num_rows(tensors))
+        given = self._rows(tensors)
         if given < num_replicas:
             raise ValueError(
                 "A batch must have at least as many rows as there are replicas, to cut "
@@ -77,8 +104,15 @@ class Source:
                 f"{num_replicas} replicas. Raise `batch_size`, or compare fewer "
                 "replicas."
             )
-        rows = _rows(kind, given, num_replicas)
-        return Batch(kind, rows, data.take_rows(tensors, 0, rows))
+        if self._is_fixed:
+            kind = "uneven" if given % num_replicas else "even"
+            return Batch(kind, given, tensors)
+        rows = _rows_of_kind(kind, given, num_replicas)
+
+        def first(tensor, has_rows):
+            return _first_rows(tensor, rows) if has_rows else tensor
+
+        return Batch(kind, rows, tree.map_structure(first, tensors, self._has_rows))
 
     def dataset(self, batches: list[Batch]) -> tf.data.Dataset:
         """The batches as `fit()` takes them."""
@@ -97,7 +131,14 @@ def _copy(tensor: Any) -> Any:
     return tensor.numpy().copy() if isinstance(tensor, tf.Tensor) else tensor
 
 
-def _rows(kind: str, given: int, num_replicas: int) -> int:
+def _first_rows(tensor: Any, rows: int) -> Any:
+    if isinstance(tensor, tf.SparseTensor):
+        size = tf.concat([[rows], tensor.dense_shape[1:]], 0)
+        return tf.sparse.slice(tensor, tf.zeros_like(size), size)
+    return tensor[:rows]
+
+
+def _rows_of_kind(kind: str, given: int, num_replicas: int) -> int:
     if kind == "even":
         return given - given % num_replicas
     if kind == "few rows":
@@ -108,11 +149,6 @@ def _rows(kind: str, given: int, num_replicas: int) -> int:
     return next(uneven, num_replicas)
 
 
-def _repeat(kinds):
-    while True:
-        yield from kinds
-
-
 def _takes_batch_size(x: Any) -> bool:
     """Whether an input is arrays: all others give batches already."""
     return all(hasattr(leaf, "shape") for leaf in tree.flatten(x)) and not hasattr(
@@ -121,7 +157,7 @@ def _takes_batch_size(x: Any) -> bool:
 
 
 def _unpadded(batch: Any) -> Any:
-    """Without the None that stands for weights or targets that there are not."""
+    """Without the trailing None of weights or targets that do not exist."""
     if isinstance(batch, tuple):
         kept = list(batch)
         while len(kept) > 1 and _is_none(kept[-1]):
@@ -134,7 +170,9 @@ def _is_none(part: Any) -> bool:
     return part is None or isinstance(part, tf.OptionalSpec | tf.NoneTensorSpec)
 
 
-def _with_any_rows(spec: Any) -> Any:
+def _with_any_rows(spec: Any, has_rows: bool) -> Any:
+    if not has_rows:
+        return spec
     if isinstance(spec, tf.RaggedTensorSpec):
         return tf.RaggedTensorSpec(
             [None, *spec.shape[1:]],

@@ -1,1 +1,296 @@
-"""To come."""
+"""Branches and loops: their bodies are partitioned, too.
+
+All replicas take the same branch. The variables of a loop lie as they come to rest:
+the body is emitted again until it returns them as it was given them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    Dim,
+    Layout,
+    unknown,
+)
+from distfit.partition.program import Branch, Loop
+from distfit.partition.rules.lists import is_list
+from distfit.partition.tracing import Flat, Node
+
+_MOST_PASSES = 8
+
+
+@rule("If", "StatelessIf")
+def _if(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    condition, *given = inputs
+    if condition.dtype != tf.bool:
+        condition = emitter.call(
+            lambda t: tf.cast(t, tf.bool), [emitter.whole(condition)], REPLICATED, []
+        )
+    bodies = [graphs.body_of(node.op, f"{name}_branch") for name in ("else", "then")]
+    return _branches(emitter, node, condition, bodies, given)
+
+
+@rule("Case", "StatelessCase")
+def _case(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    index, *given = inputs
+    bodies = graphs.bodies_of(node.op, "branches")
+    return _branches(emitter, node, index, bodies, given)
+
+
+def _branches(
+    emitter: Emitter,
+    node: Node,
+    index: Value,
+    bodies: Sequence[Any],
+    given: list[Value],
+) -> list[Value]:
+    # What was summed already need not be summed again in a branch.
+    given = [v.whole if v.is_partial and v.whole is not None else v for v in given]
+    inner = [emitter.body(body, given) for body in bodies]
+    outputs = [
+        _joined(emitter, [values[i] for _, values in inner])
+        for i in range(len(node.outputs))
+    ]
+    programs = []
+    for branch, values in inner:
+        laid = [
+            _laid(branch, value, like)
+            for value, like in zip(values, outputs, strict=True)
+        ]
+        programs.append(branch.program(laid))
+        emitter.findings += branch.findings
+    index = emitter.whole(index)
+    level, keys = emitter.meeting([index, *given], node.has_effect)
+    arrived = [emitter.arrived(level, like) for like in outputs]
+    emitter.levels[level].meetings.append(
+        Branch(
+            keys[0],
+            programs,
+            keys[1:],
+            [value.tensor for value in arrived],
+            emitter.rows,
+        )
+    )
+    return arrived
+
+
+@dataclasses.dataclass
+class _Carried:
+    """How a value lies that bodies give or take."""
+
+    layout: Layout
+    dims: list[Dim] | None
+    dtype: tf.DType
+    element: Any = None
+    resource: Any = None
+    sizes: Any = None
+
+
+def _joined(emitter: Emitter, values: Sequence[Value]) -> _Carried:
+    """How a value lies that is one of several."""
+    first, *others = values
+    joined = _Carried(
+        first.layout, _outside(emitter, first.dims), first.dtype, _element(first)
+    )
+    for other in others:
+        joined.layout = _common_layout(emitter, joined, other)
+        joined.dims = _common_dims(emitter, joined.dims, other.dims)
+        joined.element = _common_element(emitter, joined.element, _element(other))
+    if joined.layout.kind == "rows" and joined.dims is not None:
+        joined.dims[joined.layout.dim] = joined.layout.size
+    return joined
+
+
+def _element(value: Value) -> Any:
+    return value.element
+
+
+def _outside(emitter: Emitter, dims: Sequence[Dim] | None) -> list[Dim] | None:
+    """Sizes as they are known outside of a body: those made inside are unknown."""
+    if dims is None:
+        return None
+    return [d if emitter.can_compute([d]) else unknown() for d in dims]
+
+
+def _common_layout(emitter: Emitter, a: Any, b: Any) -> Layout:
+    if a.layout == b.layout:
+        return a.layout
+    kinds = {a.layout.kind, b.layout.kind}
+    if kinds == {"replicated", "partial"}:
+        return PARTIAL
+    if kinds == {"replicated", "rows"}:
+        rows, other = (a, b) if a.layout.kind == "rows" else (b, a)
+        dims = other.dims
+        if dims is not None and emitter.sizes.same(
+            dims[rows.layout.dim], rows.layout.size
+        ):
+            return rows.layout
+    return REPLICATED
+
+
+def _common_dims(emitter: Emitter, a: Any, b: Any) -> list[Dim] | None:
+    if a is None or b is None or len(a) != len(b):
+        return None
+    return [
+        x if emitter.sizes.same(x, y) and emitter.can_compute([x]) else unknown()
+        for x, y in zip(a, b, strict=True)
+    ]
+
+
+def _common_element(emitter: Emitter, a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        found = a or b
+        return found and (found[0], _outside(emitter, found[1]))
+    if a[0] != b[0]:
+        raise NotImplementedError(f"lists with elements of {a[0]} and of {b[0]}")
+    return a[0], _common_dims(emitter, a[1], b[1])
+
+
+def _laid(inner: Emitter, value: Value, like: Any) -> Value:
+    if value.dtype in (tf.resource, tf.variant):
+        return value
+    return inner.to(value, like.layout)
+
+
+@rule("While", "StatelessWhile")
+def _while(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    condition = graphs.body_of(node.op, "cond")
+    body = graphs.body_of(node.op, "body")
+    flat = Flat(body)
+    constant = [
+        edge.node is given and edge.index == 0
+        for edge, given in zip(flat.outputs, flat.inputs, strict=True)
+    ]
+    inputs = [v.whole if v.is_partial and v.whole is not None else v for v in inputs]
+    carried, inner, outputs = _at_rest(emitter, body, inputs, constant)
+    laid = [
+        value if same else _laid(inner, value, like)
+        for value, like, same in zip(outputs, carried, constant, strict=True)
+    ]
+    body_program = inner.program(laid)
+    emitter.findings += inner.findings
+    test, (flag,) = emitter.body(condition, _values(carried))
+    test_program = test.program([test.whole(flag)])
+    emitter.findings += test.findings
+    given = [
+        value if same or value.dtype in (tf.resource, tf.variant)
+        else emitter.to(value, like.layout)
+        for value, like, same in zip(inputs, carried, constant, strict=True)
+    ]
+    level, keys = emitter.meeting(given, node.has_effect)
+    arrived = [
+        value if same else emitter.arrived(level, _known_outside(emitter, like))
+        for value, like, same in zip(given, carried, constant, strict=True)
+    ]
+    emitter.levels[level].meetings.append(
+        Loop(
+            test_program,
+            body_program,
+            constant,
+            keys,
+            [value.local_shape() for value in _values(carried)],
+            [
+                emitter.arrived(level, like).tensor if same else value.tensor
+                for value, like, same in zip(arrived, carried, constant, strict=True)
+            ],
+            emitter.rows,
+            node.attr("parallel_iterations"),
+        )
+    )
+    return arrived
+
+
+def _known_outside(emitter: Emitter, like: _Carried) -> _Carried:
+    dims = _outside(emitter, like.dims)
+    if like.layout.kind == "rows" and dims is not None:
+        dims[like.layout.dim] = like.layout.size
+    element = like.element and (like.element[0], _outside(emitter, like.element[1]))
+    return dataclasses.replace(like, dims=dims, element=element)
+
+
+def _values(carried: Sequence[_Carried]) -> list[Value]:
+    return [
+        Value(
+            c.layout,
+            c.dims,
+            c.dtype,
+            element=c.element,
+            resource=c.resource,
+            sizes=c.sizes,
+        )
+        for c in carried
+    ]
+
+
+def _at_rest(
+    emitter: Emitter, body: Any, inputs: Sequence[Value], constant: Sequence[bool]
+) -> tuple[list[_Carried], Emitter, list[Value]]:
+    """How the variables of a loop come to lie, with the body that keeps them so."""
+    carried = [
+        _Carried(v.layout, v.dims, v.dtype, v.element, v.resource, v.sizes if same else None)
+        for v, same in zip(inputs, constant, strict=True)
+    ]
+    for attempt in range(_MOST_PASSES):
+        inner, outputs = emitter.body(body, _values(carried))
+        settled = attempt >= _MOST_PASSES // 2
+        after = [
+            c if same else _after(emitter, c, value, settled)
+            for c, value, same in zip(carried, outputs, constant, strict=True)
+        ]
+        if all(_alike(a, b) for a, b in zip(carried, after, strict=True)):
+            return carried, inner, outputs
+        carried = after
+    raise NotImplementedError("a loop whose variables come to no rest")
+
+
+def _after(emitter: Emitter, before: _Carried, value: Value, settled: bool) -> _Carried:
+    """How a variable lies that was so before and is so after the body.
+
+    Args:
+        emitter: The emitter of the loop.
+        before: How it was given to the body.
+        value: What the body returns.
+        settled: Whether what does not rest yet is to be replicated.
+    """
+    if value.dtype in (tf.resource, tf.variant) and not is_list(value):
+        return before
+    layout = _common_layout(emitter, before, value)
+    if settled and layout != before.layout:
+        layout = REPLICATED
+    dims = _kept_dims(emitter, before.dims, value.dims)
+    if layout.kind == "rows" and dims is not None:
+        dims[layout.dim] = layout.size
+    element = before.element
+    if value.element is not None:
+        if element is None:
+            element = (value.element[0], _outside(emitter, value.element[1]))
+        elif element[0] != value.element[0]:
+            raise NotImplementedError(
+                f"a list whose elements lie as {element[0]} and as {value.element[0]}"
+            )
+        else:
+            element = (element[0], _kept_dims(emitter, element[1], value.element[1]))
+    return dataclasses.replace(before, layout=layout, dims=dims, element=element)
+
+
+def _kept_dims(emitter: Emitter, before: Any, after: Any) -> list[Dim] | None:
+    """The sizes that a variable keeps. A size that changes gets a symbol, which then
+    stands for its size at the start of any round."""
+    if before is None or after is None or len(before) != len(after):
+        return None
+    kept = []
+    for old, new in zip(before, after, strict=True):
+        free = not emitter.can_compute([old])
+        kept.append(old if free or emitter.sizes.same(old, new) else unknown())
+    return kept
+
+
+def _alike(a: _Carried, b: _Carried) -> bool:
+    return a.layout == b.layout and a.dims == b.dims and a.element == b.element

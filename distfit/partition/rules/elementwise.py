@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from distfit.partition.emission import Emitter, Value, rule
 from distfit.partition.layouts import PARTIAL, REPLICATED, Layout, depends_on_rows
+from distfit.partition.rules import lists
 from distfit.partition.tracing import Node
 
 _UNARY = (
@@ -53,8 +54,12 @@ _SHAPE_ONLY = {"ZerosLike", "OnesLike"}
 @rule(*_UNARY)
 def _unary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     (value,) = inputs
-    if value.dtype in (tf.resource, tf.variant) or value.dims is None:
-        return [value] if node.type == "Identity" else None
+    if value.dtype in (tf.resource, tf.variant) and node.type == "Identity":
+        return [value]
+    if value.dtype == tf.variant:
+        return lists.same_list(emitter, node, inputs)
+    if value.dims is None:
+        return None
     dims = value.dims
     if node.type == "Bitcast" and value.dtype.size != node.outputs[0].dtype.size:
         return None
@@ -75,6 +80,8 @@ def _is_linear(node: Node, value: Value) -> bool:
 
 @rule(*_NARY)
 def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    if inputs[0].dtype == tf.variant:
+        return lists.same_list(emitter, node, inputs)
     if any(v.dims is None for v in inputs):
         return None
     dims = emitter.sizes.broadcast([v.dims or [] for v in inputs])

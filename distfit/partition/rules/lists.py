@@ -1,1 +1,248 @@
-"""To come."""
+"""Lists of tensors, as loops keep them: their elements have a layout.
+
+`Value.element` is `(layout, dims)` of the elements, or None as long as nothing is known
+of them: a list without elements takes the layout of the first that it is given.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from distfit.partition.emission import Emitter, Value, rule, size_rule
+from distfit.partition.layouts import (
+    REPLICATED,
+    ROWS,
+    Dim,
+    Layout,
+    by_rows,
+    quotient,
+    unknown,
+)
+from distfit.partition.tracing import Node
+
+
+def is_list(value: Value) -> bool:
+    """Whether a value is a list of tensors."""
+    return value.dtype == tf.variant
+
+
+def of_list(values: list[Value], element: Any) -> list[Value]:
+    """Marks the first of some values as a list with such elements."""
+    values[0].element = element
+    return values
+
+
+def element_layout(value: Value) -> Layout | None:
+    """The layout of the elements of a list."""
+    return None if value.element is None else value.element[0]
+
+
+def _shape_vector(emitter: Emitter, element: Any, given: Value) -> Value:
+    """The shape of an element on a replica, for an operation on a list."""
+    if element is None or element[1] is None:
+        return emitter.whole(given)
+    layout, dims = element
+    numbers = emitter.sizes.number
+    if layout.kind == "rows" and emitter.can_compute(dims):
+        return emitter.local_shape(dims, layout, given.dtype)
+    if layout.kind != "rows" and emitter.can_compute(dims):
+        return emitter.known(list(dims), given.dtype)
+    open_dims = [
+        d
+        if isinstance(numbers(d), int) and not (layout.kind == "rows" and i == layout.dim)
+        else -1
+        for i, d in enumerate(dims)
+    ]
+    return emitter.known(open_dims, given.dtype)
+
+
+def _open_shape(element: Any, given: Value, emitter: Emitter) -> Value:
+    """The shape of elements with everything open that the elements may change."""
+    if element is None or element[1] is None:
+        return emitter.whole(given)
+    return emitter.known([-1] * len(element[1]), given.dtype)
+
+
+def _element_of_shape(emitter: Emitter, shape: Value) -> Any:
+    """What a shape tells of elements: their layout, if it says which are rows."""
+    if shape.sizes is None or shape.sizes.ndim != 1:
+        return None
+    dims = list(shape.sizes)
+    if any(d is None or d == -1 for d in dims):
+        return None
+    for i, dim in enumerate(dims):
+        many = quotient(dim, ROWS)
+        if many is not None:
+            return by_rows(i, 1, many), dims
+    return None  # As yet: elements by rows may have such a shape, too.
+
+
+@rule("TensorListReserve", "EmptyTensorList")
+def _new_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    shape, number = inputs
+    element = _element_of_shape(emitter, shape)
+    given = emitter.whole(shape)
+    if shape.sizes is not None and shape.sizes.ndim == 1:
+        # Elements of another layout may be put in: only the rank is sure.
+        given = emitter.known([-1] * len(shape.sizes), shape.dtype)
+    values = emitter.op(node, [given, emitter.whole(number)], REPLICATED, [])
+    return of_list(values, element)
+
+
+@rule("TensorListFromTensor")
+def _from_tensor(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    value, shape = inputs
+    value = emitter.whole(value) if value.is_partial else value
+    if value.dims is None:
+        return of_list(
+            emitter.op(node, [emitter.whole(value), emitter.whole(shape)], dims=[]),
+            (REPLICATED, None),
+        )
+    if value.has_rows and value.layout.dim == 0:
+        emitter.report(node)
+        value = emitter.whole(value)
+    layout = value.layout
+    if value.has_rows:
+        layout = layout.moved(layout.dim - 1)
+    element = (layout, value.dims[1:])  # type: ignore[index]
+    given = [value, _open_shape(element, shape, emitter)]
+    return of_list(emitter.op(node, given, REPLICATED, []), element)
+
+
+@rule("TensorListSetItem", "TensorListPushBack")
+def _put(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    several, *index, item = inputs
+    item = emitter.whole(item) if item.is_partial else item
+    element = several.element
+    if is_list(item):
+        given = [several, *(emitter.whole(v) for v in index), item]
+        return of_list(emitter.op(node, given, REPLICATED, []), element)
+    if element is None:
+        element = (item.layout, item.dims)
+    elif item.layout != element[0]:
+        item = _as_element(emitter, item, element[0])
+    element = (element[0], _joined_dims(emitter, element[1], item.dims))
+    given = [several, *(emitter.whole(v) for v in index), item]
+    return of_list(emitter.op(node, given, REPLICATED, []), element)
+
+
+def _as_element(emitter: Emitter, item: Value, layout: Layout) -> Value:
+    if layout.kind == "rows":
+        dims = emitter.whole(item).dims
+        if dims is None or not emitter.sizes.same(dims[layout.dim], layout.size):
+            raise NotImplementedError(
+                f"an element of another layout, {item}, in a list of {layout}"
+            )
+    return emitter.to(item, layout)
+
+
+def _joined_dims(emitter: Emitter, a: Any, b: Any) -> list[Dim] | None:
+    if a is None or b is None or len(a) != len(b):
+        return None
+    return [
+        x if emitter.sizes.same(x, y) else unknown() for x, y in zip(a, b, strict=True)
+    ]
+
+
+@rule("TensorListGetItem")
+def _get(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    several, index, shape = inputs
+    given = [
+        several,
+        emitter.whole(index),
+        _shape_vector(emitter, several.element, shape),
+    ]
+    layout, dims = several.element or (REPLICATED, None)
+    if node.outputs[0].dtype == tf.variant:
+        return of_list(emitter.op(node, given, REPLICATED, []), several.element)
+    values = emitter.op(node, given, layout, dims)
+    return values
+
+
+@rule("TensorListPopBack")
+def _pop(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    several, shape = inputs
+    layout, dims = several.element or (REPLICATED, None)
+    given = [several, _shape_vector(emitter, several.element, shape)]
+    static = emitter.static_dims(node.outputs[1], layout) if dims is None else dims
+    values = emitter.op(node, given, [REPLICATED, layout], ([], static))
+    return of_list(values, several.element)
+
+
+@rule("TensorListStack")
+def _stack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    several, shape = inputs
+    given = [several, _shape_vector(emitter, several.element, shape)]
+    if several.element is None or several.element[1] is None:
+        if several.element is not None and several.element[0] != REPLICATED:
+            raise NotImplementedError("a list of elements of unknown rank")
+        return emitter.op(node, given, REPLICATED)
+    layout, dims = several.element
+    number = node.attr("num_elements")
+    if layout.kind == "rows":
+        layout = layout.moved(layout.dim + 1)
+    first = node.outputs[0].shape[0] if node.outputs[0].shape.rank else None
+    many = number if number > 0 else first
+    return emitter.op(
+        node, given, layout, [unknown() if many is None else many, *dims]
+    )
+
+
+@rule("TensorListLength")
+def _length(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return emitter.op(node, inputs, REPLICATED, [])
+
+
+@rule("TensorListResize")
+def _resize(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    several, size = inputs
+    values = emitter.op(node, [several, emitter.whole(size)], REPLICATED, [])
+    return of_list(values, several.element)
+
+
+@size_rule("TensorListElementShape")
+def _element_shape(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    (several,) = inputs
+    if several.element is None or several.element[1] is None:
+        return None
+    return [_vector(several.element[1])]
+
+
+def _vector(dims: list[Dim]) -> Any:
+    import numpy as np
+
+    vector = np.empty(len(dims), object)
+    vector[:] = dims
+    return vector
+
+
+@rule("TensorListElementShape")
+def _element_shape_op(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value]:
+    return emitter.op(node, inputs, REPLICATED)
+
+
+@rule("TensorListGather", "TensorListConcatV2")
+def _gather_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    several, *others = inputs
+    if several.element is not None and several.element[0] != REPLICATED:
+        if node.type != "TensorListGather" or several.element[1] is None:
+            raise NotImplementedError("a list of rows that is joined")
+        layout, dims = several.element
+        indices, shape = others
+        given = [several, emitter.whole(indices), _shape_vector(emitter, several.element, shape)]
+        number = (indices.dims or [unknown()])[0]
+        return emitter.op(node, given, layout.moved(layout.dim + 1), [number, *dims])
+    return emitter.op(node, [several, *(emitter.whole(v) for v in others)])
+
+
+def same_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    """`zeros_like` of a list, and sums of lists, element by element."""
+    elements = [v.element for v in inputs if v.element is not None]
+    if any(e[0] != elements[0][0] for e in elements):
+        raise NotImplementedError("a sum of lists of different layouts")
+    values = emitter.op(node, inputs, REPLICATED, [])
+    return of_list(values, elements[0] if elements else None)

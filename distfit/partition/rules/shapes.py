@@ -199,6 +199,7 @@ def _spread(
         layout = value.layout.moved(dim)
         if not emitter.sizes.same(dims[dim], layout.size):
             return None
+        dims = [*dims[:dim], layout.size, *dims[dim + 1 :]]  # Not its number.
     else:
         at = _rows_at(dims)
         if at is None or value.is_partial:

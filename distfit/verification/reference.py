@@ -1,0 +1,232 @@
+"""The reference: the steps of a model on one device, without distfit.
+
+`train_step`, `test_step` and `predict_step` are called by hand in a `tf.function`, as
+stock Keras calls them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from distfit import _keras, build
+from distfit.partition.tracing import is_of_user
+from distfit.verification.batches import Batch, Source
+from distfit.verification.recording import (
+    ORDER,
+    Gradients,
+    Recording,
+    Step,
+    Values,
+    Variables,
+    flat_arrays,
+    log_arrays,
+)
+
+# Relative errors of the perturbed weights, in rounding errors: they stand for all sums
+# of a step, whose terms N replicas add up in another order.
+_ROUNDINGS = 8
+_STEPS = {"evaluate": "test_step", "predict": "predict_step", "fit": "train_step"}
+
+
+class OneDevice:
+    """A model on one device.
+
+    Args:
+        make_model: Returns the compiled model.
+        source: The data.
+
+    Attributes:
+        labels: The names of its variables, by check.
+        initial: The values from which every run starts.
+    """
+
+    def __init__(self, make_model: Callable[[], keras.Model], source: Source):
+        self._source = source
+        self.model = make_model()
+        self.labels: dict[str, list[str]] = {}
+        self.initial: Values = {}
+        self._unseeded = keras.random.SeedGenerator(0)
+        self._gradients = Gradients(self.model)
+        self._functions: dict[str, Callable] = {}
+        self._graphs: list[Any] = []
+        self._errors: dict[str, Exception] = {}
+        self._outside: list[tuple[tf.Variable, Any]] = []
+
+    def prepare(self, batch: Batch) -> Exception | None:
+        """Traces the steps, which builds what they need.
+
+        Args:
+            batch: A batch to build on if the model runs eagerly.
+
+        Returns:
+            The exception that the training step fails with, or None.
+        """
+        with _keras.global_seed_generator(self._unseeded):
+            for mode in reversed(ORDER):  # First the training step: as in `fit()`.
+                try:
+                    self._functions[mode] = self._compiled(mode, batch)
+                except Exception as error:
+                    self._errors[mode] = error
+        if "fit" in self._errors:
+            return self._errors["fit"]
+        self._variables = Variables(self.model, self.labels, self._unseeded)
+        self.initial = self._variables.values()
+        self._find_outside()
+        return None
+
+    def _compiled(self, mode: str, batch: Batch) -> Callable:
+        step = getattr(self.model, _STEPS[mode])
+        if self.model.run_eagerly:
+            step(batch.tensors)
+            return step
+        spec = tree.map_structure(_none_if_optional, self._source.spec)
+        function = tf.function(step, autograph=False)
+        concrete = function.get_concrete_function(spec)
+        self._graphs.append(concrete.graph)
+        return function
+
+    def _find_outside(self) -> None:
+        """Finds variables of the steps that are not the model's, such as a closure's.
+
+        They may be shared with other instances of the model.
+        """
+        known = {id(variable) for _, _, variable in self._variables}
+        for graph in self._graphs:
+            for variable in graph.variables:
+                if id(variable) not in known:
+                    known.add(id(variable))
+                    self._outside.append((variable, tf.identity(variable)))
+
+    def restore_outside(self) -> None:
+        """Gives variables that are not the model's their initial values."""
+        for variable, value in self._outside:
+            variable.assign(value)
+
+    def record(self, batches: list[Batch], perturbation: int | None = None):
+        """Runs the batches from the initial weights.
+
+        Args:
+            batches: The global batches.
+            perturbation: If given, the seed of small errors of the initial weights.
+
+        Returns:
+            A `Recording`.
+        """
+        initial = self.initial
+        if perturbation is not None:
+            initial = self._perturbed(perturbation)
+        recording = Recording(initial=initial, errors=dict(self._errors))
+        run = {"fit": self._fit, "evaluate": self._evaluate, "predict": self._predict}
+        with _keras.global_seed_generator(self._unseeded):
+            for mode in ORDER:
+                if mode in recording.errors:
+                    continue
+                self.restore_outside()
+                self._variables.restore(initial)
+                self.model.reset_metrics()
+                try:
+                    run[mode](recording, self._fresh(mode), batches)
+                except Exception as error:
+                    recording.errors[mode] = error
+        return recording
+
+    def _fresh(self, mode: str) -> Callable:
+        """The function of a step, whose seeded operations draw from the start."""
+        function = self._functions[mode]
+        if self.model.run_eagerly or not any(map(_drawing_operations, self._graphs)):
+            return function
+        return tf.function(getattr(self.model, _STEPS[mode]), autograph=False)
+
+    def _fit(self, recording: Recording, train: Callable, batches: list[Batch]):
+        for batch in batches:
+            step = Step(batch, log_arrays(train(batch.tensors)))
+            self._gradients.move_to(step, self.labels)
+            step.values |= self._variables.values()
+            recording.fit.append(step)
+
+    def _evaluate(self, recording: Recording, test: Callable, batches: list[Batch]):
+        for batch in batches:
+            step = Step(batch, log_arrays(test(batch.tensors)))
+            recording.evaluate.append(step)
+
+    def _predict(self, recording: Recording, predict: Callable, batches: list[Batch]):
+        outputs = [predict(batch.tensors) for batch in batches]
+        joined = tree.map_structure(
+            lambda *parts: _keras.to_numpy(_keras.join_batches(list(parts))), *outputs
+        )
+        recording.predict = flat_arrays(joined)
+
+    def _perturbed(self, seed: int) -> Values:
+        generator = np.random.default_rng(seed)
+        error = _ROUNDINGS * _precision(self.model)
+
+        def off(value):
+            sign = generator.choice([-1.0, 1.0], value.shape)
+            return (value * (1 + error * sign)).astype(value.dtype)
+
+        return {
+            (check, label): off(value) if check == "weight" else value
+            for (check, label), value in self.initial.items()
+        }
+
+    def unseeded_draws(self) -> list[str]:
+        """The user's lines that draw numbers which nothing can draw again."""
+        lines = {
+            _line(op): None
+            for graph in self._graphs
+            for op in _drawing_operations(graph)
+            if op.get_attr("seed") == 0 and op.get_attr("seed2") == 0
+        }
+        return [line for line in lines if line is not None]
+
+
+def check_compiled(model: Any) -> None:
+    """Raises a `ValueError` unless a model can be trained."""
+    if not isinstance(model, keras.Model) or not model.compiled:
+        raise ValueError(
+            "The function that makes the model must return a compiled `keras.Model`. "
+            f"Received: {type(model).__name__}. Call `compile()` on the model, and "
+            "return it."
+        )
+
+
+def _none_if_optional(spec: Any) -> Any:
+    absent = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
+    return None if absent else spec
+
+
+def _drawing_operations(graph: Any) -> list[tf.Operation]:
+    """The operations that draw random numbers and keep count of their draws."""
+    return [
+        op
+        for op in _operations(graph)
+        if op.op_def.is_stateful and {"seed", "seed2"} <= set(op.node_def.attr)
+    ]
+
+
+def _operations(graph: Any) -> list[tf.Operation]:
+    """The operations of a graph and of the functions that it calls."""
+    found = list(graph.get_operations())
+    for function in _keras.graphs.functions_of(graph):
+        found += function.get_operations()
+    return found
+
+
+def _line(op: tf.Operation) -> str | None:
+    for frame in reversed(op.traceback or ()):
+        if is_of_user(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _precision(model: keras.Model) -> float:
+    """The largest relative rounding error of what the model computes with."""
+    used = {layer.compute_dtype for layer in _keras.layers_of(model)}
+    used |= {variable.dtype for variable in model.trainable_variables}
+    floats = [dtype for dtype in map(tf.as_dtype, used) if dtype.is_floating]
+    return max(float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats)
