@@ -3,6 +3,7 @@
 from distfit import callbacks
 from distfit.model import Model, Sequential, evaluate, fit, predict
 from distfit.strategy import create_strategy, is_chief, wait_for_all
+from distfit.verification import verify
 
 __version__ = "0.1.0"
 

@@ -72,8 +72,9 @@ def agree_on_state(
     variables = [
         *model.variables,
         *(v for optimizer in build.optimizers_of(model) for v in optimizer.variables),
-        *(v for driver in drivers for v in driver.own_variables),
+        *(v for driver in drivers for v in driver.variables),
     ]
+    variables = [_keras.underlying(variable) for variable in variables]
     once = {id(v): v for v in variables}.values()
     workers.agree_on_values(team, f"{place}, with its state", once)
 

@@ -20,7 +20,9 @@ import keras
 import tensorflow as tf
 from keras.callbacks import BackupAndRestore
 
-from distfit import _keras, workers
+from distfit import _keras, build, workers
+from distfit._keras import scalars
+from distfit.finite import FiniteWatch, bad_replica
 from distfit.workers import Workers
 
 _BATCH_HOOKS = {
@@ -33,26 +35,29 @@ _BATCH_HOOKS = {
 class NonFinite(keras.callbacks.Callback):
     """Stops training with an error at the first loss that is NaN or infinite.
 
-    The error names the step and the replica whose rows gave the value. The check is
-    part of the compiled step, and its outcome is read after every execution. Of several
-    workers, the error is raised on the one whose replica it is.
+    The error names the step and, where that can be found out, the replica whose rows
+    gave the value. The check is part of the compiled step, and its outcome is read
+    after every execution. It is for `fit()` of distfit.
     """
 
     in_step_with_others = True
 
-    def set_model(self, model):
-        super().set_model(model)
-        model.check_finite = True
+    def __init__(self):
+        super().__init__()
+        self.watch: FiniteWatch | None = None  # That of the steps; `fit()` sets it.
 
     def on_train_batch_end(self, batch, logs=None):
-        found = self.model.first_non_finite()
-        if found is not None:
-            step, replica = found
-            raise FloatingPointError(
-                f"The loss is not finite. Received: NaN or infinity at step {step} on "
-                f"replica {replica}. Lower the learning rate, clip gradients, or look "
-                "at the rows of that step."
-            )
+        if self.watch is None:
+            return
+        step = self.watch.first()
+        if step is None:
+            return
+        replica = bad_replica(self.model)
+        where = "" if replica is None else f" on replica {replica}"
+        raise FloatingPointError(
+            f"The loss is not finite. Received: NaN or infinity at step {step}{where}. "
+            "Lower the learning rate, clip gradients, or look at the rows of that step."
+        )
 
 
 class ProgressBar(keras.callbacks.ProgbarLogger):
@@ -230,6 +235,7 @@ class CallbackList(keras.callbacks.CallbackList):
             bar = ProgressBar() if team.count == 1 else SharedProgressBar(team)
             callbacks.append(bar)
         self._team = team
+        _make_scalars_convertible(arguments.get("model"))
         with contextlib.ExitStack() as moved:
             if not team.is_chief:
                 _move_paths(callbacks, moved)
@@ -249,6 +255,17 @@ class CallbackList(keras.callbacks.CallbackList):
             or len({str(each[kind]) for each in told}) > 1
             for kind in _BATCH_HOOKS
         }
+
+    @property
+    def watch_losses(self) -> bool:
+        """Whether a callback wants to know of losses that are not finite."""
+        return any(isinstance(c, NonFinite) for c in self.callbacks)
+
+    def use_watch(self, watch: FiniteWatch | None) -> None:
+        """Hands on what looks at the losses in the compiled steps."""
+        for callback in self.callbacks:
+            if isinstance(callback, NonFinite):
+                callback.watch = watch
 
     def _independent(self, kind: str) -> list[str]:
         """What listens to batches and may do other things than on other workers."""
@@ -281,6 +298,14 @@ class CallbackList(keras.callbacks.CallbackList):
             getattr(callback, _BATCH_HOOKS[kind][1])(step, logs=logs)
         if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
             logs.read()
+
+
+def _make_scalars_convertible(model: keras.Model | None) -> None:
+    """Lets callbacks take learning rates and step counts of a model for numbers."""
+    if model is not None:
+        scalars.make_convertible(model.variables)
+        for optimizer in build.optimizers_of(model):
+            scalars.make_convertible(optimizer.variables)
 
 
 _PATHS: dict[type, tuple[str, ...]] = {
@@ -415,5 +440,3 @@ for _name in (
     *("setdefault", "update", "values"),
 ):
     setattr(LazyLogs, _name, _reads_first(getattr(dict, _name)))
-
-_keras.convert_replicated_scalars()

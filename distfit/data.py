@@ -7,11 +7,13 @@ a plain iterator on the host, and each replica cuts its rows inside the compiled
 """
 
 import functools
+import threading
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import tree
@@ -59,6 +61,7 @@ class GlobalBatches:
         check_positive("batch_size", batch_size)
         check_positive("steps_per_epoch", steps_per_epoch)
         check_not_distributed(x)
+        steps_per_epoch = _capped_steps(steps_per_epoch)
         self._adapter = _keras.get_data_adapter(
             x=x,
             y=y,
@@ -124,8 +127,8 @@ class GlobalBatches:
         self._adapter.on_epoch_begin()
         goes_on = self.steps_per_epoch is not None or self._one_pass
         if self._iterator is None or not goes_on:
+            self._release_iterator()
             self._iterator = iter(self.dataset)
-            self._next = None
             self._seen = 0
         if self.num_batches is None:
             return self.steps_per_epoch
@@ -133,9 +136,23 @@ class GlobalBatches:
         return min(left, self.steps_per_epoch or left)
 
     def restart(self) -> None:
-        """Goes back to the first batch, but for data that can be read only once."""
+        """Goes back to the first batch, unless the data can be read only once.
+
+        As stock Keras does before a run, this calls the `on_epoch_end` of a PyDataset.
+        """
         if not self._one_pass:
-            self._iterator = None
+            self._release_iterator()
+        self._adapter.on_epoch_end()
+
+    def _release_iterator(self) -> None:
+        """Lets go of the iterator, without waiting for it to end.
+
+        The tuning thread of a tf.data pipeline ends at its next tick, which may take
+        twice the time of an epoch.
+        """
+        held, self._iterator, self._next = [self._iterator, self._next], None, None
+        if held[0] is not None:
+            threading.Thread(target=held.clear, daemon=True).start()
 
     def has_next(self) -> bool:
         """Whether there is another batch, as far as one has to look to know."""
@@ -176,7 +193,7 @@ class GlobalBatches:
         if ran_out:
             self._last_length = steps
         if exhausted and not self._one_pass:
-            self._iterator = None
+            self._release_iterator()
         self._adapter.on_epoch_end()
 
 
@@ -361,6 +378,15 @@ def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Datase
         return batch
 
     return dataset.enumerate().map(look)
+
+
+def _capped_steps(steps: int | None) -> int | None:
+    """Steps of an epoch, which `keras.config.set_max_steps_per_epoch` may limit."""
+    most = keras.config.max_steps_per_epoch()
+    if not most or (steps and most >= steps):
+        return steps
+    warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=5)
+    return most
 
 
 def check_positive(name: str, value: Any) -> None:

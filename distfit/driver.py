@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import tree
 
 from distfit import _keras, build, data, workers
 from distfit._keras import graphs, optimizers
+from distfit.finite import FiniteWatch
 from distfit.partition.exchanges import Replicas
 from distfit.partition.step import Share, Step
 from distfit.shares import Layout, replicas_of, shares, shares_of_shards
@@ -25,13 +27,23 @@ class StepDriver:
         step: The bound `train_step` or `test_step`.
         spec: Structure of the specs of a global batch.
         sharded: Whether each replica brings its own rows.
+        watch: Looks for losses that are not finite, if anybody wants to know.
     """
 
-    def __init__(self, model: keras.Model, step: Callable, spec: Any, sharded: bool):
+    def __init__(
+        self,
+        model: keras.Model,
+        step: Callable,
+        spec: Any,
+        sharded: bool,
+        watch: FiniteWatch | None = None,
+    ):
         self.model = model
         self.strategy = model.distribute_strategy
         self.workers = workers.of(self.strategy)
         self.replicas = replicas_of(self.strategy)
+        self.watch = watch
+        step = watch.around(step) if watch else step
         self._function = step
         self._sharded = sharded
         self._latest: list[list] | None = None
@@ -72,6 +84,8 @@ class StepDriver:
     def reset(self) -> None:
         """Resets the model's metrics."""
         self.model.reset_metrics()
+        if self.watch is not None:
+            self.watch.reset()
         self._latest = None
 
     def results(self) -> dict[str, float]:
@@ -82,6 +96,37 @@ class StepDriver:
             return _keras.pythonify_logs(self._latest)
         logs = self._read(self._latest)
         return _keras.pythonify_logs(logs or {})
+
+    def results_of_epoch(self) -> dict[str, float]:
+        """The logs of an epoch.
+
+        As in stock Keras these are the results of the model's metrics if their names
+        are the same, although the step may have returned something else. A metric that
+        the step does not update is left out of that: stock Keras logs 0 for it.
+        """
+        logs = self.results()
+        if not logs or not (self.model.run_eagerly or self.step.returned):
+            return logs
+        metrics = _keras.pythonify_logs(self.model.get_metrics_result())
+        if metrics.keys() != logs.keys():
+            return logs
+        return {name: metrics[name] for name in metrics} | {
+            name: logs[name] for name in self._names_not_updated()
+        }
+
+    def _names_not_updated(self) -> list[str]:
+        """Names of metrics whose state is still what it is after a reset."""
+        idle = [
+            metric
+            for metric in self.model.metrics
+            if not any(np.any(np.asarray(v)) for v in metric.variables)
+        ]
+        return [metric.name for metric in idle if not _keras.is_compiled(metric)]
+
+    @property
+    def variables(self) -> list:
+        """The variables that the step uses."""
+        return [] if self.model.run_eagerly else self.step.variables
 
     # What is compiled.
 

@@ -1,6 +1,7 @@
 """The epoch loop: what `fit`, `evaluate` and `predict` do around the compiled steps."""
 
 import types
+import warnings
 import weakref
 from typing import Any
 
@@ -19,6 +20,7 @@ from distfit.data import (
     num_rows,
 )
 from distfit.driver import PredictDriver, StepDriver
+from distfit.finite import FiniteWatch
 
 
 def fit(
@@ -44,6 +46,7 @@ def fit(
     """See `Model.fit`."""
     _check_ready(model, "fit")
     team = workers.of(model.distribute_strategy)
+    epochs = _capped_epochs(epochs)
     workers.agree_on_randomness(team, "fit()")  # Before data are shuffled.
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = _keras.train_validation_split(
@@ -65,7 +68,9 @@ def fit(
     with _callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
     ) as callbacks:
-        driver = step_driver(model, "train", batches)  # As callbacks ask it to be.
+        # Not before callbacks have set the model as they want it.
+        driver = step_driver(model, "train", batches, callbacks.watch_losses)
+        callbacks.use_watch(driver.watch)
         drivers = [driver]
         if validation is not None:
             drivers.append(step_driver(model, "test", validation))
@@ -78,11 +83,13 @@ def fit(
                 "shuffle": shuffle,
                 "class_weight": class_weight,
                 "validation_freq": validation_freq,
+                "stops at a loss that is not finite": callbacks.watch_losses,
                 **batches.facts("the data"),
                 "has validation data": validation is not None,
                 **(validation.facts("the validation data") if validation else {}),
             },
         )
+        batches.restart()
         model.stop_training = False
         callbacks.on_train_begin()
         agreement.agree_on_state(model, "fit()", drivers)
@@ -169,6 +176,15 @@ def predict_on_batch(model, x) -> Any:
     return predictions.join(workers.of(model.distribute_strategy), [outputs])
 
 
+def _capped_epochs(epochs: int) -> int:
+    """The number of epochs, which `keras.config.set_max_epochs` may limit."""
+    most = keras.config.max_epochs()
+    if not most or most >= epochs:
+        return epochs
+    warnings.warn(f"Limiting epochs to {most}", stacklevel=4)
+    return most
+
+
 def _check_ready(model, method: str) -> None:
     build.check_compiled(model, method)
     check_positive("steps_per_execution", model.steps_per_execution)
@@ -228,12 +244,18 @@ def _test(model, batches: GlobalBatches, callbacks: CallbackList) -> dict:
 
 def _run_epoch(model, kind, driver, batches, callbacks) -> dict[str, float]:
     driver.reset()
+    compilation = _keras.compilation(model)
 
     def run(steps: int) -> int:
+        if _keras.compilation(model) is not compilation:
+            raise RuntimeError(
+                "A model cannot be compiled while it trains. Received: a call of "
+                f"`compile()` in a callback of {model.name!r}. End `fit()` first."
+            )
         return driver.run(batches, steps)
 
     _run_steps(model, kind, run, batches, callbacks, driver.results)
-    return driver.results()
+    return driver.results_of_epoch()
 
 
 def _run_steps(model, kind, run, batches, callbacks, read) -> None:
@@ -273,9 +295,19 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     return driver.results()
 
 
-def step_driver(model, kind: str, batches: GlobalBatches) -> StepDriver:
-    """The compiled steps of a kind for some data, built if there are none yet."""
-    return _cached_driver(model, kind, batches.spec, isinstance(batches, Shards))
+def step_driver(
+    model, kind: str, batches: GlobalBatches, watched: bool = False
+) -> StepDriver:
+    """The compiled steps of a kind for some data, built if there are none yet.
+
+    Args:
+        model: The model.
+        kind: `"train"` or `"test"`.
+        batches: The data.
+        watched: Whether the steps look for losses that are not finite.
+    """
+    sharded = isinstance(batches, Shards)
+    return _cached_driver(model, kind, batches.spec, sharded, watched)
 
 
 # The compiled steps of models, kept until a model is compiled anew.
@@ -290,11 +322,15 @@ def _drivers(model, kind: str) -> dict[tuple, Any]:
     return known[1][kind]
 
 
-def _cached_driver(model, kind: str, spec, sharded: bool = False) -> StepDriver:
+def _cached_driver(
+    model, kind: str, spec, sharded: bool = False, watched: bool = False
+) -> StepDriver:
     drivers = _drivers(model, kind)
-    key = (_signature(spec), sharded, model.run_eagerly)
+    key = (_signature(spec), sharded, watched, model.run_eagerly)
     if key not in drivers:
-        drivers[key] = StepDriver(model, getattr(model, f"{kind}_step"), spec, sharded)
+        step = getattr(model, f"{kind}_step")
+        watch = FiniteWatch() if watched else None
+        drivers[key] = StepDriver(model, step, spec, sharded, watch)
     return drivers[key]
 
 

@@ -1,16 +1,15 @@
-"""Models with one mistake each, for `distfit.verify` to find.
+"""Models for `distfit.verify`: right ones, and some with one mistake each.
 
-The line of a mistake ends in a comment `# here`; `place(cls)` finds it.
+A line that a report must name ends in a comment `# here`; `place(cls)` finds it.
 """
 
 import inspect
+import itertools
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-
-import distfit
 
 
 def place(cls: type) -> str:
@@ -26,7 +25,7 @@ def data(rows: int = 24):
     return x, generator.normal(size=(rows, 1)).astype("float32")
 
 
-def build(cls: type, optimizer=None, hidden=()):
+def build(cls: type, optimizer=None, hidden=(), **arguments):
     """A function that makes a compiled model of a class."""
 
     def make():
@@ -35,13 +34,14 @@ def build(cls: type, optimizer=None, hidden=()):
         for make_layer in hidden:
             x = make_layer()(x)
         model = cls(inputs, layers.Dense(1)(x))
-        model.compile(optimizer() if optimizer else keras.optimizers.SGD(0.1), "mse")
+        made = optimizer() if optimizer else keras.optimizers.SGD(0.1)
+        model.compile(made, "mse", **arguments)
         return model
 
     return make
 
 
-class Right(distfit.Model):
+class Right(keras.Model):
     """A step without a mistake, for the others to vary."""
 
     def train_step(self, data):
@@ -49,80 +49,69 @@ class Right(distfit.Model):
         with tf.GradientTape() as tape:
             loss = self.loss_of(x, y)
         gradients = tape.gradient(loss, self.trainable_variables)
-        self.update(gradients)
+        self.optimizer.apply(gradients, self.trainable_variables)
         return {"loss": loss}
 
     def loss_of(self, x, y):
         return self.compute_loss(y=y, y_pred=self(x, training=True))
 
-    def update(self, gradients):
-        self.optimizer.apply(gradients, self.trainable_variables)
 
+class ByHand(Right):
+    """What a step of one device may do, and no step of one replica might."""
 
-class BareMean(Right):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seeds = keras.random.SeedGenerator(5)
+        self.error = keras.metrics.Mean(name="error")
+
     def loss_of(self, x, y):
-        return tf.reduce_mean(tf.square(y - self(x, training=True)))  # here
+        y_pred = self(x + 0.1 * keras.random.normal(tf.shape(x)), training=True)
+        loss = tf.reduce_mean(tf.square(y - y_pred))
+        pairs = tf.matmul(y_pred, y_pred, transpose_b=True)
+        loss += 0.1 * tf.reduce_mean(tf.abs(pairs - tf.transpose(pairs) + 1.0))
+        loss += 0.1 * tf.reduce_sum(tf.square(self.trainable_variables[0]))
+        self.error.update_state(tf.reduce_max(tf.abs(y - y_pred)))
+        return keras.random.uniform((), 0.5, 1.5, seed=self.seeds) * loss
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        for weight in self.trainable_variables:
+            weight.assign(tf.clip_by_value(weight, -0.3, 0.3))
+        largest = tf.reduce_max(self(data[0]))
+        return {**logs, "largest": largest, "error": self.error.result()}
 
 
-class BareMeanOfPart(Right):
-    """The compiled loss is right, what is added to it is not."""
+class SingularRows(Right):
+    """Right, but not partitioned."""
 
     def loss_of(self, x, y):
         y_pred = self(x, training=True)
-        extra = tf.reduce_mean(tf.abs(y_pred))  # here
-        return self.compute_loss(y=y, y_pred=y_pred) + 0.1 * extra
+        ranked = tf.linalg.svd(y - y_pred, compute_uv=False)  # here
+        return self.compute_loss(y=y, y_pred=y_pred) + 0.1 * tf.reduce_sum(ranked)
 
 
-class SumByHand(Right):
-    def update(self, gradients):
+class DividedByReplicas(Right):
+    """Its loss is what a step under tf.distribute has to scale by hand."""
+
+    def loss_of(self, x, y):
+        number = self.distribute_strategy.num_replicas_in_sync
+        return super().loss_of(x, y) / number
+
+
+def rate_by_replicas() -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(
+        0.1 * tf.distribute.get_strategy().num_replicas_in_sync
+    )
+
+
+class FirstReplicaOnly(Right):
+    def loss_of(self, x, y):
         context = tf.distribute.get_replica_context()
-        gradients = context.all_reduce("sum", gradients)  # here
-        self.optimizer.apply(gradients, self.trainable_variables)
+        is_first = tf.equal(context.replica_id_in_sync_group, 0)  # here
+        return tf.where(is_first, 2.0, 1.0) * super().loss_of(x, y)
 
 
-class LocalPairs(Right):
-    """A contrastive loss: each row is to be most similar to itself."""
-
-    def loss_of(self, x, y):
-        z = tf.math.l2_normalize(self.layers[1](x), axis=1)
-        similarities = tf.matmul(z, z + 0.1, transpose_b=True)  # here
-        labels = tf.range(tf.shape(x)[0])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        return loss(labels, similarities) + self.compute_loss(y=y, y_pred=self(x))
-
-
-class PenaltyByHand(Right):
-    def loss_of(self, x, y):
-        kernel = self.trainable_variables[0]
-        penalty = tf.reduce_sum(tf.square(kernel))  # here
-        return super().loss_of(x, y) + 0.1 * penalty
-
-
-class DescentByHand(Right):
-    def update(self, gradients):
-        for variable, gradient in zip(self.trainable_variables, gradients, strict=True):
-            variable.assign_sub(0.1 * gradient)
-
-
-class CentredRows(layers.Layer):
-    def call(self, inputs):
-        return inputs - tf.reduce_mean(inputs, axis=0)  # here
-
-
-class CountedRows(layers.Layer):
-    """Counts rows, each replica its own."""
-
-    def build(self, input_shape):
-        self.rows = self.add_weight(shape=(), trainable=False, name="rows")
-
-    def call(self, inputs, training=False):
-        if training:
-            rows = tf.cast(tf.shape(inputs)[0], "float32")
-            self.rows.assign(self.rows + rows)  # here
-        return inputs
-
-
-class ReplicaVariable(layers.Layer):
+class LocalMean(layers.Layer):
     """Keeps a running mean in a variable of TensorFlow that is local to a replica."""
 
     def build(self, input_shape):
@@ -135,34 +124,14 @@ class ReplicaVariable(layers.Layer):
     def call(self, inputs, training=False):
         if training:
             mean = tf.reduce_mean(inputs, axis=0)
-            self.mean.assign(0.9 * self.mean + 0.1 * mean)  # here
+            self.mean.assign(0.9 * self.mean + 0.1 * mean)
         return inputs
 
 
-class UnlistedMetric(Right):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.error = keras.metrics.MeanAbsoluteError(name="error")
-
-    @property
-    def metrics(self):
-        return []
-
-    def train_step(self, data):
-        logs = super().train_step(data)
-        self.error.update_state(data[1], self(data[0]))
-        return {**logs, "error": self.error.result()}
-
-
-class SameNoise(Right):
+class VariableOfValue(Right):
     def loss_of(self, x, y):
-        noise = tf.random.stateless_normal(tf.shape(x), seed=(1, 2))  # here
-        return super().loss_of(x + noise, y)
-
-
-class SameNoiseByNumber(Right):
-    def loss_of(self, x, y):
-        return super().loss_of(x + keras.random.normal(tf.shape(x), seed=3), y)  # here
+        loss = super().loss_of(x, y)
+        return tf.Variable(loss) * loss  # here
 
 
 class UnseededNoise(Right):
@@ -170,74 +139,13 @@ class UnseededNoise(Right):
         return super().loss_of(x + tf.random.normal(tf.shape(x)), y)  # here
 
 
-class OneNumberPerReplica(Right):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seeds = keras.random.SeedGenerator(5)
-
-    def loss_of(self, x, y):
-        scale = keras.random.uniform((), 0.5, 1.5, seed=self.seeds)  # here
-        return scale * super().loss_of(x, y)
-
-
-class LargestLog(Right):
-    def train_step(self, data):
-        logs = super().train_step(data)
-        return {**logs, "largest": tf.reduce_max(self(data[0]))}  # here
-
-
-class LocalScalarInMetric(Right):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.error = keras.metrics.Mean(name="error")
-
-    def train_step(self, data):
-        logs = super().train_step(data)
-        x, y = data
-        self.error.update_state(tf.reduce_max(tf.abs(y - self(x))))  # here
-        return {**logs, "error": self.error.result()}
-
-
-class OptimizerInStep(Right):
-    def update(self, gradients):
-        optimizer = keras.optimizers.SGD(0.1)  # here
-        optimizer.apply(gradients, self.trainable_variables)
-
-
-class VariableInStep(Right):
-    def loss_of(self, x, y):
-        scale = tf.Variable(2.0)  # here
-        return scale * super().loss_of(x, y)
-
-
-class FirstReplicaOnly(Right):
-    def loss_of(self, x, y):
-        context = tf.distribute.get_replica_context()
-        is_first = tf.equal(context.replica_id_in_sync_group, 0)  # here
-        return tf.where(is_first, 2.0, 1.0) * super().loss_of(x, y)
-
-
-class PythonCounter(Right):
-    steps_done = 0
+class CountsInPython(Right):
+    """A Python function in the step counts its calls."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps_done = 0
+        self.calls = itertools.count(1)
 
-    def train_step(self, data):
-        self.steps_done += 1  # here
-        return super().train_step(data)
-
-
-class RawLosses(keras.Model):
-    """Right as a `distfit.Model`; under Keras each replica adds the whole penalty."""
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = keras.losses.MeanSquaredError()(y, y_pred)
-            loss += sum(self.losses)  # here
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"loss": loss}
+    def loss_of(self, x, y):
+        count = tf.numpy_function(lambda: np.float32(next(self.calls)), [], "float32")
+        return tf.reshape(count, ()) * super().loss_of(x, y)

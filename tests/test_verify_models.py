@@ -1,4 +1,4 @@
-"""The reference models have no finding, on 1, 2, 4 and 8 replicas."""
+"""The reference models are those of one device on 1, 2, 4 and 8 replicas."""
 
 import keras
 import pytest
@@ -12,7 +12,7 @@ ROWS, BATCH = 27, 9
 
 
 @pytest.mark.parametrize("name", models.NAMES)
-def test_reference_model_has_no_finding(name):
+def test_reference_model_is_that_of_one_device(name):
     module = models.get(name)
     config = module.get_config()
     load = getattr(module, "data", lambda c: datasets.load(c.dataset, c))
@@ -24,4 +24,4 @@ def test_reference_model_has_no_finding(name):
         replicas=(1, 2, 4, 8),
     )
     assert report.ok, str(report)
-    assert report.findings == []
+    assert report.problems == []

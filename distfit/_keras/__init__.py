@@ -253,6 +253,11 @@ def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [m for layer in layers_of(model) for m in layer._metrics]
 
 
+def is_compiled(metric: keras.metrics.Metric) -> bool:
+    """Whether it stands for the metrics that were passed to `compile()`."""
+    return isinstance(metric, CompileMetrics)
+
+
 def parts_of(metric: keras.metrics.Metric) -> list[keras.metrics.Metric]:
     """A metric, or those that `compile()` has made one of."""
     return metric.metrics if isinstance(metric, CompileMetrics) else [metric]

@@ -20,6 +20,8 @@ from tensorflow.python.distribute import values as distribute_values
 from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
 
+from distfit._keras import generators
+
 EMISSION_ERRORS = (
     TypeError,
     ValueError,
@@ -47,15 +49,24 @@ def trace(function: Callable, spec: Any) -> Any:
 
 
 def copy_operation(
-    graph: Any, op: tf.Operation, inputs: Sequence[tf.Tensor]
+    graph: Any, op: tf.Operation, inputs: Sequence[tf.Tensor], **changed: int
 ) -> list[tf.Tensor]:
-    """Adds an operation like `op` with other inputs, and returns its outputs."""
+    """Adds an operation like `op` with other inputs, and returns its outputs.
+
+    Args:
+        graph: The graph to add it to.
+        op: The operation.
+        inputs: Its inputs there.
+        **changed: Attributes of integers to set.
+    """
     definition = op.node_def
     attributes = {k: v for k, v in definition.attr.items() if not k.startswith("_")}
     for value in attributes.values():
         functions = [value.func] if value.HasField("func") else value.list.func
         for function in functions:
             graph._add_function_recursive(_function(op.graph, function.name))
+    for name, number in changed.items():
+        attributes[name] = tf.compat.v1.AttrValue(i=number)
     dtypes = [t.dtype for t in op.outputs]
     made = graph._create_op_internal(
         op.type, list(inputs), dtypes, attrs=attributes, name=op.type
@@ -73,6 +84,12 @@ def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
     return [
         _function(op.graph, f.name).graph for f in op.node_def.attr[attribute].list.func
     ]
+
+
+def functions_of(graph: Any) -> list[Any]:
+    """The graphs of all functions that a graph calls, also within one another."""
+    functions = [getattr(f, "graph", None) for f in graph._functions.values()]
+    return [function for function in functions if function is not None]
 
 
 def _function(graph: Any, name: str) -> Any:
@@ -116,14 +133,14 @@ def instance(
     current = ops.get_default_graph()
     for function in graph._functions.values():
         current._add_function_recursive(function)
-    for node in graph_def.node:
-        node.device = device
     given = {
         name: current.capture(tensor) for name, tensor in inputs.items()
     }
-    return tf.graph_util.import_graph_def(
-        graph_def, input_map=given, return_elements=list(outputs), name="stage"
-    )
+    # One context for all operations: devices in the definition would take one for each.
+    with tf.device(device):
+        return tf.graph_util.import_graph_def(
+            graph_def, input_map=given, return_elements=list(outputs), name="stage"
+        )
 
 
 def instance_of_function(
@@ -169,6 +186,11 @@ def instance_of_reads(
     return instance(graph, result, inputs, [t.name for t in outputs], device)
 
 
+def variable_of(handle: tf.Tensor) -> Any:
+    """The distributed variable whose copy has this handle, or None."""
+    return getattr(handle, "_distributed_container", lambda: None)()
+
+
 def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
     """What a captured tensor is on the replicas of this process.
 
@@ -202,8 +224,11 @@ def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
 
 @contextlib.contextmanager
 def as_first_replica() -> Iterator[None]:
-    """Makes distributed variables act as their first copy, in this thread."""
-    with distribute_lib.UpdateContext(0):
+    """Makes distributed variables act as their first copy, in this thread.
+
+    Generators of random numbers then draw as on one device.
+    """
+    with generators.of_one_device(), distribute_lib.UpdateContext(0):
         yield
 
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from distfit._keras import graphs
 from distfit.partition import layouts
+from distfit.partition.findings import Finding, elements_of
 from distfit.partition.layouts import (
     BATCH,
     PARTIAL,
@@ -87,6 +88,21 @@ class Resource:
     level: int = 0
 
 
+@dataclasses.dataclass
+class Element:
+    """How the elements of a list of tensors lie.
+
+    Attributes:
+        layout: Their layout.
+        dims: Their global shape; None if their rank is unknown.
+        sizes: As in `Value`, if all elements are these.
+    """
+
+    layout: Layout
+    dims: list[Dim] | None
+    sizes: Any = None
+
+
 class Value:
     """What a tensor of one device is on the replicas.
 
@@ -102,7 +118,7 @@ class Value:
             comes from a meeting, None and a port.
         constant: A node to copy wherever the value is used.
         whole: The same value, replicated, once it was asked for.
-        element: For a list of tensors, `(layout, dims)` of its elements.
+        element: For a list of tensors, how its elements lie; None while it has none.
         resource: The resource that it is a handle of.
         node: The node that gives it.
     """
@@ -124,7 +140,7 @@ class Value:
         tensor: Any = None,
         sizes: Any = None,
         constant: Node | None = None,
-        element: tuple | None = None,
+        element: Element | None = None,
         resource: Resource | None = None,
     ):
         self.layout = layout
@@ -174,21 +190,6 @@ class Value:
 
     def __repr__(self) -> str:
         return f"<{self.dtype.name}{self.dims} {self.layout}>"
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """An operation that every replica computes in full.
-
-    Attributes:
-        type: The type of the operation.
-        line: Where the user's code makes it.
-        elements: The number of elements of its outputs, as far as it is known.
-    """
-
-    type: str
-    line: str
-    elements: int
 
 
 class Emitter:
@@ -320,8 +321,7 @@ class Emitter:
 
     def report(self, node: Node) -> None:
         """Notes that a node is computed in full on every replica."""
-        elements = sum(t.shape.num_elements() or 0 for t in node.outputs)
-        self.findings.append(Finding(node.type, node.line(), elements))
+        self.findings.append(Finding(node.type, node.line(), elements_of(node)))
 
     # --- What rules are made of.
 
@@ -532,7 +532,7 @@ class Emitter:
         return self.value(REPLICATED, [len(dims)], stage.cache[key], stage, level)
 
     def _local_size(self, layout: Layout, dtype: tf.DType, stage: Stage) -> Any:
-        """The size of the dimension that is cut; blocks and inner may depend on rows."""
+        """The size of the dimension that is cut: what a row has may depend on rows."""
         size = self._scalar(ROWS, dtype, stage, local=True)
         for factor in (layout.blocks, layout.inner):
             if factor != 1:
@@ -572,9 +572,7 @@ class Emitter:
 
     def whole(self, value: Value) -> Value:
         """The value, replicated: that is what an exchange is needed for."""
-        if value.is_replicated and value.element is None:
-            return value
-        if value.element is not None and value.element[0].kind != "replicated":
+        if value.element is not None and not value.element.layout == REPLICATED:
             raise NotImplementedError("a list of rows that is needed whole")
         if value.is_replicated:
             return value
@@ -702,8 +700,17 @@ class Emitter:
 
     # --- What one replica does for all.
 
-    def once(self, node: Node, inputs: Sequence[Value]) -> list[Value]:
-        """Emits a node on the first replica alone; its results go to all."""
+    def once(
+        self, node: Node, inputs: Sequence[Value], dims: Any = None, **attributes: int
+    ) -> list[Value]:
+        """Emits a node on the first replica alone; its results go to all.
+
+        Args:
+            node: The node.
+            inputs: Its inputs, which are made whole.
+            dims: The shape of the only output, if more is known than what was traced.
+            **attributes: Attributes of the operation in place of its own.
+        """
         inputs = [self.whole(v) for v in inputs]
         level = 0
         for value in inputs:
@@ -714,7 +721,8 @@ class Emitter:
             level = max(level, self._effects)
         self.reach(level)
         stage = self._once_stage(level)
-        tensors = stage.create(node, [self.tensor(v, stage) for v in inputs])
+        given = [self.tensor(v, stage) for v in inputs]
+        tensors = stage.create(node, given, **attributes)
         self._touch(inputs, level)
         if node.has_effect:
             self._effects = level
@@ -722,7 +730,7 @@ class Emitter:
         for traced, tensor in zip(node.outputs, tensors, strict=True):
             value = Value(
                 REPLICATED,
-                self.static_dims(traced),
+                self.static_dims(traced) if dims is None else dims,
                 tensor.dtype,
                 level=level,
                 ready=level,

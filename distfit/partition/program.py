@@ -82,10 +82,12 @@ class Stage:
         """Notes that a tensor is used outside of the stage."""
         self.exports[tensor.ref()] = tensor
 
-    def create(self, node: Any, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Adds the operation of a node, with other inputs."""
+    def create(
+        self, node: Any, inputs: Sequence[tf.Tensor], **attributes: int
+    ) -> list[tf.Tensor]:
+        """Adds the operation of a node, with other inputs and attributes."""
         with self.graph.as_default():
-            return graphs.copy_operation(self.graph, node.op, inputs)
+            return graphs.copy_operation(self.graph, node.op, inputs, **attributes)
 
     def place(self, placed: Placed, replicas: Replicas, jit: bool = False) -> None:
         """Adds the stage to the current graph, for every replica."""

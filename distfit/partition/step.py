@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from distfit._keras import graphs
 from distfit.partition import tracing
-from distfit.partition.emission import Emitter, Finding, Resource, Value
+from distfit.partition.emission import Emitter, Resource, Value
 from distfit.partition.exchanges import Replicas
+from distfit.partition.findings import Finding, elements_of
 from distfit.partition.layouts import REPLICATED, ROWS, Sizes, by_rows, unknown
 from distfit.partition.program import Program
 from distfit.partition.tracing import Edge, Flat, Node
@@ -97,6 +98,11 @@ class Step:
         self._plan()
 
     # --- Looking at the traced graph.
+
+    @property
+    def elements(self) -> int:
+        """The elements of all operations, of which `findings` have their share."""
+        return sum(map(elements_of, self._flat.nodes))
 
     def _written(self) -> list[Any]:
         inputs = self._flat.inputs[self._num_leaves :]
@@ -201,6 +207,14 @@ class Step:
             value = emitter.input(traced.dtype, REPLICATED, dims, resource=resource)
             value.node = node
             emitter.values[Edge(node, 0)] = value
+
+    @property
+    def variables(self) -> list:
+        """The distributed variables that the step uses, and others that it reads."""
+        captured = [outer for outer, _ in self._graph.captures]
+        found = [graphs.variable_of(handle) for handle in captured]
+        found += list(self._graph.variables)
+        return list({id(v): v for v in found if v is not None}.values())
 
     # --- Placing them.
 

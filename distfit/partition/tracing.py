@@ -64,7 +64,7 @@ class Node:
     def line(self) -> str:
         """Where the user's code makes it, as `file:line  source`; else its name."""
         for frame in reversed(self.op.traceback or ()):
-            if _is_of_user(frame.filename):
+            if is_of_user(frame.filename):
                 source = linecache.getline(frame.filename, frame.lineno).strip()
                 return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
         return self.op.name
@@ -83,7 +83,8 @@ _LIBRARIES = (
 _EXAMPLES = (_PACKAGE + "models" + os.sep,)
 
 
-def _is_of_user(filename: str) -> bool:
+def is_of_user(filename: str) -> bool:
+    """Whether a file belongs to no library; reference models count as the user's."""
     return filename.startswith(_EXAMPLES) or not filename.startswith(_LIBRARIES)
 
 

@@ -1,18 +1,20 @@
-"""`distfit.verify`: is a model's step right on N replicas?
+"""`distfit.verify`: does a model on N replicas do what it does on one device?
 
 verify              the function
 batches.py          the batches to compare on
-recording.py        runs on one device and on replicas, recorded step by step
-streams.py          one device that draws the random numbers of N replicas
+reference.py        the model's steps on one device, without distfit
+replicas.py         the same on N replicas, by distfit
+recording.py        what a run leaves behind after each step
 comparison.py       how far two recordings are apart
-inspection.py       what can be seen in the traced step
-diagnosis.py        from both, the mistakes by name
-report.py           the result as a table, JSON and HTML
+problems.py         what keeps a model from being compared
+report.py, plot.py  the result as a table, JSON and HTML
 """
 
+import contextlib
+import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,25 +22,24 @@ import tensorflow as tf
 
 from distfit import _keras
 from distfit import strategy as strategies
+from distfit.partition.findings import InFull
 from distfit.verification.batches import Batch, Source
-from distfit.verification.comparison import Comparison, Deviation
-from distfit.verification.diagnosis import (
-    REFERENCE,
-    Evidence,
-    Finding,
-    diagnose,
-    diagnose_stock,
-    failure_on_one_device,
+from distfit.verification.comparison import Comparison, Deviation, unrepeated
+from distfit.verification.problems import (
+    Problem,
+    does_not_repeat,
+    fails_on_one_device,
+    fails_on_replicas,
 )
-from distfit.verification.inspection import Facts, inspect_step
-from distfit.verification.recording import OneDevice, Replicas
-from distfit.verification.report import Column, Report
+from distfit.verification.reference import OneDevice, check_compiled
+from distfit.verification.replicas import Replicas
+from distfit.verification.report import Report
 
-__all__ = ["Finding", "Report", "devices_for", "verify"]
+__all__ = ["Deviation", "Problem", "Report", "devices_for", "verify"]
 
 
 def verify(
-    model_fn: Callable[[], keras.Model],
+    build: Callable[[], keras.Model],
     data: Any,
     *,
     batch_size: int,
@@ -48,25 +49,23 @@ def verify(
 ) -> Report:
     """Trains a model on one device and on N replicas, and compares what they do.
 
-    From the same initial weights the model is evaluated, asked for predictions and
-    trained, on batches that part evenly among the replicas, unevenly, and that have
-    fewer rows than there are replicas. After each step the logs, gradients, updates,
-    states of layers and slots of optimizers are compared with those of one device,
-    which calls the step by hand. Where the model draws random numbers, that device
-    draws those of the replicas.
+    On one device the model's own `train_step`, `test_step` and `predict_step` are
+    called as stock Keras calls them; on replicas `distfit.fit`, `evaluate` and
+    `predict` run. Both start from the same weights, on batches that divide evenly among
+    the replicas, unevenly, and that have fewer rows than there are replicas. After each
+    step the logs, gradients, updates of weights, states of layers, seed generators and
+    metrics, slots of optimizers and all replicas' copies are compared.
 
     Nothing is compiled by XLA, which draws other random numbers.
-
-    A `keras.Model` that is no `distfit.Model` runs twice: by Keras's own `fit`, and as
-    if its class derived from `distfit.Model`.
 
     The replicas run on GPUs if there are enough of them, else on virtual CPU devices.
     TensorFlow makes those only before its first use: call this first, or begin the
     program with `distfit.create_strategy("mirrored", virtual_devices=n)`.
 
     Args:
-        model_fn: Makes the compiled model. It is called several times, each time after
-            `keras.utils.set_random_seed(0)`, in the scope of a strategy.
+        build: Makes the compiled model, a `keras.Model` of any class. It is called
+            several times, each time after `keras.utils.set_random_seed(0)`, once
+            outside and then in the scope of a strategy.
         data: What `fit()` takes: arrays `x`, `(x, y)` or `(x, y, sample_weight)`, or a
             dataset, PyDataset or generator of global batches.
         batch_size: Rows of a global batch of arrays.
@@ -76,20 +75,23 @@ def verify(
             measured for the model, and set aside.
 
     Returns:
-        A `Report`: `.ok`, `.findings`, and a table as `str()`.
+        A `Report`: `.ok`, what deviates, what every replica computes in full, and a
+        table as `str()`.
 
     Raises:
         ValueError: for arguments or data that nothing can be compared with.
         RuntimeError: if there are not enough devices, and TensorFlow is in use already.
     """
     _check(replicas, steps, tolerance)
-    devices = devices_for(max(replicas))
+    numbers = sorted(set(replicas))
+    devices = devices_for(numbers[-1])
     source = Source(data, batch_size, steps)
-    batches = {n: source.batches(n) for n in sorted(set(replicas))}
-    with warnings.catch_warnings():
-        # The runs repeat one another; what they warn of is among the findings.
-        warnings.simplefilter("ignore")
-        return _Verification(model_fn, source, batches, devices, tolerance).report()
+    for number in numbers:  # Batches that are too small are an error before any work.
+        source.batches(number)
+    verification = _Verification(build, source, numbers, devices, tolerance)
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # The runs repeat one another.
+        return verification.report()
 
 
 class _Verification:
@@ -97,46 +99,59 @@ class _Verification:
 
     def __init__(
         self,
-        model_fn: Callable[[], keras.Model],
+        build: Callable[[], keras.Model],
         source: Source,
-        batches: dict[int, list[Batch]],
+        numbers: list[int],
         devices: list[str],
         tolerance: float,
     ):
-        self._model_fn = model_fn
+        self._build = build
         self._source = source
-        self._batches = batches
+        self._numbers = numbers
         self._devices = devices
         self._tolerance = tolerance
         self._made: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+        self._deviations: list[Deviation] = []
+        self._problems: list[Problem] = []
+        self._in_full: dict[tuple[str, str], InFull] = {}
 
     def report(self) -> Report:
-        reference = OneDevice(self._make_model, self._source)
-        name = type(reference.model).__name__
-        failure = reference.prepare()
-        facts = inspect_step(reference.model, self._source.spec)
-        failure = failure or self._first_failure(reference)
-        if failure is not None:
-            return self._report(name, [], [failure_on_one_device(failure, facts)])
-        distfit = self._column("distfit", reference, facts)
-        evidence = Evidence(reference.model, facts, distfit.deviations, distfit.errors)
-        findings = diagnose(evidence)
-        if reference.derives_from_distfit:
-            return self._report(name, [distfit], findings)
-        stock = self._column("Keras", reference, facts)
-        by_keras = Evidence(reference.model, facts, stock.deviations, stock.errors)
-        findings += diagnose_stock(by_keras, mended=evidence)
-        return self._report(name, [stock, distfit], findings)
+        reference, failure = self._reference()
+        if failure is None:
+            self._check_repeats(reference)
+        else:
+            self._problems.append(fails_on_one_device(failure))
+        if not self._problems:
+            for number in self._numbers:
+                self._compare(number, reference)
+        return Report(
+            type(reference.model).__name__,
+            self._numbers,
+            self._tolerance,
+            self._deviations,
+            self._problems,
+            sorted(self._in_full.values(), key=lambda entry: -entry.share),
+        )
 
-    def _report(self, name: str, columns: list, findings: list[Finding]) -> Report:
-        return Report(name, list(self._batches), self._tolerance, columns, findings)
+    def _reference(self) -> tuple[OneDevice, Exception | None]:
+        """The model on one device, and the exception that it fails with, or None."""
+        reference = OneDevice(self._make_model, self._source)
+        failure = reference.prepare(self._first_batches()[0])
+        if failure is None or self._source.fixed_rows is None:
+            return reference, failure
+        self._source.fix_rows()  # The step may need to know the number of rows.
+        reference = OneDevice(self._make_model, self._source)
+        return reference, reference.prepare(self._first_batches()[0])
+
+    def _first_batches(self) -> list[Batch]:
+        return self._source.batches(self._numbers[0])
 
     def _make_model(self) -> keras.Model:
         keras.utils.set_random_seed(0)
         with _keras.fresh_names():
-            model = self._model_fn()
-        if not isinstance(model, keras.Model):
-            return model  # Whoever uses it says so.
+            model = self._build()
+        tf.random.set_seed(None)  # A draw without a seed cannot be told from others.
+        check_compiled(model)
         if model in self._made:
             raise ValueError(
                 "The function that makes the model must make a new one each time. "
@@ -144,51 +159,60 @@ class _Verification:
                 "the model inside the function."
             )
         self._made.add(model)
+        model.steps_per_execution = 1
+        model.jit_compile = False  # XLA draws other random numbers.
         return model
 
-    def _first_failure(self, reference: OneDevice) -> Exception | None:
-        """What training fails with on one device."""
-        batches = next(iter(self._batches.values()))
-        return reference.record(batches[:1]).errors.get("fit")
+    def _check_repeats(self, reference: OneDevice) -> None:
+        """Notes a problem unless one device does the same twice."""
+        batches = self._first_batches()
+        one, again = reference.record(batches), reference.record(batches)
+        if "fit" in one.errors:
+            self._problems.append(fails_on_one_device(one.errors["fit"]))
+            return
+        what = unrepeated(one, again, self._tolerance)
+        if what is not None:
+            draws = reference.unseeded_draws()
+            self._problems.append(does_not_repeat(what, draws))
 
-    def _column(self, name: str, reference: OneDevice, facts: Facts) -> Column:
-        column = Column(name)
-        for number, batches in self._batches.items():
-            strategy = strategies.create_strategy(
-                "one_device" if number == 1 else "mirrored",
-                devices=self._devices[:number],
-            )
-            stock = name == "Keras"
-            many = Replicas(self._make_model, reference, strategy, stock)
-            recording = many.record(batches)
-            candidates: list[list[Deviation]] = []
-            for streams in _streams(number, facts):
-                one = reference.record(batches, streams)
-                off = [reference.record(batches, streams, seed) for seed in (1, 2)]
-                comparison = Comparison(number, one, off, recording, self._tolerance)
-                candidates.append(comparison.deviations())
-                if all(deviation.ok for deviation in candidates[-1]):
-                    break
-            column.deviations += min(candidates, key=_failures)
-            if "fit" in one.errors:  # It trained before: it cannot draw like replicas.
-                column.errors.append((number, REFERENCE, one.errors["fit"]))
-            column.errors += [
-                (number, mode, error)
-                for mode, error in recording.errors.items()
-                if mode not in one.errors
-            ]
-        return column
+    def _compare(self, number: int, reference: OneDevice) -> None:
+        """Compares `number` replicas with one device."""
+        strategy = strategies.create_strategy(
+            "one_device" if number == 1 else "mirrored", devices=self._devices[:number]
+        )
+        batches = self._source.batches(number)
+        replicas = Replicas(self._make_model, reference, self._source, strategy)
+        many = replicas.record(batches)
+        one = reference.record(batches)
+        off = [reference.record(batches, seed) for seed in (1, 2)]
+        comparison = Comparison(number, one, off, many, self._tolerance)
+        self._deviations += comparison.deviations()
+        failed = {m: e for m, e in many.errors.items() if m not in one.errors}
+        for mode, error in failed.items():
+            self._problems.append(fails_on_replicas(number, mode, error))
+        if "fit" not in failed:
+            self._note_in_full(replicas.in_full(batches))
 
-
-def _streams(number: int, facts: Facts) -> list[tuple[int, bool] | None]:
-    """The ways in which one device may have to draw what the replicas draw."""
-    if number == 1 or not facts.draws_by_replica:
-        return [None]
-    return [(number, True), (number, False)]
+    def _note_in_full(self, entries: list[InFull]) -> None:
+        for entry in entries:
+            known = self._in_full.setdefault((entry.operation, entry.line), entry)
+            if entry.share > known.share:
+                self._in_full[entry.operation, entry.line] = entry
 
 
-def _failures(deviations: Iterable[Deviation]) -> int:
-    return sum(not deviation.ok for deviation in deviations)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps distfit from logging what the report says."""
+    logger = logging.getLogger("distfit")
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(refuse)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuse)
 
 
 def _check(replicas: Sequence[int], steps: int, tolerance: float) -> None:

@@ -110,8 +110,8 @@ class Comparison:
 
     def _spread(self, many: Step, place) -> Iterator[Deviation]:
         """How far the copies of a variable on the replicas are from one another."""
-        for (check, label), copies in many.local.items():
-            if check == "gradient":
+        for (_, label), copies in many.copies.items():
+            if len(copies) == 1:  # One replica, or the sum of their parts.
                 continue
             worst = max(_largest(_difference(copy, copies[0])) for copy in copies)
             value = worst / (_largest(copies[0]) or 1.0)
@@ -162,6 +162,58 @@ class Comparison:
             ok=value <= self._tolerance,
             **place,
         )
+
+
+def unrepeated(one: Recording, again: Recording, tolerance: float) -> str | None:
+    """What a second run on the same device did otherwise, e.g. "log of loss", or None.
+
+    Gradients and weights count as a whole: rounding, which on a GPU may differ from run
+    to run, can be all that there is of a single one.
+    """
+    for deviation in Comparison(1, one, [], again, tolerance).deviations():
+        single = deviation.check in ("log", "state", "evaluate", "predict")
+        if single and not deviation.ok:
+            return f"{deviation.check} of {deviation.label}"
+    for a, b in zip(one.fit, again.fit, strict=False):
+        for check, name in (("gradient", "gradients"), ("weight", "weights")):
+            keys = [key for key in a.values if key[0] == check]
+            scale = max((_largest(a.values[key]) for key in keys), default=0.0)
+            if any(
+                _largest(_difference(b.values[key], a.values[key])) > tolerance * scale
+                for key in keys
+            ):
+                return name
+    return None
+
+
+def describe(deviations: Sequence[Deviation]) -> str:
+    """One sentence on where N replicas first differ from one device.
+
+    It speaks of the first step that differs: later ones start from other weights.
+    """
+    failed = [d for d in deviations if not d.ok]
+    first = min(failed, key=lambda d: (d.step, CHECKS.index(d.check)))
+    alike = [d for d in failed if (d.step, d.check) == (first.step, first.check)]
+    worst = max(alike, key=lambda d: d.value)
+    by_number = {d.replicas: d for d in alike if d.label == worst.label}
+    what = f"{worst.check} of {worst.label}"
+    if worst.check == "replicas agree":
+        numbers = " and ".join(map(str, by_number))
+        return f"The copies of {worst.label} differ on {numbers} replicas."
+    amounts = " and ".join(map(_amount, by_number.values()))
+    where = "" if worst.batch is None else f" ({worst.batch.rows} rows)"
+    return (
+        f"First to differ: the {what}, in step {worst.step + 1}{where}. It is {amounts}."
+    )
+
+
+def _amount(deviation: Deviation) -> str:
+    on = f"on {deviation.replicas} replica{'s' if deviation.replicas > 1 else ''}"
+    if deviation.ratio is not None:
+        return f"{deviation.ratio:.3g} times that of one device {on}"
+    if not np.isfinite(deviation.value):
+        return f"of another shape, or not finite, {on}"
+    return f"off by {deviation.value:.2g} of its size {on}"
 
 
 def _relative(worst: float, scale: float, explained: float) -> float:

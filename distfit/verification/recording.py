@@ -64,15 +64,9 @@ class Variables:
         model: A built model.
         labels: The names of the same model's first instance, by check, which are used
             for all instances; filled by the first.
-        unseeded: The seed generator of draws without a seed.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        labels: dict[str, list[str]],
-        unseeded: keras.random.SeedGenerator,
-    ):
+    def __init__(self, model: keras.Model, labels: dict[str, list[str]]):
         self._strategy = model.distribute_strategy
         weights = {id(v) for v in model.variables}
         slots = [
@@ -82,7 +76,7 @@ class Variables:
             if id(v) not in weights
         ]
         metrics = [v for m in build.metrics_of(model) for v in m.variables]
-        state = [*model.non_trainable_variables, *metrics, unseeded.state]
+        state = [*model.non_trainable_variables, *metrics]
         self._by_check = {
             "weight": _named(model.trainable_variables),
             "state": _named(state) + _raw_variables(model),

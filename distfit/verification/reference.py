@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build
+from distfit import _keras
+from distfit._keras import graphs
 from distfit.partition.tracing import is_of_user
 from distfit.verification.batches import Batch, Source
 from distfit.verification.recording import (
@@ -74,7 +75,7 @@ class OneDevice:
                     self._errors[mode] = error
         if "fit" in self._errors:
             return self._errors["fit"]
-        self._variables = Variables(self.model, self.labels, self._unseeded)
+        self._variables = Variables(self.model, self.labels)
         self.initial = self._variables.values()
         self._find_outside()
         return None
@@ -84,11 +85,17 @@ class OneDevice:
         if self.model.run_eagerly:
             step(batch.tensors)
             return step
-        spec = tree.map_structure(_none_if_optional, self._source.spec)
-        function = tf.function(step, autograph=False)
-        concrete = function.get_concrete_function(spec)
-        self._graphs.append(concrete.graph)
+        function = self._function(mode)
+        self._graphs.append(function.get_concrete_function().graph)
         return function
+
+    def _function(self, mode: str) -> Callable:
+        step = getattr(self.model, _STEPS[mode])
+
+        def run(batch):
+            return step(batch)
+
+        return tf.function(run, autograph=False, input_signature=[self._source.spec])
 
     def _find_outside(self) -> None:
         """Finds variables of the steps that are not the model's, such as a closure's.
@@ -96,6 +103,7 @@ class OneDevice:
         They may be shared with other instances of the model.
         """
         known = {id(variable) for _, _, variable in self._variables}
+        known.add(id(self._unseeded.state.value))
         for graph in self._graphs:
             for variable in graph.variables:
                 if id(variable) not in known:
@@ -128,6 +136,7 @@ class OneDevice:
                     continue
                 self.restore_outside()
                 self._variables.restore(initial)
+                self._unseeded.state.assign([0, 0])
                 self.model.reset_metrics()
                 try:
                     run[mode](recording, self._fresh(mode), batches)
@@ -137,10 +146,9 @@ class OneDevice:
 
     def _fresh(self, mode: str) -> Callable:
         """The function of a step, whose seeded operations draw from the start."""
-        function = self._functions[mode]
         if self.model.run_eagerly or not any(map(_drawing_operations, self._graphs)):
-            return function
-        return tf.function(getattr(self.model, _STEPS[mode]), autograph=False)
+            return self._functions[mode]
+        return self._function(mode)
 
     def _fit(self, recording: Recording, train: Callable, batches: list[Batch]):
         for batch in batches:
@@ -195,11 +203,6 @@ def check_compiled(model: Any) -> None:
         )
 
 
-def _none_if_optional(spec: Any) -> Any:
-    absent = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
-    return None if absent else spec
-
-
 def _drawing_operations(graph: Any) -> list[tf.Operation]:
     """The operations that draw random numbers and keep count of their draws."""
     return [
@@ -211,10 +214,8 @@ def _drawing_operations(graph: Any) -> list[tf.Operation]:
 
 def _operations(graph: Any) -> list[tf.Operation]:
     """The operations of a graph and of the functions that it calls."""
-    found = list(graph.get_operations())
-    for function in _keras.graphs.functions_of(graph):
-        found += function.get_operations()
-    return found
+    every = [graph, *graphs.functions_of(graph)]
+    return [op for each in every for op in each.get_operations()]
 
 
 def _line(op: tf.Operation) -> str | None:

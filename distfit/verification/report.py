@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import string
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,135 +16,105 @@ import rich.console
 import rich.table
 import rich.text
 
+from distfit.partition.findings import InFull, percent
 from distfit.verification import plot
-from distfit.verification.comparison import CHECKS, Deviation
-from distfit.verification.diagnosis import Finding
+from distfit.verification.comparison import CHECKS, Deviation, describe
+from distfit.verification.problems import Problem
 
 _MOST_ROWS = 60  # of a table on the screen
 
 
 @dataclasses.dataclass
-class Column:
-    """One way to run the model on replicas.
-
-    Attributes:
-        name: "distfit", or "Keras" for Keras's own `fit`.
-        deviations: From one device, within the tolerance or not.
-        errors: `(replicas, mode, exception)` for what runs on one device alone.
-    """
-
-    name: str
-    deviations: list[Deviation] = dataclasses.field(default_factory=list)
-    errors: list[tuple[int, str, Exception]] = dataclasses.field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.errors and all(d.ok for d in self.deviations)
-
-
-@dataclasses.dataclass
 class Row:
-    """A line of the table: a part of the model and a check, the worst of each column.
+    """A line of the table.
 
     Attributes:
         part: A layer, an optimizer, or a log.
         check: One of `comparison.CHECKS`.
-        worst: The worst deviation by the name of the column.
+        worst: The worst deviation of that part in that check.
     """
 
     part: str
     check: str
-    worst: dict[str, Deviation]
-
-    @property
-    def ok(self) -> bool:
-        return all(deviation.ok for deviation in self.worst.values())
+    worst: Deviation
 
 
 @dataclasses.dataclass
 class Report:
-    """What `distfit.verify` found out.
+    """The result of `distfit.verify`.
 
     Attributes:
         model: Name of the model's class.
         replicas: The numbers of replicas that were compared with one device.
         tolerance: The largest deviation that passes.
-        columns: The run as a `distfit.Model`; before it, for another `keras.Model`, the
-            one by Keras's own `fit`.
-        findings: The mistakes; none if the model is right.
+        deviations: Everything that was compared, within the tolerance or not.
+        problems: What kept the model from being compared or from running.
+        not_partitioned: What every replica computes in full, the largest first: it is
+            right, but more replicas do not make it faster.
     """
 
     model: str
     replicas: list[int]
     tolerance: float
-    columns: list[Column]
-    findings: list[Finding]
+    deviations: list[Deviation]
+    problems: list[Problem]
+    not_partitioned: list[InFull]
 
     @property
     def ok(self) -> bool:
-        """Whether N replicas do what one device does, and nothing else is wrong."""
-        return not self.findings and all(column.ok for column in self.columns)
+        """Whether N replicas do what one device does."""
+        return not self.problems and all(d.ok for d in self.deviations)
 
     @property
     def rows(self) -> list[Row]:
         """The table: what was compared, and the worst deviations."""
         rows: dict[tuple[str, str], Row] = {}
-        for column in self.columns:
-            for deviation in column.deviations:
-                key = (_part_of(deviation), deviation.check)
-                row = rows.setdefault(key, Row(*key, {}))
-                worst = row.worst.get(column.name)
-                if worst is None or _badness(deviation) > _badness(worst):
-                    row.worst[column.name] = deviation
+        for deviation in self.deviations:
+            key = (_part_of(deviation), deviation.check)
+            row = rows.setdefault(key, Row(*key, deviation))
+            if _badness(deviation) > _badness(row.worst):
+                row.worst = deviation
         return sorted(rows.values(), key=lambda row: CHECKS.index(row.check))
 
     def __str__(self) -> str:
-        parts = [self._table_text()] if self.columns else []
-        parts += [str(finding) for finding in self.findings]
+        parts = [self._table_of_deviations()] if self.deviations else []
+        parts += [str(problem) for problem in self.problems]
+        if self.not_partitioned:
+            parts.append(self._table_of_what_is_in_full())
         return "\n".join([*parts, self.verdict])
 
     @property
     def verdict(self) -> str:
-        """The result in one line."""
-        numbers = ", ".join(map(str, self.replicas))
+        """The result in one or two sentences."""
+        on = f"{self.model} on {', '.join(map(str, self.replicas))} replicas"
         if self.ok:
-            worst = max(
-                (d.value for column in self.columns for d in column.deviations),
-                default=0.0,
-            )
+            worst = max((d.value for d in self.deviations), default=0.0)
             return (
-                f"OK: {self.model} on {numbers} replicas is what it is on one device "
+                f"OK: {on} is what it is on one device "
                 f"(worst deviation {worst:.1e}, tolerance {self.tolerance:g})."
             )
-        count = len(self.findings)
-        mistakes = f"{count} finding{'' if count == 1 else 's'}"
-        return f"NOT OK: {self.model} on {numbers} replicas: {mistakes}."
+        failed = [d for d in self.deviations if not d.ok]
+        if failed:
+            return f"NOT OK: {on}. {describe(failed)}"
+        return f"NOT OK: {on}: {self.problems[0].kind}."
 
-    def _table_text(self) -> str:
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        several = len(self.columns) > 1
-        for heading in ("part", "check"):
-            table.add_column(heading, overflow="fold")
-        for column in self.columns:
-            name = f"{column.name}: " if several else ""
-            table.add_column(f"{name}worst deviation", justify="right")
-            table.add_column("verdict")
+    def _table_of_deviations(self) -> str:
         rows = self.rows
         shown = rows
         if len(rows) > _MOST_ROWS:  # Whatever differs, and as many of the rest.
-            bad = [row for row in rows if not row.ok]
-            good = [row for row in rows if row.ok][: max(_MOST_ROWS - len(bad), 0)]
-            shown = [row for row in rows if row in bad[:_MOST_ROWS] or row in good]
-        for row in shown:
-            cells = [_cells(row.worst.get(column.name)) for column in self.columns]
-            texts = [row.part, row.check, *(text for pair in cells for text in pair)]
-            table.add_row(*map(rich.text.Text, texts))  # No markup, whatever is in it.
-        text = io.StringIO()
-        rich.console.Console(file=text, width=110).print(table)
+            bad = [row for row in rows if not row.worst.ok][:_MOST_ROWS]
+            good = [row for row in rows if row.worst.ok][: _MOST_ROWS - len(bad)]
+            shown = [row for row in rows if row in bad or row in good]
+        cells = [(r.part, r.check, *_number_and_verdict(r.worst)) for r in shown]
+        headings = ("part", "check", "worst deviation", "verdict")
         left = len(rows) - len(shown)
-        more = f"\n({left} more rows are in report.json)" if left else ""
-        lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
-        return "\n".join(lines) + more + "\n"
+        more = f"({left} more rows are in report.json)\n" if left else ""
+        return _table(headings, cells, right=2) + more
+
+    def _table_of_what_is_in_full(self) -> str:
+        cells = [(e.operation, percent(e.share), e.line) for e in self.not_partitioned]
+        headings = ("computed in full on every replica", "share of the step", "line")
+        return _table(headings, cells[:_MOST_ROWS], right=1)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as `report.json` has them."""
@@ -155,39 +124,26 @@ class Report:
             "replicas": self.replicas,
             "tolerance": self.tolerance,
             "verdict": self.verdict,
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "columns": [
-                {
-                    "name": column.name,
-                    "ok": column.ok,
-                    "errors": [_error_json(*error) for error in column.errors],
-                    "deviations": [_deviation_json(d) for d in column.deviations],
-                }
-                for column in self.columns
-            ],
+            "problems": [dataclasses.asdict(problem) for problem in self.problems],
+            "not_partitioned": [dataclasses.asdict(e) for e in self.not_partitioned],
+            "deviations": [_deviation_json(d) for d in self.deviations],
         }
 
     def to_html(self) -> str:
-        """A page that needs no other file: findings, a plot and the table."""
-        names = [column.name for column in self.columns]
+        """A page that needs no other file: problems, a plot and tables."""
+        numbers = ", ".join(map(str, self.replicas))
         return _PAGE.substitute(
-            title=html.escape(f"{self.model} on {_and(self.replicas)} replicas"),
+            title=html.escape(f"{self.model} on {numbers} replicas"),
             verdict=html.escape(self.verdict),
             state="ok" if self.ok else "bad",
-            findings="".join(map(_finding_html, self.findings)),
-            plots="".join(
-                plot.deviations(column.name, column.deviations, self.tolerance)
-                for column in self.columns
-            ),
-            headings="".join(
-                f"<th>{html.escape(name)}: worst deviation</th><th>verdict</th>"
-                for name in names
-            ),
-            rows="".join(_row_html(row, names) for row in self.rows),
-            errors="".join(
-                f"<pre>{html.escape(_traceback(error))}</pre>"
-                for column in self.columns
-                for _, _, error in column.errors
+            problems="".join(map(_problem_html, self.problems)),
+            plot=plot.deviations(self.model, self.deviations, self.tolerance),
+            rows="".join(map(_row_html, self.rows)),
+            in_full=_in_full_html(self.not_partitioned),
+            tracebacks="".join(
+                f"<pre>{html.escape(problem.traceback)}</pre>"
+                for problem in self.problems
+                if problem.traceback
             ),
         )
 
@@ -198,6 +154,20 @@ class Report:
         text = json.dumps(self.to_json(), indent=1, allow_nan=False)
         (folder / "report.json").write_text(text + "\n")
         (folder / "report.html").write_text(self.to_html())
+
+
+def _table(headings: Sequence[str], cells: Sequence[Sequence[str]], right: int) -> str:
+    """A table as text; the column `right` holds numbers."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        justify: Any = "right" if index == right else "left"
+        table.add_column(heading, overflow="fold", justify=justify)
+    for texts in cells:
+        table.add_row(*map(rich.text.Text, texts))  # No markup, whatever is in it.
+    text = io.StringIO()
+    rich.console.Console(file=text, width=110).print(table)
+    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    return "\n".join(lines) + "\n"
 
 
 def _part_of(deviation: Deviation) -> str:
@@ -211,9 +181,7 @@ def _badness(deviation: Deviation) -> tuple[bool, float]:
     return (not deviation.ok, deviation.value)
 
 
-def _cells(deviation: Deviation | None) -> tuple[str, str]:
-    if deviation is None:
-        return "", ""
+def _number_and_verdict(deviation: Deviation) -> tuple[str, str]:
     verdict = "same" if deviation.ok else f"differs on {deviation.replicas}"
     if not deviation.ok and deviation.ratio is not None:
         verdict += f" (× {deviation.ratio:.3g})"
@@ -221,9 +189,9 @@ def _cells(deviation: Deviation | None) -> tuple[str, str]:
 
 
 def _number(value: float) -> str:
-    return (
-        "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else "not finite"
-    )
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if math.isfinite(value) else "not finite"
 
 
 def _deviation_json(deviation: Deviation) -> dict[str, Any]:
@@ -241,42 +209,39 @@ def _deviation_json(deviation: Deviation) -> dict[str, Any]:
     }
 
 
-def _error_json(replicas: int, mode: str, error: Exception) -> dict[str, Any]:
-    return {
-        "replicas": replicas,
-        "mode": mode,
-        "error": f"{type(error).__name__}: {error}",
-        "traceback": _traceback(error),
-    }
-
-
-def _traceback(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
-
-
-def _and(numbers: Sequence[int]) -> str:
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _finding_html(finding: Finding) -> str:
-    place = f"<code>{html.escape(finding.place)}</code>" if finding.place else ""
+def _problem_html(problem: Problem) -> str:
+    place = f"<code>{html.escape(problem.place)}</code>" if problem.place else ""
     return (
-        f"<section><h3>{html.escape(finding.kind)}</h3>"
-        f"<p>{html.escape(finding.message)}</p>"
-        f"<p><b>{html.escape(finding.advice)}</b></p>{place}</section>"
+        f"<section><h3>{html.escape(problem.kind)}</h3>"
+        f"<p>{html.escape(problem.message)}</p>{place}</section>"
     )
 
 
-def _row_html(row: Row, names: list[str]) -> str:
-    cells = [_cells(row.worst.get(name)) for name in names]
-    values = "".join(
-        f"<td class=number>{html.escape(number)}</td><td>{html.escape(verdict)}</td>"
-        for number, verdict in cells
-    )
-    state = "ok" if row.ok else "bad"
+def _row_html(row: Row) -> str:
+    number, verdict = map(html.escape, _number_and_verdict(row.worst))
+    state = "ok" if row.worst.ok else "bad"
     part, check = html.escape(row.part), html.escape(row.check)
-    return f'<tr class="{state}"><td>{part}</td><td>{check}</td>{values}</tr>'
+    return (
+        f'<tr class="{state}"><td>{part}</td><td>{check}</td>'
+        f"<td class=number>{number}</td><td>{verdict}</td></tr>"
+    )
+
+
+def _in_full_html(entries: Sequence[InFull]) -> str:
+    if not entries:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(entry.operation)}</td>"
+        f"<td class=number>{percent(entry.share)}</td>"
+        f"<td><code>{html.escape(entry.line)}</code></td></tr>"
+        for entry in entries
+    )
+    return (
+        "<h2>Computed in full on every replica</h2>"
+        "<p>The numbers are right, but more replicas do not speed this up.</p>"
+        "<table><thead><tr><th>operation</th><th>share of the step</th><th>line</th>"
+        f"</tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 _PAGE = string.Template(
@@ -302,11 +267,13 @@ _PAGE = string.Template(
 </style>
 <h1>$title</h1>
 <p class="verdict $state">$verdict</p>
-$findings
-$plots
-<table><thead><tr><th>part</th><th>check</th>$headings</tr></thead>
+$problems
+$plot
+<table><thead><tr><th>part</th><th>check</th>
+<th>worst deviation</th><th>verdict</th></tr></thead>
 <tbody>$rows</tbody></table>
-$errors
+$in_full
+$tracebacks
 </html>
 """
 )

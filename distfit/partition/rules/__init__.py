@@ -9,6 +9,7 @@ from distfit.partition.rules import (  # noqa: F401
     control_flow,
     convolution,
     elementwise,
+    linalg,
     lists,
     products,
     random,

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit._keras import graphs
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Element, Emitter, Value, rule
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -20,7 +20,7 @@ from distfit.partition.layouts import (
     unknown,
 )
 from distfit.partition.program import Branch, Loop
-from distfit.partition.rules.lists import is_list
+from distfit.partition.rules.lists import is_list, same_sizes
 from distfit.partition.tracing import Flat, Node
 
 _MOST_PASSES = 8
@@ -97,19 +97,18 @@ def _joined(emitter: Emitter, values: Sequence[Value]) -> _Carried:
     """How a value lies that is one of several."""
     first, *others = values
     joined = _Carried(
-        first.layout, _outside(emitter, first.dims), first.dtype, _element(first)
+        first.layout,
+        _outside(emitter, first.dims),
+        first.dtype,
+        _element_outside(emitter, first.element),
     )
     for other in others:
         joined.layout = _common_layout(emitter, joined, other)
         joined.dims = _common_dims(emitter, joined.dims, other.dims)
-        joined.element = _common_element(emitter, joined.element, _element(other))
+        joined.element = _common_element(emitter, joined.element, other.element)
     if joined.layout.kind == "rows" and joined.dims is not None:
         joined.dims[joined.layout.dim] = joined.layout.size
     return joined
-
-
-def _element(value: Value) -> Any:
-    return value.element
 
 
 def _outside(emitter: Emitter, dims: Sequence[Dim] | None) -> list[Dim] | None:
@@ -146,11 +145,21 @@ def _common_dims(emitter: Emitter, a: Any, b: Any) -> list[Dim] | None:
 
 def _common_element(emitter: Emitter, a: Any, b: Any) -> Any:
     if a is None or b is None:
-        found = a or b
-        return found and (found[0], _outside(emitter, found[1]))
-    if a[0] != b[0]:
-        raise NotImplementedError(f"lists with elements of {a[0]} and of {b[0]}")
-    return a[0], _common_dims(emitter, a[1], b[1])
+        return _element_outside(emitter, a or b)
+    if a.layout != b.layout:
+        raise NotImplementedError(f"lists of elements {a.layout} and {b.layout}")
+    sizes = a.sizes if same_sizes(a.sizes, b.sizes) else None
+    return Element(a.layout, _common_dims(emitter, a.dims, b.dims), sizes)
+
+
+def _element_outside(emitter: Emitter, element: Element | None) -> Element | None:
+    """How elements lie, as far as it is known outside of a body."""
+    if element is None:
+        return None
+    sizes = element.sizes
+    if sizes is not None and not emitter.can_compute(sizes.flat):
+        sizes = None
+    return Element(element.layout, _outside(emitter, element.dims), sizes)
 
 
 def _laid(inner: Emitter, value: Value, like: Any) -> Value:
@@ -211,7 +220,7 @@ def _known_outside(emitter: Emitter, like: _Carried) -> _Carried:
     dims = _outside(emitter, like.dims)
     if like.layout.kind == "rows" and dims is not None:
         dims[like.layout.dim] = like.layout.size
-    element = like.element and (like.element[0], _outside(emitter, like.element[1]))
+    element = _element_outside(emitter, like.element)
     return dataclasses.replace(like, dims=dims, element=element)
 
 
@@ -269,15 +278,21 @@ def _after(emitter: Emitter, before: _Carried, value: Value, settled: bool) -> _
         dims[layout.dim] = layout.size
     element = before.element
     if value.element is not None:
-        if element is None:
-            element = (value.element[0], _outside(emitter, value.element[1]))
-        elif element[0] != value.element[0]:
-            raise NotImplementedError(
-                f"a list whose elements lie as {element[0]} and as {value.element[0]}"
-            )
-        else:
-            element = (element[0], _kept_dims(emitter, element[1], value.element[1]))
+        element = _kept_element(emitter, element, value.element)
     return dataclasses.replace(before, layout=layout, dims=dims, element=element)
+
+
+def _kept_element(
+    emitter: Emitter, before: Element | None, after: Element
+) -> Element | None:
+    if before is None:
+        return _element_outside(emitter, after)
+    if before.layout != after.layout:
+        raise NotImplementedError(
+            f"a list whose elements lie as {before.layout} and as {after.layout}"
+        )
+    sizes = before.sizes if same_sizes(before.sizes, after.sizes) else None
+    return Element(before.layout, _kept_dims(emitter, before.dims, after.dims), sizes)
 
 
 def _kept_dims(emitter: Emitter, before: Any, after: Any) -> list[Dim] | None:
@@ -293,4 +308,11 @@ def _kept_dims(emitter: Emitter, before: Any, after: Any) -> list[Dim] | None:
 
 
 def _alike(a: _Carried, b: _Carried) -> bool:
-    return a.layout == b.layout and a.dims == b.dims and a.element == b.element
+    if a.layout != b.layout or a.dims != b.dims:
+        return False
+    x, y = a.element, b.element
+    if x is None or y is None:
+        return x is y
+    unsized = x.sizes is None and y.sizes is None
+    sized = unsized or same_sizes(x.sizes, y.sizes)
+    return x.layout == y.layout and x.dims == y.dims and sized

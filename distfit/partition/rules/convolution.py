@@ -1,1 +1,455 @@
-"""To come."""
+"""Convolution, pooling and images: each replica computes the images of its rows.
+
+All of these operations treat the images of a batch one by one. So they take rows of the
+first dimension, in any blocks, and a sum over replicas only where it is their only
+tensor. The gradient of a filter adds up over the images: its parts are a sum over
+replicas.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distfit._keras import graphs
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    Dim,
+    Layout,
+    Size,
+    by_rows,
+    product,
+    quotient,
+    unknown,
+)
+from distfit.partition.rules.shapes import elements_of
+from distfit.partition.rules.sizes import ints
+from distfit.partition.tracing import Node
+
+# Kernels that fail on no images, on CPU or on GPU, or leave their result unwritten.
+_FAIL_ON_NOTHING = {
+    *("DepthwiseConv2dNativeBackpropFilter", "Conv3DBackpropFilterV2"),
+    *("MaxPool3DGrad", "MaxPool3DGradGrad", "AvgPool3DGrad", "LRN", "LRNGrad"),
+}
+
+_CONVOLUTIONS = {
+    *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
+    *("Conv3D", "Conv3DBackpropInputV2", "Conv3DBackpropFilterV2"),
+}
+
+
+def batched(
+    emitter: Emitter, inputs: Sequence[Value], images: Sequence[int]
+) -> tuple[list[Value], Layout] | None:
+    """Lays inputs whose first dimension is the images by the same rows.
+
+    Args:
+        emitter: The emitter.
+        inputs: The inputs of an operation.
+        images: Which of them have the images; all others are made whole.
+
+    Returns:
+        The inputs and the layout of images; None where rows are not proven to meet.
+    """
+    values = [
+        v if i in images and not v.is_partial else emitter.whole(v)
+        for i, v in enumerate(inputs)
+    ]
+    of_images = [values[i] for i in images]
+    if any(not v.dims for v in of_images):
+        return None
+    if all(v.is_replicated for v in of_images):
+        return values, REPLICATED
+    lead = next((v for v in of_images if v.has_rows and v.layout.dim == 0), None)
+    if lead is None:
+        return None
+    layout = lead.layout
+    for i in images:
+        value: Any = values[i]
+        if value.layout != layout:
+            if not emitter.sizes.same(value.dims[0], layout.size):
+                return None
+            values[i] = emitter.cut(emitter.whole(value), layout)
+    return values, layout
+
+
+def _emitted(
+    emitter: Emitter,
+    node: Node,
+    inputs: list[Value],
+    layout: Layout,
+    dims: list[Dim] | None = None,
+) -> list[Value] | None:
+    """An operation on images that lie as given, or the sum of what these add up to."""
+    if dims is not None and layout.kind == "rows":
+        dims = [layout.size, *dims[1:]]
+    if dims is not None and _is_grouped(emitter, node, inputs, dims):
+        return [_compiled(emitter, node, inputs, layout, dims)]
+    cut = next((i for i, v in enumerate(inputs) if v.has_rows), None)
+    if cut is None or node.type not in _FAIL_ON_NOTHING:
+        return emitter.op(node, inputs, layout, dims)
+    if dims is None or not emitter.can_compute(dims):
+        return None
+    return [_guarded(emitter, node, inputs, cut, layout, dims)]
+
+
+def _guarded(emitter, node, inputs, cut: int, layout: Layout, dims) -> Value:
+    """An operation that is left out where a replica has no images."""
+
+    def guarded(shape, *tensors):
+        def computed():
+            graph = tf.compat.v1.get_default_graph()
+            return graphs.copy_operation(graph, node.op, tensors)[0]
+
+        def nothing():
+            return tf.zeros(shape, node.outputs[0].dtype)
+
+        return tf.cond(tf.shape(tensors[cut])[0] > 0, computed, nothing)
+
+    shape = emitter.local_shape(dims, layout)
+    return emitter.call(guarded, [shape, *inputs], layout, dims)
+
+
+def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:
+    """Whether a convolution is one of groups of channels."""
+    if node.type not in _CONVOLUTIONS:
+        return False
+    images, filter = inputs[0].dims or [], inputs[1].dims or []
+    if node.type.startswith(("Conv2DBackpropInput", "Conv3DBackpropInput")):
+        images = dims
+    elif "BackpropFilter" in node.type:
+        filter = dims
+    channels = 1 if node.attr("data_format").startswith("NC") else len(images) - 1
+    return not emitter.sizes.same(images[channels], filter[-2])
+
+
+def _compiled(emitter, node, inputs, layout: Layout, dims) -> Value:
+    """An operation compiled by XLA: CPUs have no other kernel for groups.
+
+    That is what Keras does, in a function of its own.
+    """
+
+    @tf.function(autograph=False, jit_compile=True)
+    def compiled(*tensors):
+        graph = tf.compat.v1.get_default_graph()
+        return graphs.copy_operation(graph, node.op, tensors)[0]
+
+    return emitter.call(compiled, inputs, layout, dims)
+
+
+# --- Sizes.
+
+
+def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
+    """How many windows there are along a dimension.
+
+    A size that is not known gets a symbol that says how it comes about: the same one
+    wherever windows of the same kind are taken of the same dimension.
+    """
+    if padding not in ("SAME", "VALID") or not isinstance(window, int):
+        return unknown()
+    lost = window - 1 if padding == "VALID" else 0
+    if isinstance(dim, int):
+        return max(-(-(dim - lost) // stride), 0)
+    exact = quotient(dim, stride) if lost == 0 else None
+    return Size(1, (f"windows({dim}-{lost}/{stride})",)) if exact is None else exact
+
+
+def _window_dims(
+    emitter: Emitter, node: Node, images: Value, windows: list[Any]
+) -> list[Dim]:
+    """The shape of what windows over images give, whose channels are known."""
+    (traced,) = node.outputs
+    strides, given = node.attr("strides"), images.dims or []
+    padding = node.attr("padding")
+    dims = []
+    for i, static in enumerate(traced.shape):
+        if static is None:
+            number = emitter.sizes.number(given[i])
+            static = _windowed(number, windows[i], strides[i], padding)
+        dims.append(static)
+    return [given[0], *dims[1:]]
+
+
+def _spread(emitter: Emitter, node: Node, filter: Value) -> list[Any]:
+    """What a window of a convolution spans of each dimension."""
+    (traced,) = node.outputs
+    rank = traced.shape.rank
+    dilations = node.attr("dilations")
+    first = 2 if node.attr("data_format").startswith("NC") else 1
+    windows: list[Any] = [1] * rank
+    for i in range(rank - 2):
+        taps = emitter.sizes.number((filter.dims or [])[i])
+        known = isinstance(taps, int)
+        at = first + i
+        windows[at] = (taps - 1) * dilations[at] + 1 if known else None
+    return windows
+
+
+def _from_elements(shape: Value, static: tf.TensorShape) -> list[Dim]:
+    """A shape that is an input, as far as it is known."""
+    elements = elements_of(shape) or []
+    if len(elements) != static.rank:
+        elements = [None] * static.rank
+    return [
+        d if d is not None else unknown() if s is None else s
+        for d, s in zip(elements, static, strict=True)
+    ]
+
+
+# --- Convolution.
+
+
+@rule("Conv2D", "Conv3D", "DepthwiseConv2dNative")
+def _convolution(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    images, filter = inputs
+    if not images.dims or filter.dims is None:
+        return None
+    windows = _spread(emitter, node, filter)
+    dims = _window_dims(emitter, node, images, windows)
+    if _is_one_sum(inputs):
+        return _emitted(emitter, node, inputs, PARTIAL, dims)
+    found = batched(emitter, inputs, [0])
+    return found and _emitted(emitter, node, *found, dims)
+
+
+def _is_one_sum(tensors: list[Value]) -> bool:
+    """Whether one of the factors of a product is a sum over replicas, none by rows."""
+    return sum(v.is_partial for v in tensors) == 1 and not any(
+        v.has_rows for v in tensors
+    )
+
+
+@rule(
+    *("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
+    "DepthwiseConv2dNativeBackpropInput",
+)
+def _convolution_of_gradient(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """The gradient of images; a transposed convolution."""
+    shape, filter, gradient = inputs
+    return _to_shape(emitter, node, shape, [filter, gradient])
+
+
+@rule("AvgPoolGrad", "AvgPool3DGrad")
+def _average_gradient(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    shape, gradient = inputs
+    return _to_shape(emitter, node, shape, [gradient])
+
+
+def _to_shape(
+    emitter: Emitter, node: Node, shape: Value, factors: list[Value]
+) -> list[Value] | None:
+    """An operation whose first input is the shape of its result, and the last images.
+
+    It wants the shape of what a replica has.
+    """
+    (traced,) = node.outputs
+    if traced.shape.rank is None:
+        return None
+    dims = _from_elements(shape, traced.shape)
+    if _is_one_sum(factors):
+        laid = [emitter.whole(shape), *factors]
+        return _emitted(emitter, node, laid, PARTIAL, dims)
+    found = batched(emitter, factors, [len(factors) - 1])
+    if found is None:
+        return None
+    laid, layout = found
+    if layout.kind == "rows":
+        dims = [layout.size, *dims[1:]]
+        shape = _shape_of_rows(emitter, shape, laid[-1], dims)
+    return _emitted(emitter, node, [emitter.whole(shape), *laid], layout, dims)
+
+
+def _shape_of_rows(
+    emitter: Emitter, shape: Value, images: Value, dims: list[Dim]
+) -> Value:
+    if shape.dims == [2]:  # Only height and width.
+        return shape
+    if emitter.can_compute(dims):
+        return emitter.local_shape(dims, images.layout, shape.dtype)
+
+    def replaced(whole, tensor):
+        rows = tf.shape(tensor, whole.dtype)[:1]
+        return tf.concat([rows, whole[1:]], 0)
+
+    given = [emitter.whole(shape), images]
+    return emitter.call(replaced, given, REPLICATED, [len(dims)])
+
+
+@rule(
+    *("Conv2DBackpropFilter", "Conv3DBackpropFilterV2"),
+    *("DepthwiseConv2dNativeBackpropFilter", "Dilation2DBackpropFilter"),
+)
+def _filter_gradient(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """The gradient of a filter: a sum over images."""
+    images, filter, gradient = inputs
+    if node.type == "Dilation2DBackpropFilter":
+        dims: Any = filter.dims
+    else:
+        dims = _from_elements(filter, node.outputs[0].shape)
+        if _is_one_sum([images, gradient]):
+            laid = [images, emitter.whole(filter), gradient]
+            return _emitted(emitter, node, laid, PARTIAL, dims)
+    found = batched(emitter, inputs, [0, 2])
+    if found is None or dims is None:
+        return None
+    laid, layout = found
+    result = PARTIAL if layout.kind == "rows" else REPLICATED
+    return _emitted(emitter, node, laid, result, dims)
+
+
+# --- Windows over images.
+
+
+@rule("MaxPool", "AvgPool", "MaxPool3D", "AvgPool3D")
+def _pool(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    found = batched(emitter, inputs, [0])
+    if found is None:
+        return None
+    dims = _window_dims(emitter, node, inputs[0], node.attr("ksize"))
+    return _emitted(emitter, node, *found, dims)
+
+
+# Which inputs have the images, for operations whose results have them, too.
+_IMAGES = {
+    **dict.fromkeys(["MaxPoolV2", "Dilation2D", "ExtractImagePatches"], [0]),
+    **dict.fromkeys(["ExtractVolumePatches", "SpaceToDepth", "DepthToSpace"], [0]),
+    **dict.fromkeys(["CombinedNonMaxSuppression", "DrawBoundingBoxesV2"], [0, 1]),
+}
+
+
+@rule(*_IMAGES)
+def _of_images(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    found = batched(emitter, inputs, _IMAGES[node.type])
+    shapes = [emitter.static_dims(traced) for traced in node.outputs]
+    if found is None or not all(shapes):
+        return None
+    laid, layout = found
+    first = layout.size if layout.kind == "rows" else (inputs[0].dims or [])[0]
+    return emitter.op(node, laid, layout, tuple([first, *s[1:]] for s in shapes))
+
+
+# Which inputs have the images, and which of them is as large as the result.
+_ALIKE = {
+    **dict.fromkeys(["MaxPoolGrad", "MaxPoolGradV2", "MaxPool3DGrad"], ([0, 1, 2], 0)),
+    **dict.fromkeys(["MaxPoolGradGrad", "MaxPoolGradGradV2"], ([0, 1, 2], 1)),
+    **dict.fromkeys(["MaxPool3DGradGrad"], ([0, 1, 2], 1)),
+    **dict.fromkeys(["LRN"], ([0], 0)),
+    **dict.fromkeys(["LRNGrad"], ([0, 1, 2], 0)),
+    **dict.fromkeys(["Dilation2DBackpropInput"], ([0, 2], 0)),
+    **dict.fromkeys(["ResizeBilinearGrad", "ResizeBicubicGrad"], ([0, 1], 1)),
+    **dict.fromkeys(["ScaleAndTranslateGrad"], ([0, 1], 1)),
+}
+
+
+@rule(*_ALIKE)
+def _alike(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    images, like = _ALIKE[node.type]
+    found = batched(emitter, inputs, images)
+    return found and _emitted(emitter, node, *found, inputs[like].dims)
+
+
+# --- Images of another size.
+
+
+@rule(
+    *("ResizeBilinear", "ResizeNearestNeighbor", "ResizeBicubic", "ResizeArea"),
+    *("ScaleAndTranslate", "ResizeNearestNeighborGrad"),
+)
+def _resize(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    images, size = inputs[:2]
+    if not images.dims:
+        return None
+    return _resized(emitter, node, inputs, [0], size)
+
+
+def _resized(
+    emitter: Emitter, node: Node, inputs: list[Value], images: list[int], size: Value
+) -> list[Value] | None:
+    found = batched(emitter, inputs, images)
+    (traced,) = node.outputs
+    if found is None or traced.shape.rank != 4:
+        return None
+    dims: Any = list(inputs[0].dims or ())
+    for i, element in zip((1, 2), elements_of(size) or [None] * 2, strict=True):
+        static = traced.shape[i]
+        dims[i] = static if element is None else element
+        dims[i] = unknown() if dims[i] is None else dims[i]
+    return _emitted(emitter, node, *found, dims)
+
+
+@rule("ImageProjectiveTransformV2", "ImageProjectiveTransformV3")
+def _transform(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    images, transforms, size = inputs[:3]
+    if not images.dims or not transforms.dims:
+        return None
+    one_for_all = emitter.sizes.is_one(transforms.dims[0])
+    return _resized(emitter, node, inputs, [0] if one_for_all else [0, 1], size)
+
+
+# --- Colors.
+
+
+@rule("AdjustContrastv2", "AdjustHue", "AdjustSaturation", "RGBToHSV", "HSVToRGB")
+def _colors(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    """What looks at the colors of a pixel or, for contrast, at the mean of an image."""
+    images, *rest = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    if images.dims is None:
+        return None
+    last = 3 if node.type == "AdjustContrastv2" else 1
+    if images.has_rows and images.layout.dim >= images.rank - last:
+        return None
+    given = [images, *(emitter.whole(v) for v in rest)]
+    return emitter.op(node, given, images.layout, images.dims)
+
+
+# --- Space as further images: dilated convolutions.
+
+
+@rule("SpaceToBatchND", "SpaceToBatch", "BatchToSpaceND", "BatchToSpace")
+def _space_and_images(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """Each image becomes several, or the other way round.
+
+    All images with their first pixels come first, then all with their second ones: so
+    these are blocks of rows.
+    """
+    times = _images_for_one(node, inputs)
+    found = batched(emitter, inputs, [0])
+    if times is None or found is None or node.outputs[0].shape.rank is None:
+        return None
+    laid, layout = found
+    to_images = node.type.startswith("SpaceToBatch")
+    dims = emitter.static_dims(node.outputs[0])
+    rows: Any = (inputs[0].dims or [])[0]
+    if layout.kind == "rows":
+        blocks = _blocks(layout.blocks, times, to_images)
+        if blocks is None:
+            return None
+        layout = by_rows(0, blocks, layout.inner)
+        return emitter.op(node, laid, layout, [layout.size, *dims[1:]])
+    images = product([rows, times]) if to_images else quotient(rows, times)
+    dims[0] = dims[0] if images is None else images
+    return emitter.op(node, laid, layout, dims)
+
+
+def _images_for_one(node: Node, inputs: list[Value]) -> int | None:
+    if node.type in ("SpaceToBatch", "BatchToSpace"):
+        return node.attr("block_size") ** 2
+    sizes = ints(inputs[1])
+    return None if sizes is None else int(product(sizes))  # type: ignore[arg-type]
+
+
+def _blocks(blocks: Dim, times: int, to_images: bool) -> Dim | None:
+    return product([blocks, times]) if to_images else quotient(blocks, times)

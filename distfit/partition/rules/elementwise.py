@@ -27,7 +27,7 @@ _UNARY = (
     *("AsString", "StringLower", "StringUpper", "StringStrip", "StringLength"),
     *("StringToHashBucketFast", "StringToHashBucketStrong", "StringToHashBucket"),
     *("StringToNumber", "RegexFullMatch", "StaticRegexReplace", "StaticRegexFullMatch"),
-    *("DecodeBase64", "EncodeBase64", "AdjustContrastv2_", "QuantizeAndDequantizeV4_"),
+    *("DecodeBase64", "EncodeBase64", "Bucketize", "FakeQuantWithMinMaxArgs"),
 )
 _NARY = (
     *("Add", "AddN", "AddV2", "Atan2", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
@@ -39,7 +39,8 @@ _NARY = (
     *("Relu6Grad", "ReluGrad", "RightShift", "RsqrtGrad", "SelectV2", "SeluGrad"),
     *("SigmoidGrad", "SoftplusGrad", "SoftsignGrad", "SqrtGrad", "SquaredDifference"),
     *("Sub", "TanhGrad", "TruncateDiv", "TruncateMod", "Xdivy", "Xlog1py", "Xlogy"),
-    *("Zeta", "AccumulateNV2"),
+    *("Zeta", "AccumulateNV2", "ApproximateEqual", "RandomGammaGrad"),
+    "FakeQuantWithMinMaxArgsGradient",
 )
 # Linear in their only tensor.
 _LINEAR = {
@@ -73,9 +74,15 @@ def _unary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 
 def _is_linear(node: Node, value: Value) -> bool:
     if node.type == "Cast":
+        # Parts may leave the range of a smaller dtype where their sum does not.
         to = node.outputs[0].dtype
-        return value.dtype.is_floating and (to.is_floating or to.is_complex)
+        is_wider = to.size > value.dtype.size
+        return is_wider and _is_inexact(value.dtype) and _is_inexact(to)
     return node.type in _LINEAR
+
+
+def _is_inexact(dtype: tf.DType) -> bool:
+    return dtype.is_floating or dtype.is_complex
 
 
 @rule(*_NARY)
@@ -107,7 +114,7 @@ def _linear_inputs(
         return [emitter.as_partial(v) for v in inputs]
     if node.type == "Mul" and sum(partial) == 1:
         return inputs
-    floating = node.outputs[0].dtype.is_floating
+    floating = _is_inexact(node.outputs[0].dtype)
     if node.type in ("RealDiv", "Div", "DivNoNan") and partial == [True, False]:
         return inputs if floating else None
     if node.type == "SelectV2" and not partial[0]:
@@ -164,11 +171,20 @@ def _select(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
 @rule("BiasAdd")
 def _bias_add(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     x, bias = inputs
-    if x.is_partial:
-        x = emitter.whole(x)
-    if x.dims is None or not (x.is_replicated or x.layout.dim == 0):
+    if x.dims is None:
+        return None
+    if not x.has_rows and not bias.has_rows and (x.is_partial or bias.is_partial):
+        laid = [emitter.as_partial(v) for v in inputs]
+        return emitter.op(node, laid, PARTIAL, x.dims)
+    x, bias = (emitter.whole(v) if v.is_partial else v for v in inputs)
+    if x.has_rows and x.layout.dim == channels_of(node, x):
         return None
     return emitter.op(node, [x, emitter.whole(bias)], x.layout, x.dims)
+
+
+def channels_of(node: Node, value: Value) -> int:
+    """The dimension of the channels of a value."""
+    return 1 if node.attr("data_format") == "NCHW" else value.rank - 1
 
 
 @rule("IdentityN")
@@ -176,14 +192,6 @@ def _identity_n(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
     return list(inputs)
-
-
-@rule("Softmax", "LogSoftmax")
-def _softmax(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    value = emitter.whole(inputs[0]) if inputs[0].is_partial else inputs[0]
-    if value.dims is None or (value.has_rows and value.layout.dim == value.rank - 1):
-        return None
-    return emitter.op(node, [value], value.layout, value.dims)
 
 
 @rule("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
@@ -196,8 +204,7 @@ def _cross_entropy(
         return None
     lead = next((v for v in inputs if v.has_rows), None)
     if lead is None:
-        dims = (logits.dims[:1], logits.dims)
-        return emitter.op(node, inputs, REPLICATED, dims)
+        return emitter.op(node, inputs)
     layout, rows = lead.layout, lead.layout.size
     if layout.dim != 0:
         return None

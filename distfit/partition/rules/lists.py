@@ -1,14 +1,15 @@
 """Lists of tensors, as loops keep them: their elements have a layout.
 
-`Value.element` is `(layout, dims)` of the elements, or None as long as nothing is known
-of them: a list without elements takes the layout of the first that it is given.
+`Value.element` tells how they lie; it is None as long as nothing is known of them: a
+list without elements takes the layout of the first that it is given.
 """
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule, size_rule
+from distfit.partition.emission import Element, Emitter, Value, rule, size_rule
 from distfit.partition.layouts import (
     REPLICATED,
     ROWS,
@@ -34,14 +35,14 @@ def of_list(values: list[Value], element: Any) -> list[Value]:
 
 def element_layout(value: Value) -> Layout | None:
     """The layout of the elements of a list."""
-    return None if value.element is None else value.element[0]
+    return None if value.element is None else value.element.layout
 
 
 def _shape_vector(emitter: Emitter, element: Any, given: Value) -> Value:
     """The shape of an element on a replica, for an operation on a list."""
-    if element is None or element[1] is None:
+    if element is None or element.dims is None:
         return emitter.whole(given)
-    layout, dims = element
+    layout, dims = element.layout, element.dims
     numbers = emitter.sizes.number
     if layout.kind == "rows" and emitter.can_compute(dims):
         return emitter.local_shape(dims, layout, given.dtype)
@@ -56,11 +57,17 @@ def _shape_vector(emitter: Emitter, element: Any, given: Value) -> Value:
     return emitter.known(open_dims, given.dtype)
 
 
+def _lies(several: Value) -> tuple[Layout, list[Dim] | None]:
+    if several.element is None:
+        return REPLICATED, None
+    return several.element.layout, several.element.dims
+
+
 def _open_shape(element: Any, given: Value, emitter: Emitter) -> Value:
     """The shape of elements with everything open that the elements may change."""
-    if element is None or element[1] is None:
+    if element is None or element.dims is None:
         return emitter.whole(given)
-    return emitter.known([-1] * len(element[1]), given.dtype)
+    return emitter.known([-1] * len(element.dims), given.dtype)
 
 
 def _element_of_shape(emitter: Emitter, shape: Value) -> Any:
@@ -73,7 +80,7 @@ def _element_of_shape(emitter: Emitter, shape: Value) -> Any:
     for i, dim in enumerate(dims):
         many = quotient(dim, ROWS)
         if many is not None:
-            return by_rows(i, 1, many), dims
+            return Element(by_rows(i, 1, many), dims)
     return None  # As yet: elements by rows may have such a shape, too.
 
 
@@ -98,7 +105,7 @@ def _from_tensor(
     if value.dims is None:
         return of_list(
             emitter.op(node, [emitter.whole(value), emitter.whole(shape)], dims=[]),
-            (REPLICATED, None),
+            Element(REPLICATED, None),
         )
     if value.has_rows and value.layout.dim == 0:
         emitter.report(node)
@@ -106,7 +113,7 @@ def _from_tensor(
     layout = value.layout
     if value.has_rows:
         layout = layout.moved(layout.dim - 1)
-    element = (layout, value.dims[1:])  # type: ignore[index]
+    element = Element(layout, value.dims[1:])  # type: ignore[index]
     given = [value, _open_shape(element, shape, emitter)]
     return of_list(emitter.op(node, given, REPLICATED, []), element)
 
@@ -119,13 +126,24 @@ def _put(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     if is_list(item):
         given = [several, *(emitter.whole(v) for v in index), item]
         return of_list(emitter.op(node, given, REPLICATED, []), element)
+    pushed = node.type == "TensorListPushBack"  # Else other elements are zeros.
     if element is None:
-        element = (item.layout, item.dims)
-    elif item.layout != element[0]:
-        item = _as_element(emitter, item, element[0])
-    element = (element[0], _joined_dims(emitter, element[1], item.dims))
+        element = Element(item.layout, item.dims, item.sizes if pushed else None)
+    elif item.layout != element.layout:
+        item = _as_element(emitter, item, element.layout)
+    element = Element(
+        element.layout,
+        _joined_dims(emitter, element.dims, item.dims),
+        element.sizes if pushed and same_sizes(element.sizes, item.sizes) else None,
+    )
     given = [several, *(emitter.whole(v) for v in index), item]
     return of_list(emitter.op(node, given, REPLICATED, []), element)
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    """Whether two arrays of sizes are known and equal."""
+    known = a is not None and b is not None and a.shape == b.shape
+    return known and list(a.flat) == list(b.flat) and None not in list(a.flat)
 
 
 def _as_element(emitter: Emitter, item: Value, layout: Layout) -> Value:
@@ -154,7 +172,7 @@ def _get(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | Non
         emitter.whole(index),
         _shape_vector(emitter, several.element, shape),
     ]
-    layout, dims = several.element or (REPLICATED, None)
+    layout, dims = _lies(several)
     if node.outputs[0].dtype == tf.variant:
         return of_list(emitter.op(node, given, REPLICATED, []), several.element)
     values = emitter.op(node, given, layout, dims)
@@ -164,10 +182,12 @@ def _get(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | Non
 @rule("TensorListPopBack")
 def _pop(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     several, shape = inputs
-    layout, dims = several.element or (REPLICATED, None)
+    layout, dims = _lies(several)
     given = [several, _shape_vector(emitter, several.element, shape)]
     static = emitter.static_dims(node.outputs[1], layout) if dims is None else dims
     values = emitter.op(node, given, [REPLICATED, layout], ([], static))
+    if several.element is not None:
+        values[1].sizes = several.element.sizes
     return of_list(values, several.element)
 
 
@@ -175,11 +195,11 @@ def _pop(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 def _stack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     several, shape = inputs
     given = [several, _shape_vector(emitter, several.element, shape)]
-    if several.element is None or several.element[1] is None:
-        if several.element is not None and several.element[0] != REPLICATED:
+    layout, dims = _lies(several)
+    if dims is None:
+        if layout != REPLICATED:
             raise NotImplementedError("a list of elements of unknown rank")
         return emitter.op(node, given, REPLICATED)
-    layout, dims = several.element
     number = node.attr("num_elements")
     if layout.kind == "rows":
         layout = layout.moved(layout.dim + 1)
@@ -199,20 +219,19 @@ def _length(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 def _resize(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     several, size = inputs
     values = emitter.op(node, [several, emitter.whole(size)], REPLICATED, [])
-    return of_list(values, several.element)
+    layout, dims = _lies(several)
+    return of_list(values, several.element and Element(layout, dims))
 
 
 @size_rule("TensorListElementShape")
 def _element_shape(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
     (several,) = inputs
-    if several.element is None or several.element[1] is None:
+    if several.element is None or several.element.dims is None:
         return None
-    return [_vector(several.element[1])]
+    return [_vector(several.element.dims)]
 
 
 def _vector(dims: list[Dim]) -> Any:
-    import numpy as np
-
     vector = np.empty(len(dims), object)
     vector[:] = dims
     return vector
@@ -228,10 +247,10 @@ def _element_shape_op(
 @rule("TensorListGather", "TensorListConcatV2")
 def _gather_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     several, *others = inputs
-    if several.element is not None and several.element[0] != REPLICATED:
-        if node.type != "TensorListGather" or several.element[1] is None:
+    layout, dims = _lies(several)
+    if layout != REPLICATED:
+        if node.type != "TensorListGather" or dims is None:
             raise NotImplementedError("a list of rows that is joined")
-        layout, dims = several.element
         indices, shape = others
         given = [several, emitter.whole(indices), _shape_vector(emitter, several.element, shape)]
         number = (indices.dims or [unknown()])[0]
@@ -242,7 +261,12 @@ def _gather_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Valu
 def same_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     """`zeros_like` of a list, and sums of lists, element by element."""
     elements = [v.element for v in inputs if v.element is not None]
-    if any(e[0] != elements[0][0] for e in elements):
+    if any(e.layout != elements[0].layout for e in elements):
         raise NotImplementedError("a sum of lists of different layouts")
     values = emitter.op(node, inputs, REPLICATED, [])
-    return of_list(values, elements[0] if elements else None)
+    if not elements:
+        return values
+    dims = elements[0].dims
+    for element in elements[1:]:
+        dims = _joined_dims(emitter, dims, element.dims)
+    return of_list(values, Element(elements[0].layout, dims))

@@ -1,6 +1,7 @@
 """Products of matrices: by rows where a factor has rows that stay, and a sum over
 replicas where rows are contracted."""
 
+import string
 from collections.abc import Sequence
 
 from distfit.partition.emission import Emitter, Value, rule
@@ -91,84 +92,57 @@ def _matmul(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
 def _batch_matmul(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
-    x, y = inputs
-    if x.dims is None or y.dims is None:
+    if any(v.dims is None for v in inputs):
         return None
-    rank = max(x.rank, y.rank)
-    batch = "defghijklmnopq"[: rank - 2]
     a = "ba" if node.attr("adj_x") else "ab"
     b = "cb" if node.attr("adj_y") else "bc"
-    terms = []
-    for value, last in ((x, a), (y, b)):
-        own = list(batch[len(batch) - (value.rank - 2) :])
-        for i, label in enumerate(own):
-            if emitter.sizes.is_one(value.dims[i]):  # type: ignore[index]
-                own[i] = "."
-                continue
-            others = [
-                v.dims[v.rank - 2 - (len(own) - i)]  # type: ignore[index]
-                for v in inputs
-                if v.rank - 2 >= len(own) - i
-            ]
-            if not all(
-                emitter.sizes.same(d, value.dims[i])  # type: ignore[index]
-                or emitter.sizes.is_one(d)
-                for d in others
-            ):
-                return None
-            del label
-        terms.append("".join(own) + last)
-    output = "".join(
-        label if any(label in t for t in terms) else "." for label in batch
-    )
-    if "." in output:  # A batch dimension of size 1 on both sides.
-        return _with_ones(emitter, node, inputs, terms, batch, output)
-    return contraction(emitter, node, inputs, terms, batch + "ac")
-
-
-def _with_ones(emitter, node, inputs, terms, batch: str, output: str):
-    """As `contraction`, for batch dimensions that are 1 on both sides."""
-    named = []
-    for term, value in zip(terms, inputs, strict=True):
-        own = list(term)
-        offset = len(batch) - (value.rank - 2)
-        for i in range(value.rank - 2):
-            if output[offset + i] == ".":
-                own[i] = batch[offset + i]
-        named.append("".join(own))
-    return contraction(emitter, node, inputs, named, batch + "ac")
+    terms, output = _spelled(emitter, inputs, ["..." + a, "..." + b], "...ac")
+    return contraction(emitter, node, inputs, terms, output)
 
 
 @rule("Einsum")
 def _einsum(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    equation = node.attr("equation").replace(" ", "")
-    left, _, output = equation.partition("->")
-    terms = left.split(",")
     if any(v.dims is None for v in inputs):
         return None
-    if "..." in equation:
-        spelled = _without_ellipsis(emitter, inputs, terms, output)
-        if spelled is None:
-            return None
-        terms, output = spelled
-    if any(len(set(t)) < len(t) for t in [*terms, output]):
-        return None  # A diagonal.
+    left, _, output = node.attr("equation").replace(" ", "").partition("->")
+    terms, output = _spelled(emitter, inputs, left.split(","), output)
+    rows = {t[v.layout.dim] for t, v in zip(terms, inputs, strict=True) if v.has_rows}
+    if any(t.count(label) > 1 for t in [*terms, output] for label in rows):
+        return None  # Rows along a diagonal.
     return contraction(emitter, node, inputs, terms, output)
 
 
-def _without_ellipsis(emitter, inputs, terms, output):
-    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in "".join(terms)]
+def _spelled(
+    emitter: Emitter, inputs: Sequence[Value], terms: Sequence[str], output: str
+) -> tuple[list[str], str]:
+    """An equation with labels in place of its ellipsis, whose dimensions broadcast."""
+    used = "".join(terms)
+    free = [c for c in string.ascii_letters if c not in used]
     lengths = [
         v.rank - len(t.replace("...", "")) if "..." in t else 0
         for t, v in zip(terms, inputs, strict=True)
     ]
     labels = "".join(free[: max(lengths)])
+    larger = {
+        label
+        for term, length, value in zip(terms, lengths, inputs, strict=True)
+        for label, dim in _under_ellipsis(term, length, value, labels)
+        if not emitter.sizes.is_one(dim)
+    }
     spelled = []
     for term, length, value in zip(terms, lengths, inputs, strict=True):
-        own = labels[len(labels) - length :]
+        own = "".join(
+            "." if label in larger and emitter.sizes.is_one(dim) else label
+            for label, dim in _under_ellipsis(term, length, value, labels)
+        )
         spelled.append(term.replace("...", own))
-        at = term.find("...")
-        for i in range(length):
-            if emitter.sizes.is_one(value.dims[at + i]):
-                return None
     return spelled, output.replace("...", labels)
+
+
+def _under_ellipsis(
+    term: str, length: int, value: Value, labels: str
+) -> list[tuple[str, Dim]]:
+    """The labels and sizes of the dimensions that an ellipsis stands for."""
+    at = term.find("...")
+    dims = (value.dims or [])[at : at + length]
+    return list(zip(labels[len(labels) - length :], dims, strict=True))

@@ -1,1 +1,520 @@
-"""To come."""
+"""Random draws: exactly those of one device.
+
+A stateless draw is a function of its seed, so every replica could draw all and keep its
+rows. Philox counts: element `i` comes from the counter plus `i // group`, so a replica
+starts at its first row and draws no more than its own. What every replica could draw
+stays at hand as `Value.whole`: another layout that is asked for later costs no
+exchange, and TensorFlow drops what nothing uses.
+
+An operation that keeps a state draws once, on the first replica, for all.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.layouts import (
+    REPLICATED,
+    ROWS,
+    Dim,
+    Layout,
+    by_rows,
+    product,
+    quotient,
+    unknown,
+)
+from distfit.partition.program import Port
+from distfit.partition.rules.shapes import elements_of
+from distfit.partition.rules.sizes import ints
+from distfit.partition.tracing import Node
+
+_PHILOX, _AUTO = 1, 3  # `tf.random.Algorithm`: kernels take Philox for auto_select.
+_MOST_BLOCKS = 4
+
+
+# --- Stateless draws of equal elements.
+
+
+@rule(
+    *("StatelessRandomUniformV2", "StatelessRandomNormalV2"),
+    *("StatelessRandomUniformIntV2", "StatelessRandomUniformFullIntV2"),
+)
+def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    """A draw of `group` elements for each step of the counter.
+
+    Kernels of CPU and GPU count alike, as does XLA. Of a truncated normal draw, XLA
+    takes other steps, so that is drawn in full.
+    """
+    whole = _in_full(emitter, node, inputs, inputs[0])
+    layout = _rows_of(emitter, inputs[0], whole.dims)
+    if layout is None:
+        return [whole]
+    if not _counts(emitter, inputs[3]) or not _is_in_spans(emitter, layout, whole.dims):
+        return [emitter.cut(whole, layout)]
+
+    def drawn(size, counter, key, alg, *bounds):
+        return _raw(node, size, key, counter, alg, bounds)
+
+    given = [emitter.whole(v) for v in inputs[1:]]
+    group = 2 if whole.dtype.size == 8 else 4
+    part = _in_spans(emitter, given, whole.dims, layout, drawn, group)
+    part.whole = whole
+    return [part]
+
+
+@rule(
+    *("StatelessTruncatedNormalV2", "StatelessRandomUniform", "StatelessRandomNormal"),
+    *("StatelessTruncatedNormal", "StatelessRandomUniformInt"),
+    *("StatelessRandomUniformFullInt", "StatelessParameterizedTruncatedNormal"),
+)
+def _draw_all(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    whole = _in_full(emitter, node, inputs, inputs[0])
+    layout = _rows_of(emitter, inputs[0], whole.dims)
+    return [whole if layout is None else emitter.cut(whole, layout)]
+
+
+def _in_full(
+    emitter: Emitter, node: Node, inputs: Sequence[Value], shape: Value
+) -> Value:
+    """All that is drawn, on every replica."""
+    if any(v.has_rows and v.whole is None for v in inputs):
+        emitter.report(node)
+    given = [emitter.whole(v) for v in inputs]
+    (whole,) = emitter.op(node, given, REPLICATED, _shape(emitter, node, shape))
+    return whole
+
+
+def _shape(emitter: Emitter, node: Node, shape: Value, *more: Value) -> Any:
+    """The dims of a result from the vector of its shape, and what comes after it."""
+    elements = elements_of(shape)
+    if elements is None or any(v.dims is None for v in more):
+        return emitter.static_dims(node.outputs[0])
+    dims = [unknown() if e is None else e for e in elements]
+    return [*dims, *(d for v in more for d in v.dims or ())]
+
+
+def _raw(node: Node, size, key, counter, alg, bounds: Sequence) -> tf.Tensor:
+    operation = getattr(tf.raw_ops, node.type)
+    given = dict(shape=[size], key=key, counter=counter, alg=alg)
+    if bounds:
+        return operation(**given, minval=bounds[0], maxval=bounds[1])
+    return operation(**given, dtype=node.outputs[0].dtype)
+
+
+def _counts(emitter: Emitter, alg: Value) -> bool:
+    """Whether the algorithm is known to be Philox."""
+    return ints(alg) in ([_PHILOX], [_AUTO])
+
+
+# --- Which rows.
+
+
+def _rows_of(
+    emitter: Emitter, shape: Value, dims: Sequence[Dim] | None
+) -> Layout | None:
+    """How to lay a draw, whose shape tells only its size: a choice of speed."""
+    if not dims:
+        return None
+    layout = _of_source(emitter, shape, dims) or _of_sizes(emitter, dims)
+    if layout is None or not emitter.can_compute([layout.blocks, layout.inner]):
+        return None
+    return layout
+
+
+def _of_source(emitter: Emitter, shape: Value, dims: Sequence[Dim]) -> Layout | None:
+    """The rows of the tensor whose shape it is, as in `normal(tf.shape(x))`."""
+    for source in _measured(emitter, shape.node):
+        for at, dim in enumerate(dims):
+            if emitter.sizes.same(dim, source.layout.size):
+                return source.layout.moved(at)
+    return None
+
+
+_MOVES_SIZES = {
+    *("Pack", "ConcatV2", "StridedSlice", "Slice", "GatherV2", "Unpack", "Reshape"),
+    *("Cast", "Identity", "Squeeze", "ExpandDims", "Mul", "Prod", "Maximum"),
+}
+
+
+def _measured(emitter: Emitter, node: Node | None) -> Iterator[Value]:
+    """The tensors with rows whose shape a vector of sizes comes from."""
+    seen: set[Node] = set()
+    stack = [] if node is None else [node]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.type in ("Shape", "Size"):
+            source = emitter.values.get(node.inputs[0])
+            if source is not None and source.has_rows:
+                yield source
+        elif node.type in _MOVES_SIZES:
+            stack += [edge.node for edge in reversed(node.inputs)]
+
+
+def _of_sizes(emitter: Emitter, dims: Sequence[Dim]) -> Layout | None:
+    if emitter.sizes.rows is not None:
+        is_rows = emitter.sizes.rows > 1 and emitter.sizes.same(dims[0], ROWS)
+        return by_rows(0) if is_rows else None
+    for at, dim in enumerate(dims):
+        inner = quotient(dim, ROWS)
+        if inner is not None:
+            return by_rows(at, 1, inner)
+    return None
+
+
+# --- A replica's own elements, from its first.
+
+
+def _is_in_spans(emitter: Emitter, layout: Layout, dims: Any) -> bool:
+    """Whether a replica has a few spans of elements in a row."""
+    return (
+        layout.dim == 0
+        and isinstance(layout.blocks, int)
+        and 1 <= layout.blocks <= _MOST_BLOCKS
+        and emitter.can_compute([layout.inner, *dims[1:]])
+    )
+
+
+def _in_spans(
+    emitter: Emitter,
+    inputs: Sequence[Value],
+    dims: Any,
+    layout: Layout,
+    drawn: Callable,
+    group: int = 1,
+    steps: int = 1,
+) -> Value:
+    """The rows of a replica, drawn from its first element on.
+
+    Args:
+        emitter: The emitter.
+        inputs: Key, counter, algorithm and what else the operation takes.
+        dims: The shape of the draw.
+        layout: How it lies by rows of its first dimension.
+        drawn: Given a size, the counter, the key, the algorithm and what else the
+            operation takes, a vector of elements.
+        group: How many elements come from one place of the counter.
+        steps: How far the counter goes for them.
+    """
+    dims = [layout.size, *dims[1:]]
+    row = emitter.known(product([layout.inner, *dims[1:]]), tf.int64)
+    local = emitter.local_shape(dims, layout)
+    blocks: Any = layout.blocks
+
+    def own(shape, row, total, start, count, key, counter, *others):
+        rows = (total, start, count)
+        total, start, count = (tf.cast(n, tf.int64) * row for n in rows)
+        parts = []
+        for block in range(blocks):
+            first = block * total + start
+            base = first // group
+            # As on one device, only the very last group may be cut short.
+            end = tf.minimum(-(-(first + count) // group) * group, blocks * total)
+            begun = _advanced(counter, base * steps)
+            some = drawn(end - base * group, begun, key, *others)
+            parts.append(tf.slice(some, [first - base * group], [count]))
+        return tf.reshape(tf.concat(parts, 0), shape)
+
+    ports = [_port(p) for p in _row_ports(emitter)]
+    value = emitter.call(own, [local, row, *ports, *inputs], layout, dims)
+    value.tensor.set_shape(value.local_shape())
+    return value
+
+
+def _row_ports(emitter: Emitter) -> list[Port]:
+    return [emitter.rows.total, emitter.rows.start, emitter.rows.count]
+
+
+def _port(port: Port) -> Value:
+    """A scalar that every program is told of the rows of a replica."""
+    value = Value(REPLICATED, [], tf.int32)
+    value.tensor = port
+    return value
+
+
+def _advanced(counter: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+    """A counter of 128 bits, as two words with the low one first, after some steps."""
+    low, high = tf.unstack(tf.bitcast(counter, tf.int64), num=2)
+    lowest = tf.constant(tf.int64.min, tf.int64)
+    later = low + steps
+    # Without sign, the sum is less than what was added to if it has run over.
+    carry = tf.bitwise.bitwise_xor(later, lowest) < tf.bitwise.bitwise_xor(low, lowest)
+    high += tf.cast(carry, tf.int64)
+    return tf.bitcast(tf.stack([later, high]), tf.uint64)
+
+
+# --- Stateless draws with parameters.
+
+
+@rule("StatelessRandomGammaV3")
+def _gamma(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    """Each element has 256 places of the counter, in the order of the alphas.
+
+    That is the order of the elements where each alpha, or the only one, is drawn for
+    once. XLA has no such operation.
+    """
+    shape, key, counter, alg, alpha = inputs
+    dims = elements_of(shape)
+    if alpha.is_partial:
+        alpha = emitter.whole(alpha)
+    layout = _rows_of_gamma(emitter, shape, dims, alpha)
+    if layout is None or not _counts(emitter, alg):
+        return _with_parameters(emitter, node, inputs, 0, [4])
+
+    def drawn(size, counter, key, alg, alpha):
+        flat = tf.reshape(alpha, [] if single else [-1])
+        return tf.raw_ops.StatelessRandomGammaV3(
+            shape=[size], key=key, counter=counter, alg=alg, alpha=flat
+        )
+
+    single = emitter.sizes.is_one(product(alpha.dims or ()))
+    given = [emitter.whole(v) for v in (key, counter, alg)]
+    given.append(alpha if single else emitter.to(alpha, layout))
+    return [_in_spans(emitter, given, dims, layout, drawn, steps=256)]
+
+
+def _rows_of_gamma(
+    emitter: Emitter, shape: Value, dims: Any, alpha: Value
+) -> Layout | None:
+    """How a draw lies whose elements a replica can draw from its first on."""
+    if not dims or alpha.dims is None or any(d is None for d in dims):
+        return None
+    layout = alpha.layout if alpha.has_rows else _rows_of(emitter, shape, dims)
+    single = emitter.sizes.is_one(product(alpha.dims)) and not alpha.has_rows
+    one_each = len(dims) == alpha.rank and all(
+        emitter.sizes.same(a, b) for a, b in zip(dims, alpha.dims, strict=True)
+    )
+    if layout is None or layout.blocks != 1 or not (single or one_each):
+        return None
+    return layout if _is_in_spans(emitter, layout, dims) else None
+
+
+@rule("StatelessRandomPoisson", "StatelessRandomGammaV2")
+def _of_one(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return _with_parameters(emitter, node, inputs, 0, [2])
+
+
+@rule("StatelessRandomBinomial")
+def _binomial(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return _with_parameters(emitter, node, inputs, 0, [2, 3])
+
+
+@rule("StatefulRandomBinomial")
+def _binomial_of_generator(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value]:
+    resource = inputs[0].resource
+    if resource is None or resource.kind != "mirrored":
+        return _once(emitter, node, inputs, _shape(emitter, node, inputs[2]))
+    return _with_parameters(emitter, node, inputs, 2, [3, 4])
+
+
+def _with_parameters(
+    emitter: Emitter, node: Node, inputs: list[Value], shape_at: int, at: list[int]
+) -> list[Value]:
+    """A draw whose shape ends with that of its parameters, in full on every replica.
+
+    An element is a function of its place and of its own parameters. So a replica that
+    has those of its rows can draw its rows, whatever stands in the place of others.
+    """
+    shape = inputs[shape_at]
+    dims = elements_of(shape)
+    given = [_at_hand(emitter, v) for v in inputs]
+    layouts = {
+        v.layout.moved(v.layout.dim + len(dims) - v.rank)
+        for v in (given[i] for i in at)
+        if v.has_rows and dims is not None
+    }
+    if not layouts and not any(v.has_rows for v in given):
+        whole = _in_full(emitter, node, given, shape)
+        layout = _rows_of(emitter, shape, whole.dims)
+        return [whole if layout is None else emitter.cut(whole, layout)]
+    (layout,) = layouts if len(layouts) == 1 else (None,)
+    others = [v for i, v in enumerate(given) if i not in at]
+    if (
+        layout is None
+        or any(v.has_rows for v in others)
+        or not emitter.sizes.same(dims[layout.dim], layout.size)  # type: ignore[index]
+        or not _can_pad(emitter, layout)
+    ):
+        return _cut_again(emitter, _in_full(emitter, node, given, shape), layout)
+    given = [_padded(emitter, v) for v in given]
+    (drawn,) = emitter.op(node, given, REPLICATED, _shape(emitter, node, shape))
+    return [_own_rows(emitter, drawn, layout)]
+
+
+def _at_hand(emitter: Emitter, value: Value) -> Value:
+    """A value whole, unless that takes a gather."""
+    needs_gather = value.has_rows and value.whole is None
+    return value if needs_gather else emitter.whole(value)
+
+
+def _cut_again(emitter: Emitter, whole: Value, layout: Layout | None) -> list[Value]:
+    if layout is None or whole.dims is None:
+        return [whole]
+    if not emitter.sizes.same(whole.dims[layout.dim], layout.size):
+        return [whole]
+    return [emitter.cut(whole, layout)]
+
+
+def _can_pad(emitter: Emitter, layout: Layout) -> bool:
+    return layout.blocks == 1 and emitter.can_compute([layout.inner])
+
+
+def _padded(emitter: Emitter, value: Value) -> Value:
+    """A replica's own rows at their places among ones, which are good parameters."""
+    if not value.has_rows:
+        return value
+    layout, rank = value.layout, value.rank
+
+    def among_ones(tensor, total, start, count, inner):
+        paddings = [[0, 0]] * rank
+        paddings[layout.dim] = [start * inner, (total - start - count) * inner]
+        return tf.pad(tensor, tf.stack(paddings), constant_values=1)
+
+    inner = emitter.known(layout.inner, tf.int32)
+    ports = [_port(p) for p in _row_ports(emitter)]
+    return emitter.call(among_ones, [value, *ports, inner], REPLICATED, value.dims)
+
+
+def _own_rows(emitter: Emitter, drawn: Value, layout: Layout) -> Value:
+    """The rows of a replica, of a draw that is right in these rows only."""
+    rows = emitter.cut(drawn, layout)
+    rows.whole = None
+    return rows
+
+
+@rule("StatelessMultinomial")
+def _multinomial(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """Draws for each row of logits.
+
+    Kernels split the batch between threads, and where they split it decides the draw.
+    So the batch keeps its size.
+    """
+    logits = inputs[0]
+    if logits.dims is None:
+        return None
+    given = [_at_hand(emitter, v) for v in inputs]
+    dims = [logits.dims[0], (elements_of(inputs[1]) or [None])[0]]
+    dims = [unknown() if d is None else d for d in dims]
+    if not any(v.has_rows for v in given):
+        (whole,) = emitter.op(node, given, REPLICATED, dims)
+        return _cut_again(emitter, whole, logits.layout if logits.has_rows else None)
+    layout = logits.layout
+    if any(v.has_rows for v in given[1:]) or layout.dim != 0:
+        return None
+    if not _can_pad(emitter, layout):
+        return None
+    given = [_padded(emitter, v) for v in given]
+    (drawn,) = emitter.op(node, given, REPLICATED, dims)
+    return [_own_rows(emitter, drawn, layout)]
+
+
+@rule("StatelessShuffle")
+def _shuffle(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    """Rows of another dimension are all shuffled alike: by the size of the first."""
+    value, *others = inputs
+    value = emitter.whole(value) if value.is_partial else value
+    given = [emitter.whole(v) for v in others]
+    if value.has_rows and value.layout.dim != 0:
+        return emitter.op(node, [value, *given], value.layout, value.dims)
+    if value.has_rows and value.whole is None:
+        emitter.report(node)
+    (whole,) = emitter.op(node, [emitter.whole(value), *given], REPLICATED, value.dims)
+    return [emitter.cut(whole, value.layout) if value.has_rows else whole]
+
+
+# --- Draws that keep a state: once, for all.
+
+_UNSEEDED = itertools.count()
+
+
+@rule(
+    *("RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal"),
+    *("ParameterizedTruncatedNormal",),
+)
+def _stateful(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return _once(emitter, node, inputs, _shape(emitter, node, inputs[0]))
+
+
+@rule("RandomGamma", "RandomPoisson", "RandomPoissonV2")
+def _stateful_of_one(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    """The shape of these comes before that of the parameter."""
+    dims = _shape(emitter, node, inputs[0], inputs[1])
+    return _once(emitter, node, inputs, dims, inputs[1])
+
+
+@rule("Multinomial")
+def _stateful_multinomial(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value]:
+    logits = inputs[0]
+    dims = emitter.static_dims(node.outputs[0])
+    if logits.dims is not None:
+        dims = [logits.dims[0], dims[1]]
+    return _once(emitter, node, inputs, dims, logits)
+
+
+@rule("RandomShuffle")
+def _stateful_shuffle(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return _once(emitter, node, inputs, inputs[0].dims, inputs[0])
+
+
+def _once(
+    emitter: Emitter,
+    node: Node,
+    inputs: list[Value],
+    dims: Any,
+    like: Value | None = None,
+) -> list[Value]:
+    """A draw of the first replica for all, and of it each replica's rows.
+
+    Args:
+        emitter: The emitter.
+        node: The node.
+        inputs: Its inputs.
+        dims: The shape of the draw.
+        like: An input with whose dimensions the shape ends, or begins.
+    """
+    if any(v.has_rows and v.whole is None for v in inputs):
+        emitter.report(node)
+    seeds = _seeds() if _is_unseeded(node) else {}
+    (whole,) = emitter.once(node, inputs, dims, **seeds)
+    if dims is None:
+        return [whole]
+    layout = _layout_like(emitter, whole, like) or _rows_of(emitter, inputs[0], dims)
+    return [whole if layout is None else emitter.cut(whole, layout)]
+
+
+def _layout_like(emitter: Emitter, whole: Value, like: Value | None) -> Layout | None:
+    if like is None or not like.has_rows or whole.dims is None:
+        return None
+    for dim in (like.layout.dim, like.layout.dim + len(whole.dims) - like.rank):
+        if emitter.sizes.same(whole.dims[dim], like.layout.size):
+            return like.layout.moved(dim)
+    return None
+
+
+def _is_unseeded(node: Node) -> bool:
+    names = node.op.node_def.attr
+    return "seed" in names and not (node.attr("seed") or node.attr("seed2"))
+
+
+def _seeds() -> dict[str, int]:
+    """Seeds for an operation without: each worker draws, so all must draw the same.
+
+    They follow from the state of NumPy's generator, on which workers agree and which
+    stays as it is.
+    """
+    state: Any = np.random.get_state()
+    generator = np.random.default_rng([*state[1], state[2], next(_UNSEEDED)])
+    seed, seed2 = generator.integers(1, 2**31 - 1, 2)
+    return {"seed": int(seed), "seed2": int(seed2)}

@@ -12,6 +12,7 @@ from distfit.partition.layouts import (
     Layout,
     product,
 )
+from distfit.partition.rules.elementwise import align, channels_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
 
@@ -41,21 +42,17 @@ def _reduce(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
     axes = {a % value.rank for a in numbers} if value.rank else set()
     dims, layout = reduced(value, axes, node.attr("keep_dims"))
     if value.is_partial:
-        if node.type not in ("Sum", "Mean"):
+        if node.type != "Sum" and not (node.type == "Mean" and _is_inexact(value)):
             value, layout = emitter.whole(value), REPLICATED
         return emitter.op(node, [value, where], layout, dims)
     if not value.has_rows or value.layout.dim not in axes:
         return emitter.op(node, [value, where], layout, dims)
-    if not axes:
-        return emitter.op(node, [value, where], value.layout, dims)
     if node.type == "Sum":
         return [_sum(emitter, node, value, where, dims)]
     if node.type == "Mean":
-        return _variance(emitter, node, value, axes, dims) or [
-            _mean(emitter, node, value, where, axes, dims)
-        ]
-    if node.type == "EuclideanNorm":
-        return None
+        return _variance(emitter, node, value, axes, dims) or _mean(
+            emitter, node, value, axes, dims
+        )
     return [_of_parts(emitter, node, value, where, dims)]
 
 
@@ -64,23 +61,31 @@ def _sum(emitter, node, value: Value, where: Value, dims) -> Value:
     return result
 
 
-def _mean(emitter, node, value: Value, where: Value, axes: set[int], dims) -> Value:
+def _is_inexact(value: Value) -> bool:
+    return value.dtype.is_floating or value.dtype.is_complex
+
+
+def _wide(dtype: tf.DType) -> tf.DType:
+    """What sums of many rows are taken in: they leave the range of half precision."""
+    return tf.float32 if dtype.size < 4 else dtype
+
+
+def _mean(
+    emitter: Emitter, node: Node, value: Value, axes: set[int], dims: list[Dim]
+) -> list[Value] | None:
     """The sum of the rows of a replica, divided by the number of all."""
     count = product([value.dims[a] for a in axes])  # type: ignore[index]
-    dtype = value.dtype
-    keep = node.attr("keep_dims")
-    at = sorted(axes)
-    if not emitter.can_compute([count]) or not dtype.is_floating:
-        return emitter.in_full(node, [value, where])[0]
+    dtype, at, keep = value.dtype, sorted(axes), node.attr("keep_dims")
+    if not emitter.can_compute([count]) or not _is_inexact(value):
+        return None
 
     def part(tensor, size):
-        # Sums of many rows leave the range of half precision: means do not.
-        wide = tf.cast(tensor, tf.float32) if dtype.size < 4 else tensor
-        total = tf.reduce_sum(wide, at, keepdims=keep)
-        return tf.cast(total / tf.cast(size, wide.dtype), dtype)
+        wide = _wide(dtype)
+        total = tf.reduce_sum(tf.cast(tensor, wide), at, keepdims=keep)
+        return tf.cast(total / tf.cast(size, wide), dtype)
 
-    size = emitter.known(count, tf.int32)
-    return emitter.call(part, [value, size], PARTIAL, dims)
+    size = emitter.known(count, tf.int64)
+    return [emitter.call(part, [value, size], PARTIAL, dims)]
 
 
 def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] | None:
@@ -112,6 +117,7 @@ def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] 
             or x.layout != value.layout
             or x.dims != value.dims
             or not x.dtype.is_floating
+            or not emitter.can_compute(x.dims)
         ):
             continue
         return [_variance_of(emitter, node, x, axes, dims)]
@@ -119,12 +125,12 @@ def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] 
 
 
 def _variance_of(emitter, node, x: Value, axes: set[int], dims) -> Value:
-    at, dtype = sorted(axes), x.dtype
+    at, wide = sorted(axes), _wide(x.dtype)
     local = emitter.known_local_count(x, axes)
-    total = emitter.known(product([x.dims[a] for a in axes]), tf.int32)
+    total = emitter.known(product([x.dims[a] for a in axes]), tf.int64)
 
     def moments(tensor, count):
-        n = tf.cast(count, dtype)
+        tensor, n = tf.cast(tensor, wide), tf.cast(count, wide)
         own = tf.math.divide_no_nan(tf.reduce_sum(tensor, at, keepdims=True), n)
         squares = tf.reduce_sum(tf.math.squared_difference(tensor, own), at)
         own = tf.squeeze(own, at)
@@ -136,13 +142,13 @@ def _variance_of(emitter, node, x: Value, axes: set[int], dims) -> Value:
 
     def combined(parts, count):
         means, squares, counts = tf.unstack(parts, num=3, axis=1)
-        n = tf.cast(count, dtype)
+        n = tf.cast(count, wide)
         mean = tf.reduce_sum(means * counts, 0) / n
         between = counts * tf.math.squared_difference(means, mean[tf.newaxis])
         variance = tf.reduce_sum(squares + between, 0) / n
         for axis in at if node.attr("keep_dims") else ():
             variance = tf.expand_dims(variance, axis)
-        return variance
+        return tf.cast(variance, x.dtype)
 
     return emitter.call(combined, [stacked, total], REPLICATED, dims)
 
@@ -153,6 +159,7 @@ _OF_PARTS: dict[str, Callable] = {
     "Prod": tf.reduce_prod,
     "Any": tf.reduce_max,  # Of 0 and 1.
     "All": tf.reduce_min,
+    "EuclideanNorm": tf.math.reduce_euclidean_norm,
 }
 
 
@@ -184,7 +191,7 @@ def _bias_add_grad(
     (value,) = inputs
     if value.dims is None:
         return None
-    channels = 1 if node.attr("data_format") == "NCHW" else value.rank - 1
+    channels = channels_of(node, value)
     dims = [value.dims[channels]]
     if value.is_partial:
         return emitter.op(node, [value], PARTIAL, dims)
@@ -207,3 +214,67 @@ def _arg(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | Non
     if value.has_rows and value.layout.dim in axes:
         return None
     return emitter.op(node, [value, where], layout, dims)
+
+
+@rule("Softmax", "LogSoftmax")
+def _softmax(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value = emitter.whole(inputs[0]) if inputs[0].is_partial else inputs[0]
+    if value.dims is None:
+        return None
+    if value.has_rows and value.layout.dim == value.rank - 1:
+        return [_softmax_of_rows(emitter, node, value)]
+    return emitter.op(node, [value], value.layout, value.dims)
+
+
+def _softmax_of_rows(emitter: Emitter, node: Node, value: Value) -> Value:
+    """A softmax along the rows: their largest, and the sum of exponentials."""
+    dtype, wide = value.dtype, _wide(value.dtype)
+    dims = [*(value.dims or ())[:-1], 1]
+
+    def largest(tensor):
+        return tf.reduce_max(tf.cast(tensor, wide), -1, keepdims=True)
+
+    def shifted(tensor, parts):
+        return tf.cast(tensor, wide) - tf.reduce_max(parts, 0)
+
+    def summed(tensor):
+        return tf.reduce_sum(tf.exp(tensor), -1, keepdims=True)
+
+    def normalized(tensor, total):
+        if node.type == "LogSoftmax":
+            return tf.cast(tensor - tf.math.log(total), dtype)
+        return tf.cast(tf.exp(tensor) / total, dtype)
+
+    own = emitter.call(largest, [value], REPLICATED, dims)
+    parts = emitter.whole(emitter.stacked(own))
+    exponents = emitter.call(shifted, [value, parts], value.layout, value.dims)
+    total = emitter.call(summed, [exponents], PARTIAL, dims)
+    laid = [exponents, emitter.whole(total)]
+    return emitter.call(normalized, laid, value.layout, value.dims)
+
+
+@rule("FakeQuantWithMinMaxVars")
+def _fake_quantized(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    value, *limits = (emitter.whole(v) if v.is_partial else v for v in inputs)
+    if any(v.has_rows for v in limits):
+        return None
+    return emitter.op(node, [value, *limits], value.layout, value.dims)
+
+
+@rule("FakeQuantWithMinMaxVarsGradient")
+def _fake_quantized_gradient(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    """The gradients of the limits are sums over all elements."""
+    inputs = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    if any(v.dims is None or v.has_rows for v in inputs[2:]):
+        return None
+    aligned = align(emitter, inputs[:2])
+    if aligned is None or inputs[0].rank != inputs[1].rank:
+        return None
+    laid, layout = aligned
+    of_limits = PARTIAL if layout.kind == "rows" else REPLICATED
+    dims = (inputs[1].dims, [], [])
+    return emitter.op(node, [*laid, *inputs[2:]], [layout, of_limits, of_limits], dims)

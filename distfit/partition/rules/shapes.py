@@ -1,7 +1,9 @@
 """Operations that move elements: the rows move with their dimension."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter, Value, rule
@@ -11,20 +13,14 @@ from distfit.partition.layouts import (
     ROWS,
     Dim,
     Layout,
+    Size,
     by_rows,
     product,
     quotient,
     unknown,
 )
-from distfit.partition.rules.elementwise import align
-from distfit.partition.rules.sizes import ints
+from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
-
-
-def elements_of(value: Value) -> list[Any] | None:
-    """The elements of a vector of sizes."""
-    return None if value.sizes is None else list(value.sizes.flat)
-
 
 # --- Reshape.
 
@@ -97,7 +93,7 @@ def reshaped(
             shape = list(wanted)
         blocks = quotient(left, product(shape[:j]))
         inner = quotient(right, product(shape[j + 1 :]))
-        if not isinstance(blocks, int) or inner is None:
+        if not isinstance(blocks, int) or inner is None or 0 in (blocks, inner):
             continue
         layout = by_rows(j, blocks, inner)
         if shape[j] == -1 or emitter.sizes.same(shape[j], layout.size):
@@ -207,8 +203,6 @@ def _spread(
             inputs = [shape, value] if node.type == "Fill" else [value, shape]
             return emitter.op(node, inputs, value.layout, dims)
         layout = by_rows(at, 1, quotient(dims[at], ROWS) or 1)
-        if layout.size != dims[at]:
-            return None
         own = at - len(dims) + value.rank
         if own >= 0 and not emitter.sizes.is_one(value.dims[own]):
             if not emitter.sizes.same(value.dims[own], layout.size):
@@ -230,23 +224,31 @@ def _tile(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     if value.dims is None or times is None or not emitter.can_compute(times):
         return None
     dims = [product([d, t]) for d, t in zip(value.dims, times, strict=True)]
-    if value.is_replicated:
-        at = _rows_at(times)
-        if at is not None and emitter.sizes.is_one(value.dims[at]):
-            layout = by_rows(at, 1, quotient(times[at], ROWS) or 1)
-            if layout.size == times[at]:
-                dims[at] = layout.size
-                local = emitter.local_shape(times, layout)
-                return [emitter.call(tf.tile, [value, local], layout, dims)]
+    at = _rows_at(times)
+    if value.is_replicated and at is not None:
+        return _tiled_to_rows(emitter, value, times, at, dims)
     if not value.has_rows:
         return emitter.op(node, [value, emitter.whole(where)], value.layout, dims)
     layout = value.layout
     more = times[layout.dim]
-    if more != 1:  # The rows, and then the same rows again.
-        if not isinstance(more, int):
-            return None
-        layout = by_rows(layout.dim, product([layout.blocks, more]), layout.inner)
+    if not isinstance(more, int) or more < 1 or not isinstance(layout.blocks, int):
+        return None
+    # The rows, and then the same rows again.
+    layout = by_rows(layout.dim, layout.blocks * more, layout.inner)
     return emitter.op(node, [value, emitter.whole(where)], layout, dims)
+
+
+def _tiled_to_rows(
+    emitter: Emitter, value: Value, times: list[Any], at: int, dims: list[Dim]
+) -> list[Value] | None:
+    """`tf.tile(x, [n, 1])`: what is repeated for each row becomes its inner part."""
+    each = quotient(times[at], ROWS)
+    size = (value.dims or [])[at]
+    if each is None or 0 in (each, size):
+        return None
+    local = emitter.local_shape(times, by_rows(at, 1, each))
+    layout = by_rows(at, 1, product([each, size]))
+    return [emitter.call(tf.tile, [value, local], layout, dims)]
 
 
 # --- Joining and taking apart.
@@ -262,8 +264,9 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
     along = [v.dims[axis] for v in values]  # type: ignore[index]
     dims = list(emitter.sizes.broadcast([v.dims or [] for v in values]))
     dims[axis] = _total(emitter, along)
-    if all(v.is_partial for v in values):
-        return emitter.op(node, inputs, PARTIAL, dims)
+    if any(v.is_partial for v in values) and not any(v.has_rows for v in values):
+        laid = [emitter.as_partial(v) for v in values]
+        return emitter.op(node, [*laid, where], PARTIAL, dims)
     values = [emitter.whole(v) if v.is_partial else v for v in values]
     cut = [v for v in values if v.has_rows]
     if not cut:
@@ -305,25 +308,31 @@ def _alike(emitter: Emitter, values: list[Value], layout: Layout) -> Any:
 
 def _blocks(emitter, node, values, where, axis: int, dims) -> list[Value] | None:
     """Joins along the rows: the rows of the first, then those of the next."""
-    laid, blocks, inner = [], 0, None
+    inner = next(v.layout.inner for v in values if v.has_rows)
+    laid, blocks = [], 0
     for value in values:
-        layout = value.layout
         if not value.has_rows:
-            many = quotient(value.dims[axis], ROWS)
-            if not isinstance(many, int) or many < 1:
+            many = _count(emitter, value.dims[axis], inner)
+            if not many:
                 return None
-            layout = by_rows(axis, many, 1)
-            value = emitter.cut(value, layout)
-        if layout.dim != axis or not isinstance(layout.blocks, int):
+            value = emitter.cut(value, by_rows(axis, many, inner))
+        layout = value.layout
+        if layout.dim != axis or layout.inner != inner:
             return None
-        if inner is not None and layout.inner != inner:
+        if not isinstance(layout.blocks, int):
             return None
-        inner = layout.inner
         blocks += layout.blocks
         laid.append(value)
-    layout = by_rows(axis, blocks, inner)
-    dims[axis] = layout.size
-    return emitter.op(node, [*laid, where], layout, dims)
+    return emitter.op(node, [*laid, where], by_rows(axis, blocks, inner), dims)
+
+
+def _count(emitter: Emitter, size: Any, inner: Dim) -> int | None:
+    """How many blocks of all rows a size is; None if it is not known to be a number."""
+    if size is None or isinstance(size, int) and size == 0:
+        return size
+    number = emitter.sizes.number
+    many = quotient(number(size), number(product([ROWS, inner])))
+    return many if isinstance(many, int) else None
 
 
 @rule("Pack")
@@ -400,13 +409,39 @@ def _split(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 def _split_rows(emitter, node, value, axis, count, lengths) -> list[Value] | None:
     """`fake, real = tf.split(both, 2)`: apart at the borders of blocks."""
     blocks = value.layout.blocks
-    if lengths is not None or not isinstance(blocks, int) or blocks % count:
+    if not isinstance(blocks, int):
         return None
-    layout = by_rows(axis, blocks // count, value.layout.inner)
-    dims = list(value.dims)
-    dims[axis] = layout.size
-    shapes = tuple(list(dims) for _ in range(count))
-    return emitter.op(node, [emitter.known(axis, tf.int32), value], layout, shapes)
+    if lengths is None:
+        shares: list[Any] = [quotient(blocks, count)] * count
+    else:
+        sizes = elements_of(lengths) or [None] * count
+        shares = [
+            -1 if size == -1 else _count(emitter, size, value.layout.inner)
+            for size in sizes
+        ]
+        if shares.count(-1) == 1 and None not in shares:
+            shares[shares.index(-1)] = blocks - sum(shares) - 1
+    if not all(shares) or min(shares) < 0 or sum(shares) != blocks:
+        return None
+    ends = np.cumsum(shares).tolist()
+    return [
+        taken_blocks(emitter, value, end - share, end)
+        for share, end in zip(shares, ends, strict=True)
+    ]
+
+
+def taken_blocks(emitter: Emitter, value: Value, first: int, last: int) -> Value:
+    """The blocks `first` to `last` of the rows of a value."""
+    at, rank, blocks = value.layout.dim, value.rank, value.layout.blocks
+
+    def sliced(tensor):
+        one = tf.math.floordiv(tf.shape(tensor)[at], blocks)
+        begin, size = [0] * rank, [-1] * rank
+        begin[at], size[at] = first * one, (last - first) * one
+        return tf.slice(tensor, tf.stack(begin), tf.stack(size))
+
+    layout = by_rows(at, last - first, value.layout.inner)
+    return emitter.call(sliced, [value], layout, value.dims)
 
 
 # --- Slices.
@@ -423,17 +458,25 @@ def _strided_slice(
     given = [emitter.whole(v) for v in inputs[1:]]
     if not value.has_rows:
         return emitter.op(node, [value, *given], value.layout, spec.dims)
-    rows = spec.rows
-    if rows is None:
+    if spec.rows is None:
         return None
-    if rows != "all":
-        return spec.of_blocks(emitter, value)
-    return emitter.op(
-        node,
-        [value, *spec.local(emitter, inputs[1:])],
-        value.layout.moved(spec.row_dim),
-        spec.dims,
-    )
+    if spec.rows != "all":
+        return _slice_of_blocks(emitter, node, value, inputs[1:], spec)
+    # An end that is the number of all rows is beyond those of a replica: all of them.
+    layout = value.layout.moved(spec.row_dim)
+    return emitter.op(node, [value, *given], layout, spec.dims)
+
+
+def _slice_of_blocks(emitter, node, value, given, spec) -> list[Value] | None:
+    """`both[:n]`: the first blocks of rows."""
+    taken = taken_blocks(emitter, value, *spec.rows)
+    if spec.only_rows:
+        return [taken]
+    laid = spec.of_all_rows(emitter, given)
+    if laid is None:
+        return None
+    layout = taken.layout.moved(spec.row_dim)
+    return emitter.op(node, [taken, *laid], layout, spec.dims)
 
 
 class _Slices:
@@ -445,12 +488,14 @@ class _Slices:
             else.
         row_dim: The dimension of the result that has the rows.
         only_rows: Whether nothing but rows is sliced.
+        row_entry: Which entry of begin and end is that of the rows.
     """
 
     dims: list[Dim]
     rows: Any = "all"
     row_dim = 0
     only_rows = True
+    row_entry = 0
 
     @classmethod
     def of(cls, emitter: Emitter, node: Node, value: Value, given: list[Value]):
@@ -459,6 +504,7 @@ class _Slices:
             return None
         count = len(elements[2])
         begins, ends, steps = (e or [None] * count for e in elements)
+        steps = ["?" if step is None else step for step in steps]
         masks = {
             name: node.attr(f"{name}_mask")
             for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
@@ -487,6 +533,8 @@ class _Slices:
             known_begin = masks["begin"] >> i & 1 or begins[i] is not None
             known_end = masks["end"] >> i & 1 or ends[i] is not None
             shrink = bool(masks["shrink_axis"] >> i & 1)
+            if value.has_rows and source == value.layout.dim:
+                spec.row_entry = i
             spec._take(
                 emitter,
                 value,
@@ -539,66 +587,35 @@ class _Slices:
             length = number
         self.dims.append(unknown() if length is None else length)
 
-    def local(self, emitter: Emitter, given: list[Value]) -> list[Value]:
-        """Begin, end and step for a replica's rows: where all rows are taken, an end
-        that is their number becomes that of the replica."""
-        return [_open_ended(emitter, v, self._node) for v in given]
-
-    def of_blocks(self, emitter: Emitter, value: Value) -> list[Value] | None:
-        """`both[:n]`: the first blocks of rows."""
-        if not self.only_rows or not isinstance(value.layout.inner, int):
-            return None
-        first, last = self.rows
-        layout = by_rows(self.row_dim, last - first, value.layout.inner)
-        d, inner, rank = value.layout.dim, value.layout.inner, value.rank
-
-        def sliced(tensor, shape):
-            count = shape[0]
-            begin, size = [0] * rank, [-1] * rank
-            begin[d], size[d] = first * inner * count, (last - first) * inner * count
-            return tf.slice(tensor, tf.stack(begin), tf.stack(size))
-
-        count = emitter.local_shape([ROWS], by_rows(0))
-        return [emitter.call(sliced, [value, count], layout, self.dims)]
-
-
-def _open_ended(emitter: Emitter, value: Value, node: Node) -> Value:
-    """A vector of ends where what depends on the rows stands for "to the end"."""
-    elements = elements_of(value)
-    if elements is None or not any(
-        quotient(e, ROWS) is not None for e in elements if e is not None
-    ):
-        return emitter.whole(value)
-    largest = 2**31 - 1
-    numbers = [
-        largest if e is not None and quotient(e, ROWS) is not None else e
-        for e in elements
-    ]
-    if not emitter.can_compute(numbers):
-        return emitter.whole(value)
-    return emitter.known(numbers, value.dtype)
+    def of_all_rows(self, emitter: Emitter, given: list[Value]) -> Any:
+        """Begin, end and step that take all rows, and the rest as before."""
+        laid = []
+        for value, all_rows in zip(given, (0, 2**31 - 1, 1), strict=True):
+            elements = elements_of(value)
+            if elements is None:
+                return None
+            elements[self.row_entry] = all_rows
+            if not emitter.can_compute(elements):
+                return None
+            laid.append(emitter.known(elements, value.dtype))
+        return laid
 
 
 def _block_borders(emitter, value, begin, end, step) -> tuple[int, int] | None:
     """The first and last block that a slice of rows takes; None if it cuts one."""
-    layout = value.layout
-    if step != 1 or "?" in (begin, end) or not isinstance(layout.blocks, int):
+    blocks = value.layout.blocks
+    if step != 1 or "?" in (begin, end) or not isinstance(blocks, int):
         return None
-    one = product([ROWS, layout.inner])
     borders = []
-    for border, default in ((begin, 0), (end, layout.blocks)):
-        if border is None:
-            borders.append(default)
-            continue
-        if border == 0:
-            borders.append(0)
-            continue
-        many = quotient(border, one)
-        if not isinstance(many, int):
+    for border, default in ((begin, 0), (end, blocks)):
+        many = default
+        if border is not None:
+            many = _count(emitter, border, value.layout.inner)
+        if many is None:
             return None
-        borders.append(many + layout.blocks if many < 0 else many)
+        borders.append(min(many + blocks if many < 0 else many, blocks))
     first, last = borders
-    return (first, last) if 0 <= first <= last <= layout.blocks else None
+    return (first, last) if 0 <= first < last else None
 
 
 def _length(emitter, size, begin, end, step) -> int | None:
@@ -617,28 +634,52 @@ def _slice(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
     begins, sizes = elements_of(begin), elements_of(size)
     if value.dims is None or begins is None or sizes is None:
         return None
+    if not value.has_rows:
+        dims = _sliced_dims(emitter, value, begins, sizes)
+        given = [value, emitter.whole(begin), emitter.whole(size)]
+        return emitter.op(node, given, value.layout, dims)
+    at = value.layout.dim
+    blocks = _sliced_blocks(emitter, value, begins[at], sizes[at])
+    if blocks is None:
+        return None
+    if blocks != (0, value.layout.blocks):
+        value = taken_blocks(emitter, value, *blocks)
+    begins[at], sizes[at] = 0, -1  # Of the rows that are left.
+    if not emitter.can_compute([*begins, *sizes]):
+        return None
+    dims = _sliced_dims(emitter, value, begins, sizes)
+    local = [emitter.known(begins, begin.dtype), emitter.known(sizes, size.dtype)]
+    return emitter.op(node, [value, *local], value.layout, dims)
+
+
+def _sliced_dims(emitter: Emitter, value: Value, begins, sizes) -> list[Dim]:
     dims: list[Dim] = []
-    for i, (at, many, dim) in enumerate(zip(begins, sizes, value.dims, strict=True)):
-        whole = many is not None and (many == -1 or emitter.sizes.same(many, dim))
-        if at == 0 and whole:
-            dims.append(dim)
-        elif value.has_rows and i == value.layout.dim:
-            return None
-        elif many is not None and many != -1:
+    for at, many, dim in zip(begins, sizes, value.dims or (), strict=True):
+        number = emitter.sizes.number(dim)
+        if many is not None and many != -1:
             dims.append(many)
-        elif isinstance(dim, int) and isinstance(at, int) and many == -1:
-            dims.append(dim - at)
+        elif at == 0 and many == -1:
+            dims.append(dim)
+        elif many == -1 and isinstance(number, int) and isinstance(at, int):
+            dims.append(number - at)
         else:
             dims.append(unknown())
-    if not value.has_rows:
-        return emitter.op(
-            node, [value, emitter.whole(begin), emitter.whole(size)], value.layout, dims
-        )
-    local = [-1 if i == value.layout.dim else s for i, s in enumerate(sizes)]
-    if not emitter.can_compute(local):
+    return dims
+
+
+def _sliced_blocks(emitter: Emitter, value: Value, begin, size) -> Any:
+    """The first and last block that are taken of the rows; None if one is cut."""
+    lies, sizes = value.layout, emitter.sizes
+    whole = size is not None and (size == -1 or sizes.same(size, lies.size))
+    if begin == 0 and whole:
+        return 0, lies.blocks
+    first = _count(emitter, begin, lies.inner)
+    if first is None or not isinstance(lies.blocks, int):
         return None
-    given = [value, emitter.whole(begin), emitter.known(local, size.dtype)]
-    return emitter.op(node, given, value.layout, dims)
+    many = lies.blocks - first if size == -1 else _count(emitter, size, lies.inner)
+    if many is None or many < 1 or first < 0 or first + many > lies.blocks:
+        return None
+    return first, first + many
 
 
 @rule("StridedSliceGrad")
@@ -654,66 +695,64 @@ def _strided_slice_grad(
         laid = [emitter.whole(v) for v in (shape, *given)]
         return emitter.op(node, [*laid, gradient], gradient.layout, dims)
     # As if it were the slice of a tensor with these dims, by the rows of one of them.
-    for at, dim in enumerate(dims):
-        inner = quotient(emitter.sizes.number(dim), emitter.sizes.number(ROWS))
-        if inner is None:
+    for source in _sources(emitter, dims, gradient):
+        spec = _Slices.of(emitter, node, source, given)
+        if spec is None or spec.rows is None or spec.row_dim != gradient.layout.dim:
             continue
-        lies = gradient.layout
-        for blocks in {lies.blocks, 1}:
-            rest = quotient(inner, blocks)
-            if rest is None:
-                continue
-            source = Value(by_rows(at, blocks, rest), dims, gradient.dtype)
-            spec = _Slices.of(emitter, node, source, given)
-            if spec is None or spec.rows != "all" or spec.row_dim != lies.dim:
-                continue
-            if source.layout.moved(lies.dim) != lies:
-                continue
-            local = emitter.local_shape(dims, source.layout, shape.dtype)
-            laid = spec.local(emitter, given)
-            return emitter.op(node, [local, *laid, gradient], source.layout, dims)
-        found = _padded_blocks(emitter, node, gradient, dims, at, given)
-        if found is not None:
-            return found
+        if spec.rows == "all" and source.layout.blocks == gradient.layout.blocks:
+            shape = emitter.local_shape(dims, source.layout, shape.dtype)
+            laid = [shape, *(emitter.whole(v) for v in given), gradient]
+            return emitter.op(node, laid, source.layout, dims)
+        if spec.rows != "all":
+            found = _padded_blocks(emitter, node, gradient, source, given, spec)
+            if found is not None:
+                return found
     return None
 
 
-def _padded_blocks(emitter, node, gradient, dims, at, given) -> list[Value] | None:
-    """The gradient of `both[:n]`: zeros for the blocks that were not taken."""
-    lies = gradient.layout
-    inner = lies.inner
-    if lies.dim != at or not isinstance(inner, int):
-        return None
-    blocks = quotient(dims[at], product([ROWS, inner]))
-    if not isinstance(blocks, int):
-        return None
-    source = Value(by_rows(at, blocks, inner), dims, gradient.dtype)
-    spec = _Slices.of(emitter, node, source, given)
-    if spec is None or spec.rows in ("all", None) or not spec.only_rows:
-        return None
-    first, last = spec.rows
-    if last - first != lies.blocks:
-        return None
-    rank = len(dims)
+def _sources(emitter: Emitter, dims: list[Any], gradient: Value) -> Iterator[Value]:
+    """Values by rows of which a slice may have the rows of a gradient."""
+    inner = gradient.layout.inner
+    for at, dim in enumerate(dims):
+        many = _count(emitter, dim, inner)
+        if many:
+            yield Value(by_rows(at, many, inner), dims, gradient.dtype)
 
-    def padded(tensor, shape):
-        count = shape[0] * inner
-        paddings = [[0, 0]] * rank
-        paddings[at] = [first * count, (blocks - last) * count]
+
+def _padded_blocks(
+    emitter: Emitter, node: Node, gradient: Value, source: Value, given: Any, spec: Any
+) -> list[Value] | None:
+    """The gradient of `both[:n]`: zeros for the blocks that were not taken."""
+    (first, last), at = spec.rows, source.layout.dim
+    blocks: Any = source.layout.blocks
+    if last - first != gradient.layout.blocks:
+        return None
+    if not spec.only_rows:
+        layout = by_rows(at, last - first, source.layout.inner)
+        laid = spec.of_all_rows(emitter, given)
+        if laid is None:
+            return None
+        shape = emitter.local_shape(source.dims or (), layout, laid[0].dtype)
+        (gradient,) = emitter.op(node, [shape, *laid, gradient], layout, source.dims)
+
+    def padded(tensor):
+        one = tf.math.floordiv(tf.shape(tensor)[at], last - first)
+        paddings: list[Any] = [[0, 0]] * source.rank
+        paddings[at] = [first * one, (blocks - last) * one]
         return tf.pad(tensor, paddings)
 
-    count = emitter.local_shape([ROWS], by_rows(0))
-    return [emitter.call(padded, [gradient, count], source.layout, dims)]
+    return [emitter.call(padded, [gradient], source.layout, source.dims)]
 
 
 # --- Padding, order, running sums: along other dimensions than the rows.
 
 
-@rule("Pad", "PadV2", "MirrorPad")
+@rule("Pad", "PadV2", "MirrorPad", "MirrorPadGrad")
 def _pad(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     value, where, *rest = inputs
     numbers = elements_of(where)
-    value = emitter.whole(value) if value.is_partial else value
+    if value.is_partial and node.type != "Pad":
+        value = emitter.whole(value)
     if value.dims is None or numbers is None:
         return None
     dims: list[Dim] = []
@@ -724,25 +763,29 @@ def _pad(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | Non
             continue
         if value.has_rows and i == value.layout.dim:
             return None
-        if all(isinstance(n, int) for n in (before, dim, after)):
-            dims.append(before + dim + after)  # type: ignore[operator]
+        number: Any = emitter.sizes.number(dim)
+        if all(isinstance(n, int) for n in (before, number, after)):
+            more = before + after
+            dims.append(number + (-more if node.type == "MirrorPadGrad" else more))
         else:
             dims.append(unknown())
     given = [emitter.whole(v) for v in (where, *rest)]
     return emitter.op(node, [value, *given], value.layout, dims)
 
 
-@rule("Cumsum", "Cumprod", "ReverseV2", "CumulativeLogsumexp")
+@rule("Cumsum", "Cumprod", "ReverseV2", "CumulativeLogsumexp", "Roll")
 def _along(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    value, where = inputs
-    numbers = ints(where)
-    value = emitter.whole(value) if value.is_partial else value
+    value, *given = inputs
+    numbers = ints(given[-1])
+    if value.is_partial and node.type not in ("Cumsum", "ReverseV2", "Roll"):
+        value = emitter.whole(value)
     if value.dims is None or numbers is None:
         return None
-    axes = {a % value.rank for a in numbers}
+    axes = {a % value.rank for a in numbers} if value.rank else set()
     if value.has_rows and value.layout.dim in axes:
         return None
-    return emitter.op(node, [value, where], value.layout, value.dims)
+    given = [emitter.whole(v) for v in given]
+    return emitter.op(node, [value, *given], value.layout, value.dims)
 
 
 @rule("TopKV2")
@@ -776,8 +819,12 @@ def _one_hot(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
 def _range(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     """`tf.range(n)`: its size is known, so its rows can be cut."""
     start, limit, step = ((elements_of(v) or [None])[0] for v in inputs)
-    size = limit if start == 0 and step == 1 and limit is not None else unknown()
-    return emitter.op(node, [emitter.whole(v) for v in inputs], REPLICATED, [size])
+    given = [emitter.whole(v) for v in inputs]
+    size = quotient(limit, step) if start == 0 and limit and step else None
+    if size is None or not _is_size(size):
+        return emitter.op(node, given, REPLICATED)
+    return emitter.op(node, given, REPLICATED, [size])
 
 
-_ = align
+def _is_size(dim: Dim) -> bool:
+    return (dim.factor if isinstance(dim, Size) else dim) >= 0

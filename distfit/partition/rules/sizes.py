@@ -22,6 +22,11 @@ def shape_of(value: Value) -> Elements:
     return vector
 
 
+def elements_of(value: Value) -> list[Any] | None:
+    """The elements of a vector of sizes, None where one is not known."""
+    return None if value.sizes is None else list(value.sizes.flat)
+
+
 def ints(value: Value) -> list[int] | None:
     """The elements of a vector or scalar of integers, if all are numbers."""
     if value.sizes is None:
@@ -51,7 +56,9 @@ def _rank(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 
 @size_rule("Identity", "Cast", "StopGradient", "Snapshot", "PreventGradient")
 def _same(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
-    return None if inputs[0].sizes is None else [inputs[0].sizes]
+    if inputs[0].sizes is None or node.outputs[0].dtype.size < 4:
+        return None
+    return [inputs[0].sizes]
 
 
 def _arithmetic(operate: Callable) -> Callable:
@@ -97,6 +104,15 @@ def _floor_divide(a: Dim, b: Dim) -> Dim | None:
     return quotient(a, b)
 
 
+def _truncate_divide(a: Dim, b: Dim) -> Dim | None:
+    if not isinstance(a, Size) and not isinstance(b, Size):
+        if not b:
+            return None
+        magnitude = abs(int(a)) // abs(int(b))
+        return magnitude if (a < 0) == (b < 0) else -magnitude
+    return quotient(a, b)
+
+
 def _modulo(a: Dim, b: Dim) -> Dim | None:
     if not isinstance(a, Size) and not isinstance(b, Size):
         return int(a) % int(b) if b else None
@@ -124,8 +140,9 @@ for _types, _operate in (
     (("Add", "AddV2"), _add),
     (("Sub",), _subtract),
     (("Mul",), lambda a, b: product([a, b])),
-    (("FloorDiv", "TruncateDiv", "Div"), _floor_divide),
-    (("FloorMod", "Mod"), _modulo),
+    (("FloorDiv",), _floor_divide),
+    (("TruncateDiv", "Div"), _truncate_divide),
+    (("FloorMod",), _modulo),
     (("Maximum",), _maximum),
     (("Minimum",), _minimum),
 ):
@@ -264,6 +281,38 @@ def _dynamic_stitch(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
     if sorted(elements) != list(range(len(elements))):
         return None
     return [_vector([elements[i] for i in range(len(elements))])]
+
+
+@size_rule("InvertPermutation")
+def _invert_permutation(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    order = ints(inputs[0])
+    if order is None or sorted(order) != list(range(len(order))):
+        return None
+    return [_vector([order.index(i) for i in range(len(order))])]
+
+
+@size_rule("ReverseV2")
+def _reverse(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    elements, axes = inputs[0].sizes, ints(inputs[1])
+    if elements is None or axes is None:
+        return None
+    return [np.flip(elements, tuple(axes))]
+
+
+@size_rule("ConcatOffset")
+def _concat_offset(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    """Where each of some shapes begins in their concatenation along a dimension."""
+    axis, shapes = ints(inputs[0]), [v.sizes for v in inputs[1:]]
+    if axis is None or any(s is None for s in shapes):
+        return None
+    offsets, at = [], 0
+    for shape in shapes:
+        begin: list[Any] = [0] * len(shape)
+        begin[axis[0]] = at
+        offsets.append(_vector(begin))
+        size = shape[axis[0]]
+        at = None if at is None or size is None else _add(at, size)  # type: ignore
+    return offsets
 
 
 @size_rule("Range")

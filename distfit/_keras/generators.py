@@ -1,0 +1,66 @@
+"""Private names of `tf.random.Generator`.
+
+| names | why |
+|---|---|
+| `skip`, `_preprocess_key` | methods that act on the copies of all replicas, or draw \
+other numbers on each; others stand in for them while a step is traced |
+| `_skip_single_var` | moves the state of one copy |
+| `_distribution_strategy` | the strategy in whose scope a generator was made |
+"""
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+_tracing = threading.RLock()
+
+
+@contextlib.contextmanager
+def of_one_device() -> Iterator[None]:
+    """Lets all generators draw as on one device, in this thread.
+
+    One that was made in the scope of a strategy has a state on each replica. Its own
+    methods would move all of them; in a step that is traced as for one device, the
+    first is moved, and moving it is then done to all alike.
+    """
+    owner = threading.get_ident()
+    with _tracing:
+        replaced: list[tuple[Any, str]] = []
+        try:
+            for generator in _distributed():
+                for name, method in _methods(generator).items():
+                    if name in vars(generator):
+                        continue
+                    own = _only_in(owner, method, getattr(generator, name))
+                    object.__setattr__(generator, name, own)
+                    replaced.append((generator, name))
+            yield
+        finally:
+            for generator, name in replaced:
+                object.__delattr__(generator, name)
+
+
+def _distributed() -> list[Any]:
+    # Not isinstance(): that asks the object, which may be a lazy module or a proxy.
+    found = [g for g in gc.get_objects() if issubclass(type(g), tf.random.Generator)]
+    return [g for g in found if vars(g).get("_distribution_strategy") is not None]
+
+
+def _methods(generator: Any) -> dict[str, Callable]:
+    def skip(delta):
+        return generator._skip_single_var(generator.state, delta)
+
+    return {"skip": skip, "_preprocess_key": lambda key: key}
+
+
+def _only_in(thread: int, method: Callable, stock: Callable) -> Callable:
+    def either(*args, **kwargs):
+        if threading.get_ident() == thread:
+            return method(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    return either
