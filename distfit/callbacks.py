@@ -37,7 +37,7 @@ class NonFinite(keras.callbacks.Callback):
 
     The error names the step and, where that can be found out, the replica whose rows
     gave the value. The check is part of the compiled step, and its outcome is read
-    after every execution. It is for `fit()` of distfit.
+    after every execution.
     """
 
     in_step_with_others = True

@@ -37,10 +37,10 @@ class FiniteWatch:
     def _look(self, logs: Any) -> None:
         step = self._step.read_value() + 1
         self._step.assign(step)
-        for log in _floats(logs):
-            bad = tf.reduce_any(~tf.math.is_finite(log))
+        bad = [tf.reduce_any(~tf.math.is_finite(log)) for log in _floats(logs)]
+        if bad:
             known = self._first_bad_step.read_value()
-            is_first = tf.logical_and(tf.equal(known, 0), bad)
+            is_first = tf.logical_and(tf.equal(known, 0), tf.reduce_any(tf.stack(bad)))
             self._first_bad_step.assign(tf.where(is_first, step, known))
 
     def reset(self) -> None:
@@ -64,10 +64,10 @@ def _floats(logs: Any) -> list[tf.Tensor]:
 
 
 def bad_replica(model: keras.Model) -> int | None:
-    """The replica whose rows have spoilt the metrics of a model; None if not known.
+    """The replica that has spoilt the metrics of a model; None if it is not one alone.
 
-    Replicas keep their own part of what a metric sums up. What all of them compute
-    alike is added to the part of the first, which alone says nothing therefore.
+    Replicas keep their own part of what a metric sums up, so this is the one whose rows
+    gave the value; or it is the first, which adds what all of them compute alike.
     """
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
@@ -82,7 +82,7 @@ def bad_replica(model: keras.Model) -> int | None:
                     bad.add(replica)
     told = team.tell("the replica of a loss that is not finite", sorted(bad))
     found = [replica for of_worker in told for replica in of_worker]
-    return found[0] if len(found) == 1 and found != [0] else None
+    return found[0] if len(found) == 1 else None
 
 
 def _is_finite(part: tf.Variable) -> bool:

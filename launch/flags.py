@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
     "model": (
         _TEXT,
         "a reference model (default: gan), or package.module:function, your function "
-        "from the configuration to a compiled distfit.Model",
+        "from the configuration to a compiled keras.Model",
     ),
     "dataset": (
         _TEXT,

@@ -30,7 +30,7 @@ class Run:
 
     config: ConfigDict
     strategy: tf.distribute.Strategy
-    model: distfit.Model
+    model: keras.Model
     train: Any
     validation: Any
     callbacks: list[keras.callbacks.Callback]
@@ -68,7 +68,6 @@ def prepare(
     watchdog.note(0, progress.BUILDING)
     with strategy.scope():
         built = build_model(config, reference)
-    _check_derives_from_distfit(config, built)
     make_callbacks = getattr(reference, "callbacks", None)
     callbacks = make_callbacks(config, config.workdir) if make_callbacks else []
     writes = distfit.is_chief(strategy)
@@ -146,14 +145,9 @@ def build_model(config: ConfigDict, reference: types.ModuleType | None) -> keras
     return model
 
 
-def _check_derives_from_distfit(config: ConfigDict, model: keras.Model) -> None:
-    if not isinstance(model, distfit.Model):
-        raise _no_model(config, model)
-
-
 def _no_model(config: ConfigDict, model: Any) -> UsageError:
     return UsageError(
-        "The function of --model returns no compiled distfit.Model. "
+        "The function of --model returns no compiled keras.Model. "
         f"Received: {type(model).__name__} from --model={config.model}. "
-        "Derive your class from distfit.Model, and call compile() on the model."
+        "Return the model, and call compile() on it before."
     )

@@ -3,14 +3,15 @@
 import pathlib
 import warnings
 
-import distfit
+import keras
+
 from launch.errors import UsageError
 
 MODEL_FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 
 
-def save(model: distfit.Model, folder: pathlib.Path) -> str:
+def save(model: keras.Model, folder: pathlib.Path) -> str:
     """Saves the model, or its weights alone, and returns the name of the file.
 
     Keras saves a subclass with arguments of its own only if it has a `get_config()`.
@@ -26,7 +27,7 @@ def save(model: distfit.Model, folder: pathlib.Path) -> str:
         return WEIGHTS_FILE
 
 
-def load_weights(model: distfit.Model, folder: pathlib.Path) -> None:
+def load_weights(model: keras.Model, folder: pathlib.Path) -> None:
     """Gives a built model the weights that `save` has kept.
 
     Raises:

@@ -90,7 +90,8 @@ def train(run: parts.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
     if run.writes:
         callbacks.append(MetricsLog(run.folder / METRICS_FILE))
     with refusals.as_usage_errors(unless=lambda: bool(began)):
-        history = run.model.fit(
+        history = distfit.fit(
+            run.model,
             **_named(run.train),
             **_options(run),
             epochs=run.config.epochs,
@@ -129,10 +130,16 @@ def evaluate(run: parts.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
     with refusals.as_usage_errors():
         if not run.model.built:  # a subclass makes its weights when it sees data
             batch_size = run.config.batch_size
-            run.model.evaluate(**data, batch_size=batch_size, steps=1, verbose=0)
+            distfit.evaluate(
+                run.model, **data, batch_size=batch_size, steps=1, verbose=0
+            )
         saving.load_weights(run.model, run.folder)
-        return run.model.evaluate(
-            **data, **_options(run), callbacks=[Heartbeat(watchdog)], return_dict=True
+        return distfit.evaluate(
+            run.model,
+            **data,
+            **_options(run),
+            callbacks=[Heartbeat(watchdog)],
+            return_dict=True,
         )
 
 
@@ -150,11 +157,11 @@ def _options(run: parts.Run) -> dict[str, Any]:
     return {"batch_size": run.config.batch_size, "verbose": verbose}
 
 
-def _evaluates(model: distfit.Model) -> bool:
+def _evaluates(model: keras.Model) -> bool:
     """Whether `evaluate()` has something to compute; a GAN, say, has no single loss."""
     own = ("test_step", "compute_loss")
     overridden = any(
-        getattr(type(model), name) is not getattr(distfit.Model, name) for name in own
+        getattr(type(model), name) is not getattr(keras.Model, name) for name in own
     )
     return overridden or model.loss is not None
 

@@ -121,11 +121,13 @@ class Value:
         element: For a list of tensors, how its elements lie; None while it has none.
         resource: The resource that it is a handle of.
         node: The node that gives it.
+        source: For a sum that is another view of a sum, the node that views it and the
+            inputs of that node.
     """
 
     __slots__ = (
         *("layout", "dims", "dtype", "sizes", "level", "ready", "home", "tensor"),
-        *("constant", "whole", "element", "resource", "node"),
+        *("constant", "whole", "element", "resource", "node", "source"),
     )
 
     def __init__(
@@ -156,6 +158,7 @@ class Value:
         self.resource = resource
         self.whole: Value | None = None
         self.node: Node | None = None
+        self.source: tuple[Node, list[Value]] | None = None
 
     @property
     def rank(self) -> int:
@@ -190,6 +193,13 @@ class Value:
 
     def __repr__(self) -> str:
         return f"<{self.dtype.name}{self.dims} {self.layout}>"
+
+
+# Linear operations that give the same elements in another shape.
+_VIEWS = {
+    *("Identity", "StopGradient", "Snapshot", "PreventGradient"),
+    *("Reshape", "Squeeze", "ExpandDims", "Transpose"),
+}
 
 
 class Emitter:
@@ -264,7 +274,7 @@ class Emitter:
     def run(self, nodes: Iterable[Node]) -> None:
         """Emits nodes, each after those that it depends on."""
         for node in nodes:
-            inputs = [self.values[edge] for edge in node.inputs]
+            inputs = [self._settled(self.values[edge]) for edge in node.inputs]
             try:
                 outputs = self.emit(node, inputs)
             except graphs.EMISSION_ERRORS as error:
@@ -275,6 +285,21 @@ class Emitter:
             for i, value in enumerate(outputs):
                 value.node = value.node or node
                 self.values[Edge(node, i)] = value
+            self._note_source(node, inputs, outputs)
+
+    def _note_source(self, node: Node, inputs: list[Value], outputs: list[Value]):
+        """Notes of what sum a sum is only another view, which is exchanged once."""
+        if node.type not in _VIEWS or not inputs[0].is_partial:
+            return
+        (value,) = outputs
+        others_known = all(v.sizes is not None or v.constant for v in inputs[1:])
+        if value.is_partial and value is not inputs[0] and others_known:
+            value.source = (node, inputs)
+
+    def _settled(self, value: Value) -> Value:
+        """A sum that was exchanged already, in place of its parts."""
+        is_summed = value.is_partial and value.whole is not None
+        return value.whole if is_summed else value  # type: ignore[return-value]
 
     def emit(self, node: Node, inputs: list[Value]) -> list[Value]:
         """The values of a node's outputs."""
@@ -576,7 +601,11 @@ class Emitter:
             raise NotImplementedError("a list of rows that is needed whole")
         if value.is_replicated:
             return value
-        if value.whole is None:
+        if value.whole is None and value.source is not None:
+            node, (source, *others) = value.source
+            (value.whole,) = self.emit(node, [self.whole(source), *others])
+            value.whole.node = value.node
+        elif value.whole is None:
             value.whole = self._exchanged(value)
         return value.whole
 

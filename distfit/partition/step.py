@@ -62,7 +62,6 @@ class Step:
         lasting: For each output, whether it is a function of variables alone, as they
             are after the step: then it is computed only when it is asked for.
         findings: What every replica computes in full.
-        written: The resources that the step writes to.
     """
 
     def __init__(
@@ -93,8 +92,7 @@ class Step:
             for outer, _ in self._graph.captures
         ]
         self.findings: list[Finding] = []
-        self.lasting = [self._is_lasting(edge) for edge in self._flat.outputs]
-        self.written = self._written()
+        self.lasting = self._lasting()
         self._plan()
 
     # --- Looking at the traced graph.
@@ -104,34 +102,27 @@ class Step:
         """The elements of all operations, of which `findings` have their share."""
         return sum(map(elements_of, self._flat.nodes))
 
-    def _written(self) -> list[Any]:
-        inputs = self._flat.inputs[self._num_leaves :]
-        outer = {n: o for n, (o, _) in zip(inputs, self._graph.captures, strict=True)}
-        found = []
-        for node in self._flat.nodes:
-            if node.has_effect:
-                found += [outer[e.node] for e in node.inputs if e.node in outer]
-        return [handle for handle in found if handle.dtype == tf.resource]
-
-    def _is_lasting(self, edge: Edge) -> bool:
-        """Whether an output depends on nothing but the variables after the step."""
-        reached = tracing.reached([edge.node])
-        leaves = set(self._flat.inputs[: self._num_leaves])
-        reads = [n for n in reached if n.type == "ReadVariableOp"]
-        if not reads or reached & leaves:
-            return False
-        if any(
-            n.type != "ReadVariableOp" and n.type != "Input" and n.op.op_def.is_stateful
-            for n in reached
-        ):
-            return False
+    def _lasting(self) -> list[bool]:
         order = {node: i for i, node in enumerate(self._flat.nodes)}
         written: dict[Node, int] = {}
         for node in self._flat.nodes:
             if node.has_effect:
                 for given in node.inputs:
                     written[given.node] = order[node]
-        return all(order[n] > written.get(n.inputs[0].node, -1) for n in reads)
+        leaves = set(self._flat.inputs[: self._num_leaves])
+
+        def lasts(edge: Edge) -> bool:
+            """Whether it depends on nothing but the variables after the step."""
+            reached = tracing.reached([edge.node])
+            reads = [n for n in reached if n.type == "ReadVariableOp"]
+            if not reads or reached & leaves:
+                return False
+            others = reached.difference(reads)
+            if any(n.type != "Input" and n.op.op_def.is_stateful for n in others):
+                return False
+            return all(order[n] > written.get(n.inputs[0].node, -1) for n in reads)
+
+        return [lasts(edge) for edge in self._flat.outputs]
 
     # --- Making the programs.
 

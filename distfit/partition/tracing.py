@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from distfit._keras import graphs
@@ -196,8 +197,29 @@ def trace(function: Callable, spec: Any, scope: Callable) -> Any:
         with tf.init_scope(), scope():
             return tf.Variable(**{k: v for k, v in kwargs.items() if v is not None})
 
+    in_scope = False
+
+    def create_lifted(next_creator, **kwargs):
+        """For what `tf.init_scope` takes out of the step, as layers do to be built."""
+        nonlocal in_scope
+        if in_scope or tf.distribute.has_strategy():
+            return next_creator(**kwargs)
+        in_scope = True
+        try:
+            with scope():
+                return tf.Variable(**{k: v for k, v in kwargs.items() if v is not None})
+        finally:
+            in_scope = False
+
     def traced(batch):
         with tf.variable_creator_scope(create), graphs.as_first_replica():
-            return function(batch)
+            # Inside, since the value of a variable depends on the context.
+            return tf.nest.map_structure(_value, function(batch))
 
-    return graphs.trace(traced, spec)
+    with tf.variable_creator_scope(create_lifted):
+        return graphs.trace(traced, spec)
+
+
+def _value(output: Any) -> Any:
+    is_variable = isinstance(output, keras.Variable | tf.Variable)
+    return tf.convert_to_tensor(output) if is_variable else output

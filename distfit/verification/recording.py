@@ -178,6 +178,12 @@ class Gradients:
                 )
         return self._recorded[key]
 
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        for recorder in self._recorded.values():
+            for copy in self._strategy.experimental_local_results(recorder):
+                copy.assign(tf.zeros_like(copy))
+
     def move_to(self, step: Step, labels: dict[str, list[str]]) -> None:
         """Hands what was recorded since the last time to `step`."""
         trainable = zip(self._model.trainable_variables, labels["weight"], strict=False)
@@ -188,8 +194,7 @@ class Gradients:
                 label = self._prefixes[index] + label_of[variable]
                 parts = [to_numpy(copy).astype("float64") for copy in copies]
                 step.values["gradient", label] = _sum(parts)
-            for copy in copies:
-                copy.assign(tf.zeros_like(copy))
+        self.clear()
 
 
 def log_arrays(logs: Any) -> dict[str, np.ndarray]:

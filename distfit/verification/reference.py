@@ -78,6 +78,7 @@ class OneDevice:
         self._variables = Variables(self.model, self.labels)
         self.initial = self._variables.values()
         self._find_outside()
+        self._gradients.clear()
         return None
 
     def _compiled(self, mode: str, batch: Batch) -> Callable:

@@ -166,7 +166,8 @@ def _table(headings: Sequence[str], cells: Sequence[Sequence[str]], right: int) 
         table.add_row(*map(rich.text.Text, texts))  # No markup, whatever is in it.
     text = io.StringIO()
     rich.console.Console(file=text, width=110).print(table)
-    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    lines = [line for line in lines if line]
     return "\n".join(lines) + "\n"
 
 

@@ -58,8 +58,12 @@ def build_broken(config):
     return build(config, Broken)
 
 
+def build_uncompiled(config):
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+
 def build_stock(config):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model = build_uncompiled(config)
     model.compile("sgd", "mse")
     return model
 
@@ -184,10 +188,13 @@ def test_the_gan_trains_on_two_devices_and_leaves_its_results(folder):
     assert {"d_loss", "g_loss", "seconds"} <= set(epochs(folder, run)[0])
 
 
-def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder):
-    check_done(launch_mine(folder, "--epochs=2"))
+@pytest.mark.parametrize("build", ["build", "build_stock"])
+def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder, build):
+    """Derived from `distfit.Model`, or a `keras.Model` of any class."""
+    model = f"--model=mine:{build}"
+    check_done(launch_mine(folder, "--epochs=2", model))
     last = epochs(folder)[-1]
-    result = launch(folder, "evaluate", "--workdir=out", "--model=mine:build")
+    result = launch(folder, "evaluate", "--workdir=out", model)
     check_done(result)
     summary = reported(result)
     assert summary["replicas"] == "2"  # as it was trained
@@ -255,7 +262,7 @@ def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
         ("--dataset=mine:of_unequal_length", "'x' sizes: 20 'y' sizes: 19"),
         ("--dataset=mine:alone", "no pair (train, validation)"),
         ("--dataset=mine:none_such", "Define none_such(config)"),
-        ("--model=mine:build_stock", "no compiled distfit.Model"),
+        ("--model=mine:build_uncompiled", "no compiled keras.Model"),
     ],
 )
 def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, expected):

@@ -4,12 +4,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 
-quick = settings(deadline=None, max_examples=15)
-few = settings(deadline=None, max_examples=6)
+generated = [Phase.explicit, Phase.generate]
+quick = settings(deadline=None, max_examples=15, phases=generated)
+few = settings(deadline=None, max_examples=6, phases=generated)
 paddings = st.sampled_from(["SAME", "VALID"])
 
 

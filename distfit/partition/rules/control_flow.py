@@ -51,8 +51,6 @@ def _branches(
     bodies: Sequence[Any],
     given: list[Value],
 ) -> list[Value]:
-    # What was summed already need not be summed again in a branch.
-    given = [v.whole if v.is_partial and v.whole is not None else v for v in given]
     inner = [emitter.body(body, given) for body in bodies]
     outputs = [
         _joined(emitter, [values[i] for _, values in inner])
@@ -177,7 +175,6 @@ def _while(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
         edge.node is given and edge.index == 0
         for edge, given in zip(flat.outputs, flat.inputs, strict=True)
     ]
-    inputs = [v.whole if v.is_partial and v.whole is not None else v for v in inputs]
     carried, inner, outputs = _at_rest(emitter, body, inputs, constant)
     laid = [
         value if same else _laid(inner, value, like)

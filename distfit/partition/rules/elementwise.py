@@ -93,6 +93,8 @@ def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
         return None
     dims = emitter.sizes.broadcast([v.dims or [] for v in inputs])
     if any(v.is_partial for v in inputs):
+        inputs = _exchanged_early(emitter, inputs)
+    if any(v.is_partial for v in inputs):
         linear = _linear_inputs(emitter, node, inputs)
         if linear is not None:
             return emitter.op(node, linear, PARTIAL, dims)
@@ -103,6 +105,25 @@ def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     return emitter.op(node, aligned[0], aligned[1], dims)
 
 
+def _exchanged_early(emitter: Emitter, inputs: list[Value]) -> list[Value]:
+    """Inputs where sums do not wait for what is known only after an exchange.
+
+    A sum can travel with that exchange. To keep it a sum would take another one later.
+    The state of a metric, which is never exchanged, stays as it is.
+    """
+    latest = max([v.level for v in inputs if not v.is_partial], default=0)
+    return [
+        emitter.whole(v)
+        if v.is_partial and v.level < latest and not _is_state(v)
+        else v
+        for v in inputs
+    ]
+
+
+def _is_state(value: Value) -> bool:
+    return value.node is not None and value.node.type == "ReadVariableOp"
+
+
 def _linear_inputs(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
@@ -111,7 +132,12 @@ def _linear_inputs(
         return None
     partial = [v.is_partial for v in inputs]
     if node.type in _ADDITIVE:
-        return [emitter.as_partial(v) for v in inputs]
+        # A number, such as a loss with its penalties, is often never exchanged. What
+        # is larger is: then exchanged as it is, without parts of what is added to it.
+        stays = all(partial) or any(map(_is_state, inputs))
+        if stays or all(v.rank == 0 for v in inputs if v.is_partial):
+            return [emitter.as_partial(v) for v in inputs]
+        return None
     if node.type == "Mul" and sum(partial) == 1:
         return inputs
     floating = _is_inexact(node.outputs[0].dtype)
