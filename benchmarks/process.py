@@ -54,16 +54,23 @@ def places(workers: int) -> list[Place]:
 
 
 class Group:
-    """A contender: its `benchmarks.worker`s. A context manager that kills them.
+    """A contender: its workers. A context manager that kills them.
 
     Args:
         arguments: The command line of the workers.
+        module: What they run.
         workers: How many there are, or 0 for a process that is bound to no core.
         timeout: Seconds that an answer may take.
     """
 
-    def __init__(self, *arguments: str, workers: int = 0, timeout: float):
-        self._command = [sys.executable, "-m", "benchmarks.worker", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        module: str = "benchmarks.worker",
+        workers: int = 0,
+        timeout: float,
+    ):
+        self._command = [sys.executable, "-m", module, *arguments]
         self._workers = workers
         self._timeout = timeout
         self._children: list[_Child] = []

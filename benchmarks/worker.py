@@ -32,7 +32,7 @@ from distfit import create_strategy
 
 
 def main(contender: str, workload: str, replicas: str, batches: str) -> None:
-    answers = _own_stdout()
+    answers = own_stdout()
     work = dataclasses.replace(WORKLOADS[workload], fixed=batches == "fixed")
     if "TF_CONFIG" in os.environ:
         work = work.on_workers(int(replicas))
@@ -42,7 +42,7 @@ def main(contender: str, workload: str, replicas: str, batches: str) -> None:
         try:
             answer = times.epoch(**json.loads(line))
         except Exception as error:  # Whatever a contender raises is its result.
-            answer = {"error": _first_line(error)}
+            answer = {"error": first_line(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -52,7 +52,9 @@ class _Times:
     def __init__(self, contender: str, workload, replicas: int):
         self.contender = contender
         self.workload = workload
-        self.strategy = _strategy(contender, replicas)
+        self.strategy: tf.distribute.Strategy | None = None
+        if contender != "torch_ddp":
+            self.strategy = make_strategy(contender, replicas)
         self.trainers: dict[int, Callable] = {}
 
     def epoch(self, fused: int) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class _Times:
         return train
 
 
-def _strategy(contender: str, replicas: int) -> tf.distribute.Strategy | None:
+def make_strategy(contender: str, replicas: int) -> tf.distribute.Strategy:
     """The same for all contenders, so that loops are compared and not reductions.
 
     For one replica it is none at all, which is what stock Keras and a loop by hand are
@@ -84,8 +86,6 @@ def _strategy(contender: str, replicas: int) -> tf.distribute.Strategy | None:
     On several workers it is TensorFlow's; distfit's call for it also lets the workers
     agree on random numbers, which is no part of a step.
     """
-    if contender == "torch_ddp":
-        return None
     if "TF_CONFIG" in os.environ:
         if contender == "distfit":
             return create_strategy("multi_worker")
@@ -106,14 +106,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _own_stdout():
+def own_stdout():
     """The stream for answers; from now on what libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # After this one, TensorFlow lists the Python trace and only then what is wrong.
     if lines[0] == "Graph execution error:":

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit.datasets import mnist, synthetic
+from distfit.models import masked_lm
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -27,6 +28,7 @@ class Workload:
         network: `network(keras)` returns the `(inputs, outputs)` of a functional model.
         loss: `loss(keras, **kwargs)` returns a Keras loss.
         metric: `metric(keras)` returns a Keras metric.
+        optimizer: `optimizer(keras)` returns a Keras optimizer.
         fixed: Whether the pipeline promises batches of a fixed size.
     """
 
@@ -37,6 +39,7 @@ class Workload:
     network: Callable[[Any], tuple]
     loss: Callable[..., Any]
     metric: Callable[[Any], Any]
+    optimizer: Callable[[Any], Any] = lambda keras: keras.optimizers.Adam()
     fixed: bool = True
 
     def on_workers(self, count: int) -> "Workload":
@@ -66,6 +69,21 @@ def _digits() -> Arrays:
     return images[:rows], labels[:rows]
 
 
+def _noise() -> Arrays:
+    """Images and labels that have nothing to do with each other."""
+    generator = np.random.default_rng(0)
+    images = generator.random((8 * 10, 32, 32, 3), "float32")
+    return images, generator.integers(10, size=len(images), dtype="int32")
+
+
+def _tokens() -> Arrays:
+    """Sequences that are to be given back."""
+    tokens = np.random.default_rng(0).integers(
+        masked_lm.MASK, masked_lm.VOCABULARY, (32 * 10, masked_lm.LENGTH), "int32"
+    )
+    return tokens, tokens
+
+
 def _mlp_network(keras) -> tuple:
     inputs = keras.Input((32,))
     hidden = keras.layers.Dense(16, activation="relu")(inputs)
@@ -80,12 +98,29 @@ def _cnn_network(keras) -> tuple:
     return inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x))
 
 
+def _resnet_network(keras) -> tuple:
+    model = keras.applications.ResNet50(
+        weights=None, input_shape=(32, 32, 3), classes=10, classifier_activation=None
+    )
+    return model.inputs[0], model.outputs[0]
+
+
+def _transformer_network(keras) -> tuple:
+    """The network of the masked language model, which is one of Keras 3."""
+    model = masked_lm.make_network(masked_lm.LENGTH, width=64, heads=4, blocks=4)
+    return model.inputs[0], model.outputs[0]
+
+
 def _squared_error(keras, **kwargs):
     return keras.losses.MeanSquaredError(**kwargs)
 
 
 def _crossentropy(keras, **kwargs):
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **kwargs)
+
+
+def _accuracy(keras):
+    return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
 
 
 WORKLOADS = {
@@ -105,6 +140,25 @@ WORKLOADS = {
         arrays=_digits,
         network=_cnn_network,
         loss=_crossentropy,
-        metric=lambda keras: keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+        metric=_accuracy,
+    ),
+    "resnet50": Workload(
+        name="resnet50",
+        batch_size=8,
+        epoch_steps=10,
+        arrays=_noise,
+        network=_resnet_network,
+        loss=_crossentropy,
+        metric=_accuracy,
+        optimizer=lambda keras: keras.optimizers.SGD(0.01, momentum=0.9),
+    ),
+    "transformer": Workload(
+        name="transformer",
+        batch_size=32,
+        epoch_steps=10,
+        arrays=_tokens,
+        network=_transformer_network,
+        loss=_crossentropy,
+        metric=_accuracy,
     ),
 }

@@ -27,6 +27,23 @@ def check_compiled(model: keras.Model, method: str) -> None:
         )
 
 
+def check_in_scope(model: keras.Model) -> None:
+    """Raises a `ValueError` if a model was built before the scope of its strategy.
+
+    Single variables from outside are fine: each worker has one copy of such.
+    """
+    strategy = model.distribute_strategy
+    values = [_keras.underlying(variable) for variable in model.variables]
+    created = strategy.extended.variable_created_in_scope
+    if values and not any(created(value) for value in values):
+        raise ValueError(
+            f"The model {model.name!r} was built outside the scope of the strategy. "
+            f"Received: variable {model.variables[0].path!r} and strategy "
+            f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} "
+            "replica(s). Create it inside `with strategy.scope():`."
+        )
+
+
 def check_metrics(model: keras.Model) -> None:
     """Checks that metrics are updated by the step and will be reset.
 

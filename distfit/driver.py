@@ -1,6 +1,7 @@
 """The compiled step driver: k steps of all replicas in one call."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from distfit import _keras, build, data, workers
 from distfit._keras import graphs, optimizers
 from distfit.finite import FiniteWatch
 from distfit.partition.exchanges import Replicas
+from distfit.partition.findings import not_partitioned
 from distfit.partition.step import Share, Step
 from distfit.shares import Layout, replicas_of, shares, shares_of_shards
 
@@ -54,11 +56,17 @@ class StepDriver:
             model, step, spec, self.replicas, sharded, bool(model.jit_compile)
         )
         build.check_metrics(model)
+        self._say_what_is_in_full()
         self._has_rows = self.step.has_rows
         for name in ("_run_next", "_run_many", "_run_ahead", "_run_shards"):
             setattr(self, name, compiled(getattr(self, name)))
         self._run_batch_compiled = compiled(self._run_batch)
         self._read = compiled(self._read)
+
+    def _say_what_is_in_full(self) -> None:
+        found = not_partitioned(self.step.findings, self.step.elements)
+        if found and self.workers.is_chief and self.replicas.num_replicas > 1:
+            logging.getLogger("distfit").warning(found)
 
     def run(self, batches: data.GlobalBatches, steps: int) -> int:
         """Runs up to `steps` steps and returns how many the data were good for."""
@@ -206,7 +214,7 @@ class StepDriver:
     def _nothing(self) -> list[tf.Tensor]:
         """What stands for the outputs of a step before there is one."""
         return [
-            tf.zeros([d or 0 for d in shape], dtype)
+            _zeros(shape, dtype)
             for shape, dtype in self.step.returned
             for _ in range(self.replicas.count)
         ]
@@ -252,11 +260,15 @@ class EagerStep:
 
     def __call__(self, batch: Any) -> Any:
         strategy = self._model.distribute_strategy
+        # What is summed on read counts on one worker.
+        kept = [] if workers.of(strategy).is_chief else graphs.own_parts(strategy)
         with optimizers.of_one_device(strategy.scope):
             with tf.device(self._replicas.devices[0] or None):
                 with graphs.as_first_replica():
                     outputs = self._step(data.without_optionals(batch))
         graphs.copy_from_first_replica(strategy)
+        for variable, value in kept:
+            variable.assign(value)
         return outputs
 
 
@@ -290,6 +302,14 @@ def partitioned(
 def _none_if_optional(spec: Any) -> Any:
     absent = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
     return None if absent else spec
+
+
+def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
+    """Zeros that a tensor of this shape, open sizes included, may follow in a loop."""
+    zeros = tf.zeros([d or 0 for d in shape], dtype)
+    if None not in shape:
+        return zeros
+    return tf.compat.v1.placeholder_with_default(zeros, shape)
 
 
 def _flat(latest: list[list]) -> list:

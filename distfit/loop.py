@@ -187,6 +187,7 @@ def _capped_epochs(epochs: int) -> int:
 
 def _check_ready(model, method: str) -> None:
     build.check_compiled(model, method)
+    build.check_in_scope(model)
     check_positive("steps_per_execution", model.steps_per_execution)
 
 
@@ -318,7 +319,8 @@ def _drivers(model, kind: str) -> dict[tuple, Any]:
     compiled = _keras.compilation(model)
     known = _drivers_of.get(model)
     if known is None or known[0] is not compiled:
-        known = _drivers_of[model] = (compiled, {"train": {}, "test": {}, "predict": {}})
+        known = (compiled, {"train": {}, "test": {}, "predict": {}})
+        _drivers_of[model] = known
     return known[1][kind]
 
 

@@ -51,7 +51,13 @@ def _has_first_dimension(spec: tf.TypeSpec) -> bool:
 
 def tensors_of(batch: Any) -> list[tf.Tensor]:
     """The tensors of a batch, composite ones taken apart, without what is None."""
-    flat = tf.nest.flatten(batch, expand_composites=True)
+    # An empty optional is how Keras's adapters say None.
+    given = [
+        leaf
+        for leaf in tf.nest.flatten(batch)
+        if not isinstance(leaf, tf.experimental.Optional)
+    ]
+    flat = tf.nest.flatten(given, expand_composites=True)
     return [t for t in flat if tf.is_tensor(t)]
 
 
@@ -70,6 +76,9 @@ def shares(
     with tf.device("CPU:0"):
         rowed = [t for t, rows in zip(tensors, has_rows, strict=True) if rows]
         total = tf.shape(rowed[0])[0] if rowed else tf.constant(0)
+        # Never a constant for TensorFlow, whose graph optimizer ends the process when
+        # it divides by the size of a tensor that it knows to be empty.
+        total = tf.compat.v1.placeholder_with_default(total, ())
         bounds = total * tf.range(every + 1) // every
         counts = bounds[1:] - bounds[:-1]
         own = slice(replicas.first, replicas.first + local)

@@ -107,19 +107,6 @@ def make_virtual_devices(count: int) -> list[str]:
     return [f"CPU:{i}" for i in range(count)]
 
 
-def check_created_in_scope(strategy: tf.distribute.Strategy, what: str, variables):
-    """Raises a `ValueError` if one of the variables belongs to another strategy."""
-    for variable in variables:
-        value = getattr(variable, "value", variable)
-        if not strategy.extended.variable_created_in_scope(value):
-            raise ValueError(
-                f"{what} was built outside the scope of the model's strategy. "
-                f"Received: variable {variable.path!r} and strategy "
-                f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} "
-                "replica(s). Create it inside `with strategy.scope():`."
-            )
-
-
 def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
     if devices or virtual_devices:
         raise ValueError(

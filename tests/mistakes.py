@@ -101,9 +101,7 @@ class DividedByReplicas(Right):
 
 
 def rate_by_replicas() -> keras.optimizers.Optimizer:
-    return keras.optimizers.SGD(
-        0.1 * tf.distribute.get_strategy().num_replicas_in_sync
-    )
+    return keras.optimizers.SGD(0.1 * tf.distribute.get_strategy().num_replicas_in_sync)
 
 
 class RunsOnReplicas(Right):

@@ -38,7 +38,11 @@ def splits(max_rows: int = 7) -> st.SearchStrategy[list[int]]:
 
 
 def partitioned(
-    function: Callable, arrays: Sequence[Any], counts: Sequence[int], rows=None
+    function: Callable,
+    arrays: Sequence[Any],
+    counts: Sequence[int],
+    rows: int | None = None,
+    open_dims: Sequence[int] = (),
 ) -> Outcome:
     """Runs `function(*arrays)` on replicas that have `counts` rows.
 
@@ -48,14 +52,11 @@ def partitioned(
         arrays: The arguments.
         counts: The rows of each replica.
         rows: The number of rows, if it is to be known while tracing.
+        open_dims: Other dimensions whose size is not known while tracing.
     """
     total = sum(counts)
     has_rows = [np.ndim(a) > 0 and np.shape(a)[0] == total for a in arrays]
-    spec = tuple(
-        tf.TensorSpec([rows if r else n, *np.shape(a)[1:]] if np.ndim(a) else [], a.dtype)
-        for a, r in zip(arrays, has_rows, strict=True)
-        for n in [np.shape(a)[0] if np.ndim(a) else None]
-    )
+    spec = tuple(_specs(arrays, total, rows, open_dims))
     devices = [f"CPU:{i}" for i in range(len(counts))]
     replicas = Replicas(None, devices, len(counts))
     step = Step(
@@ -96,6 +97,16 @@ def partitioned(
     )
 
 
+def _specs(arrays, total: int, rows: int | None, open_dims) -> list[tf.TensorSpec]:
+    specs = []
+    for array in arrays:
+        shape = [None if i in open_dims else n for i, n in enumerate(np.shape(array))]
+        if shape and np.shape(array)[0] == total:
+            shape[0] = rows
+        specs.append(tf.TensorSpec(shape, array.dtype))
+    return specs
+
+
 def check(
     function: Callable,
     arrays: Sequence[Any],
@@ -103,28 +114,21 @@ def check(
     *,
     falls_back: bool | None = False,
     rows: int | None = None,
+    open_dims: Sequence[int] = (),
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Outcome:
     """Asserts that a partitioned run gives what one device gives.
 
     Args:
-        function, arrays, counts, rows: As for `partitioned`.
+        function, arrays, counts, rows, open_dims: As for `partitioned`.
         falls_back: Whether an operation must be computed in full (None: it may).
         rtol, atol: Tolerances; values that are not finite must be equal.
     """
-    total = sum(counts)
-    has_rows = [np.ndim(a) > 0 and np.shape(a)[0] == total for a in arrays]
-    spec = [
-        tf.TensorSpec([None if r and rows is None else n, *np.shape(a)[1:]], a.dtype)
-        if np.ndim(a)
-        else tf.TensorSpec([], a.dtype)
-        for a, r in zip(arrays, has_rows, strict=True)
-        for n in [np.shape(a)[0] if np.ndim(a) else None]
-    ]
+    spec = _specs(arrays, sum(counts), rows, open_dims)
     one = tf.function(function, autograph=False, input_signature=spec)
     expected = [t.numpy() for t in tf.nest.flatten(one(*map(tf.constant, arrays)))]
-    outcome = partitioned(function, arrays, counts, rows)
+    outcome = partitioned(function, arrays, counts, rows, open_dims)
     assert len(outcome.results) == len(expected)
     for got, want in zip(outcome.results, expected, strict=True):
         assert got.shape == want.shape

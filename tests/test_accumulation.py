@@ -11,6 +11,7 @@ from keras import layers
 from keras.optimizers import SGD, Adam, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
 import distfit
+from distfit.partition.program import Exchange, key_of
 
 # Eight batches in two epochs: uneven parts, and 2 rows for more replicas twice.
 ROWS, BATCH, STEPS = 23, 7, 8
@@ -143,31 +144,23 @@ def test_loss_scale_factor(make_strategy):
 
 
 @pytest.fixture
-def exchanged(make_strategy, monkeypatch):
-    """`exchanged(n)`: how often replicas summed tensors that are no scalars.
+def exchanges(monkeypatch):
+    """Counts the exchanges of tensors that are no scalars.
 
-    The counters are part of the graph: what counts is what runs, not what is traced.
+    The counter is part of the graph: what counts is what runs, not what is traced.
     """
-    counters = {}
+    counter = tf.Variable(0)
+    place = Exchange.place
 
-    def watch(replicas):
-        extended = make_strategy(replicas).extended
-        reduce = extended.batch_reduce_to
-        counters[replicas] = counter = tf.Variable(0)
+    def counted(self, placed, replicas, jit):
+        sources = [source for source, *_ in (*self.sums, *self.gathers)]
+        tensors = [placed[key_of(source)][0] for source in sources]
+        if any(tensor.shape.rank != 0 for tensor in tensors):
+            counter.assign_add(1)
+        return place(self, placed, replicas, jit)
 
-        def counted(reduce_op, pairs, options=None):
-            if any(t.shape.rank > 0 for v, _ in pairs for t in [_first(v)]):
-                counter.assign_add(1)
-            return reduce(reduce_op, pairs, options)
-
-        monkeypatch.setattr(extended, "batch_reduce_to", counted)
-        return counter
-
-    return watch
-
-
-def _first(value):
-    return getattr(value, "values", (value,))[0]
+    monkeypatch.setattr(Exchange, "place", counted)
+    return counter
 
 
 @pytest.mark.parametrize(
@@ -184,11 +177,10 @@ def _first(value):
 )
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_are_exchanged_once_per_k_steps(
-    make_strategy, exchanged, make_optimizer, times, sparse
+    make_strategy, exchanges, make_optimizer, times, sparse
 ):
-    counter = exchanged(3)
     _run(make_strategy(3), make_optimizer, sparse)
-    assert int(counter) == times
+    assert int(exchanges) == times
 
 
 class KeepsState(keras.callbacks.Callback):

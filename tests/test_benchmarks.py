@@ -8,9 +8,11 @@ import time
 import keras
 import pytest
 
-from benchmarks import contenders, replicas, report, rows, scaling
+from benchmarks import contenders, first_step, replicas, report, rows, scaling
+from benchmarks.first_step_worker import first_step as run_first_step
 from benchmarks.process import Group, agree, places
 from benchmarks.run import _cells, _parse, _run_round
+from benchmarks.workloads import WORKLOADS
 
 
 def row(contender, times=(), fused=1, replicas=1, **more):
@@ -187,6 +189,48 @@ def test_a_worker_alone_has_a_core_and_no_cluster(monkeypatch):
     [place] = places(1)
     assert len(place.cores) == 1
     assert "TF_CONFIG" not in place.environment
+
+
+def first(contender, replicas, seconds=(), **more):
+    row = {"workload": "resnet50", "replicas": replicas, "contender": contender}
+    return {**row, "seconds": list(seconds), **more}
+
+
+def test_first_steps_are_shown_as_medians_beside_those_of_stock_keras():
+    found = [
+        first("distfit", 1, [9.0, 6.0, 7.0]),
+        first("stock_keras", 1, [14.0, 14.0, 14.0]),
+        first("distfit", 2, [9.0]),
+        first("stock_keras", 2, failure="ValueError: node_7"),
+        first("distfit", 4),
+    ]
+    lines = first_step.table(found).splitlines()
+    assert cells(lines[4])[1:] == ["1", "7.0", "14.0", "0.50"]
+    assert cells(lines[5])[1:] == ["2", "9.0", "fails (1)", "–"]
+    assert cells(lines[6])[1:] == ["4", "–", "–", "–"]
+    assert lines[-1] == "1. ValueError: node_7"
+
+
+def test_first_steps_have_a_row_for_each_contender_and_number_of_replicas():
+    options = first_step._parse(["--workload", "transformer", "--replicas", "1", "8"])
+    found = first_step._rows(options)
+    assert [(row["replicas"], row["contender"]) for row in found] == [
+        (1, "distfit"),
+        (1, "stock_keras"),
+        (8, "distfit"),
+        (8, "stock_keras"),
+    ]
+
+
+def test_every_workload_of_the_first_step_exists():
+    assert set(first_step.WORKLOADS) == set(WORKLOADS)
+
+
+def test_the_first_step_of_all_contenders_has_the_same_loss():
+    work = WORKLOADS["mlp"]
+    found = [run_first_step(name, work, 1) for name in first_step.CONTENDERS]
+    assert all(answer["seconds"] > 0 for answer in found)
+    assert agree(*(answer["logs"] for answer in found))
 
 
 WORKER = """

@@ -6,7 +6,9 @@ import pickle
 
 import comparing
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import distfit
@@ -162,3 +164,125 @@ def test_progress_bar_shows_the_numbers_of_the_history(make_strategy, capsys):
     x, y = comparing.regression_data(20)
     loss = model.fit(x, y, batch_size=7, verbose=1).history["loss"][0]
     assert f"loss: {loss:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+# Losses that are not finite
+
+
+def _linear(strategy, cls=keras.Sequential):
+    with strategy.scope():
+        model = cls([keras.Input((8,)), layers.Dense(1)])
+        model.compile("sgd", "mse")
+    return model
+
+
+def _watched(model, y, epochs=1, x=None):
+    """Trains in batches of 10 rows under the eyes of `NonFinite`."""
+    x = comparing.regression_data(len(y))[0] if x is None else x
+    watching = [distfit.callbacks.NonFinite()]
+    data = {"x": x, "y": y, "batch_size": 10, "epochs": epochs, "shuffle": False}
+    return distfit.fit(model, **data, verbose=0, callbacks=watching)
+
+
+@pytest.mark.parametrize("row, replica", [(20, 0), (29, None)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_bad_row_is_named_by_its_step_and_replica(
+    make_strategy, replicas, value, row, replica
+):
+    """In a model of any class, with a row of the third batch."""
+    y = comparing.regression_data(40)[1]
+    y[row] = value
+    replica = replicas - 1 if replica is None else replica
+    with pytest.raises(FloatingPointError, match=f"at step 3 on replica {replica}[.]"):
+        _watched(_linear(make_strategy(replicas)), y)
+
+
+@pytest.mark.parametrize("fused, where", [(3, " on replica 1"), (4, "")])
+def test_fused_steps_are_told_apart(make_strategy, fused, where):
+    """The step after the bad one spoils the parts of all replicas."""
+    y = comparing.regression_data(60)[1]
+    y[29] = np.nan
+    model = _linear(make_strategy(2))
+    model.steps_per_execution = fused
+    with pytest.raises(FloatingPointError, match=f"at step 3{where}[.] Lower"):
+        _watched(model, y)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_steps_are_counted_within_the_epoch(make_strategy, eagerly):
+    """The weights grow until they are too large, in the second epoch."""
+    model = _linear(make_strategy(2))
+    model.run_eagerly = eagerly
+    model.optimizer.learning_rate = 1e8
+    y = comparing.regression_data(20)[1]
+    with pytest.raises(FloatingPointError, match="at step 2[.] Lower"):
+        _watched(model, y, epochs=9)
+    assert int(model.optimizer.iterations) == 4
+
+
+class OwnLosses(keras.Model):
+    """Logs plain tensors: a loss, one that is not finite, and what is no number."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+        self.layer = layers.Dense(1)
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.layer(data[0]) - data[1]))
+        variables = self.layer.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss, self.bad: loss * np.inf, "rows": tf.shape(data[0])[0]}
+
+
+def _own_losses(strategy, bad):
+    with strategy.scope():
+        model = OwnLosses(bad)
+        model.layer.build((None, 8))
+        model.compile("sgd")
+    return model
+
+
+def test_every_loss_is_looked_at(make_strategy):
+    y = comparing.regression_data(20)[1]
+    with pytest.raises(FloatingPointError, match="at step 1[.]"):
+        _watched(_own_losses(make_strategy(2), "g_loss"), y)
+
+
+def test_other_logs_may_be_infinite_where_there_is_a_loss(make_strategy):
+    y = comparing.regression_data(20)[1]
+    history = _watched(_own_losses(make_strategy(2), "largest"), y).history
+    assert np.isinf(history["largest"][0]) and np.isfinite(history["loss"][0])
+
+
+def test_the_watch_changes_no_number(make_strategy):
+    x, y = comparing.regression_data(45)
+    seen = []
+    for callbacks in ([], [distfit.callbacks.NonFinite()]):
+        keras.utils.set_random_seed(0)
+        model = _linear(make_strategy(2), distfit.Sequential)
+        data = {"batch_size": 10, "epochs": 2, "shuffle": False, "verbose": 0}
+        history = model.fit(x, y, callbacks=callbacks, **data).history
+        seen.append([history["loss"], *(w.tolist() for w in model.get_weights())])
+    assert seen[0] == seen[1]
+
+
+# Numbers
+
+
+def test_callbacks_take_step_counts_and_learning_rates_for_numbers(make_strategy):
+    """Also where replicas have copies, and without a change to the class of Keras."""
+    before = dict(vars(keras.Variable))
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            seen.append((int(optimizer.iterations), float(optimizer.learning_rate)))
+
+    _fit(make_strategy(2), [Looks()], epochs=1)
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert [rate for _, rate in seen] == pytest.approx([0.1] * 3)
+    assert dict(vars(keras.Variable)) == before

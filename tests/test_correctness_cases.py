@@ -726,7 +726,6 @@ def test_custom_loop(make_strategy, name):
 
 
 def test_forward_pass_in_a_function_of_its_own(strategy):
-    """A `tf.function` may nest in a step where replicas have nothing to exchange."""
 
     def train(strategy):
         model = ones_model(strategy, rate=0.1)

@@ -11,8 +11,9 @@ from keras import layers
 
 import distfit
 from distfit import data
-from distfit.collectives import rows_of_replica, rows_of_shard
 from distfit.data import GlobalBatches
+from distfit.partition.exchanges import Replicas
+from distfit.shares import Layout, shares, shares_of_shards
 
 ROWS, BATCH = 45, 10  # Four batches of 10 and one of 5 rows.
 
@@ -248,29 +249,32 @@ def test_predict_of_several_outputs_is_complete_and_in_order(make_strategy):
         np.testing.assert_array_equal(model.predict(unknown, verbose=0)["same"], x)
 
 
-@pytest.mark.parametrize("rows", range(1, 12))
-@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 11])
+@pytest.mark.parametrize("replicas", [2, 3, 5])
 def test_rows_of_replicas_cover_every_row_once(rows, replicas):
-    parts = [_numbers(rows_of_replica(rows, r, replicas)) for r in range(replicas)]
-    if rows < replicas:
-        assert all((p["start"], p["stop"]) == (0, rows) for p in parts)
-        assert [p["idle"] for p in parts] == [False] + [True] * (replicas - 1)
-        assert all(p["num_counted"] == 1 for p in parts)
-        return
-    assert [p["start"] for p in parts[1:]] == [p["stop"] for p in parts[:-1]]
-    assert parts[0]["start"] == 0 and parts[-1]["stop"] == rows
-    sizes = [p["stop"] - p["start"] for p in parts]
-    assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
-    assert not any(p["idle"] for p in parts)
+    """Where there are fewer rows than replicas, some have none."""
+    own = Replicas(None, [f"CPU:{i}" for i in range(replicas)], replicas)
+    x = tf.range(rows)
+    share = shares((x, tf.range(3)), [True, False], own)
+    parts, tables = share.parts
+    assert np.concatenate(parts).tolist() == list(range(rows))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert [int(n) for n in share.count] == sizes
+    assert [int(n) for n in share.start] == np.cumsum([0, *sizes[:-1]]).tolist()
+    assert all(int(n) == rows for n in share.total)
+    assert [len(table) for table in tables] == [3] * replicas
 
 
-def test_rows_of_shards_follow_each_other_and_those_without_stand_in():
-    counts = tf.constant([0, 3, 0, 2])
-    parts = [_numbers(rows_of_shard(counts, r)) for r in range(4)]
-    assert [(p["start"], p["stop"]) for p in parts] == [(0, 1), (0, 3), (0, 1), (3, 5)]
-    assert [p["idle"] for p in parts] == [True, False, True, False]
-    assert [p["is_first"] for p in parts] == [False, True, False, False]
-    assert all((p["total"], p["num_counted"]) == (5, 2) for p in parts)
+def test_rows_of_shards_follow_each_other():
+    own = Replicas(None, [f"CPU:{i}" for i in range(4)], 4)
+    # Whoever has no rows brings one that counts for nothing.
+    batches = [(tf.constant(rows),) for rows in ([0], [1, 2, 3], [0], [4, 5])]
+    share = shares_of_shards(batches, tf.constant([0, 3, 0, 2]), [True], own)
+    (parts,) = share.parts
+    assert [part.numpy().tolist() for part in parts] == [[], [1, 2, 3], [], [4, 5]]
+    assert [int(n) for n in share.start] == [0, 0, 3, 3]
+    assert all(int(n) == 5 for n in share.total)
 
 
 class Mixes(distfit.Model):
@@ -289,12 +293,11 @@ class Mixes(distfit.Model):
 
     def train_step(self, data):
         x, y = data
-        x += 0.1 * distfit.random.normal(tf.shape(x), seed=self.noise)
+        x += 0.1 * keras.random.normal(tf.shape(x), seed=self.noise)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = distfit.global_mean(tf.square(y - y_pred))
-            largest = tf.reduce_max(distfit.all_gather(y_pred))
-            loss += 0.01 * distfit.global_mean(largest)
+            largest = tf.reduce_max(y_pred)
+            loss = tf.reduce_mean(tf.square(y - y_pred)) + 0.01 * largest
         gradients = tape.gradient(loss, self.trainable_variables)
         self.optimizer.apply(gradients, self.trainable_variables)
         self.rows.update_state(tf.ones_like(y))
@@ -389,17 +392,14 @@ def test_stand_ins_have_every_kind_of_input_in_one_row():
         assert batch["ragged"].nrows() == 1 and batch["sparse"].shape == (1, 2)
 
 
-def _numbers(rows):
-    return {name: np.asarray(value).item() for name, value in vars(rows).items()}
-
-
-def test_smallest_batch_is_known_from_arrays_and_static_specs():
-    assert GlobalBatches(_x(), batch_size=10).smallest_batch() == 5
-    assert GlobalBatches(_x(), batch_size=15).smallest_batch() == 15
-    dataset = tf.data.Dataset.from_tensor_slices(_x())
-    assert GlobalBatches(dataset.batch(10)).smallest_batch() is None
-    full = dataset.batch(10, drop_remainder=True)
-    assert GlobalBatches(full).smallest_batch() == 10
+def test_what_has_rows_is_told_from_what_has_none():
+    """A tensor has rows if its first dimension is that of the batch."""
+    x, table = tf.TensorSpec([8, 3]), tf.TensorSpec([5, 3])
+    some = Layout((x, {"table": table, "y": tf.TensorSpec([8])}))
+    assert some.rows == 8
+    assert some.has_rows == [True, False, True]
+    free = Layout((tf.TensorSpec([None, 3]), tf.TensorSpec([None])))
+    assert free.rows is None and free.has_rows == [True, True]
 
 
 def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
@@ -408,3 +408,192 @@ def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
         warnings.simplefilter("error")
         model.fit(**INPUTS["dataset"](), verbose=0)
         model.fit(**INPUTS["generator"](), verbose=0)
+
+
+class Shuffles(Batches):
+    """Notes when it is told that an epoch begins and ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def on_epoch_begin(self):
+        self.calls.append("begin")
+
+    def on_epoch_end(self):
+        self.calls.append("end")
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_pydataset_is_told_of_epochs_as_by_stock_keras(
+    make_strategy, steps, validated
+):
+    def calls(base, strategy):
+        with strategy.scope():
+            model = base([keras.Input((3,)), layers.Dense(1)])
+            model.compile("sgd", "mse")
+        data, validation = Shuffles(), Shuffles()
+        arguments = {"validation_data": validation} if validated else {}
+        model.fit(data, epochs=3, steps_per_epoch=steps, verbose=0, **arguments)
+        of_fit = data.calls[:], validation.calls[:]
+        model.evaluate(data, verbose=0)
+        of_evaluate = data.calls[:]
+        model.predict(data, verbose=0)
+        ends = [c.count("end") for c in (*of_fit, of_evaluate, data.calls)]
+        return ends, [c.count("begin") for c in (*of_fit, of_evaluate, data.calls)]
+
+    stock = calls(keras.Sequential, tf.distribute.get_strategy())
+    for replicas in (1, 2):
+        assert calls(distfit.Sequential, make_strategy(replicas)) == stock
+
+
+@pytest.fixture
+def limits():
+    yield
+    keras.config.set_max_epochs(None)
+    keras.config.set_max_steps_per_epoch(None)
+
+
+def test_limits_of_keras_count(make_strategy, limits):
+    keras.config.set_max_epochs(2)
+    keras.config.set_max_steps_per_epoch(3)
+    with pytest.warns(UserWarning, match="Limiting"):
+        model = _records(make_strategy(2))
+        history = model.fit(_x(), batch_size=BATCH, epochs=5, shuffle=False, verbose=0)
+    # The second epoch goes on where the first has stopped.
+    assert history.history["rows"] == [30, 15]
+    assert history.epoch == [0, 1]
+
+    def stock():
+        model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    def ours():
+        with make_strategy(2).scope():
+            model = distfit.Sequential([keras.Input((3,)), layers.Dense(1)])
+            model.compile("sgd", "mse")
+        return model
+
+    found = []
+    for build in (stock, ours):
+        keras.utils.set_random_seed(0)
+        model = build()
+        with pytest.warns(UserWarning, match="Limiting"):
+            fitted = model.fit(_x(), _x()[:, :1], batch_size=BATCH, epochs=5, verbose=0)
+        evaluated = model.evaluate(_x(), _x()[:, :1], batch_size=BATCH, verbose=0)
+        predicted = model.predict(_x(), batch_size=BATCH, verbose=0)
+        found.append((fitted.epoch, np.shape(predicted), evaluated))
+    assert found[0][:2] == found[1][:2]
+
+
+class OptionalInput(distfit.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+
+    def call(self, inputs):
+        first, second = inputs
+        return self.dense(second if first is None else first + second)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_optional_input_whose_first_leaf_is_none(make_strategy, replicas, given):
+    x, y = comparing.regression_data(23)
+
+    def batches(*others):
+        def generate():
+            for start in range(0, 23, 7):
+                rows = slice(start, start + 7)
+                inputs = (x[rows] if given else None, x[rows])
+                yield (inputs, *(other[rows] for other in others))
+
+        return generate()
+
+    def run(replicas):
+        def build():
+            model = OptionalInput()
+            model.compile("sgd", "mse", metrics=["mae"])
+            return model
+
+        def then(model):
+            logs = model.evaluate(batches(y), verbose=0, return_dict=True)
+            return logs, model.predict(batches(), verbose=0)
+
+        return comparing.run(
+            make_strategy(replicas),
+            build,
+            lambda model: model.fit(batches(y), verbose=0),
+            then,
+        )
+
+    comparing.assert_same(run(1), run(replicas))
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 2, 1)])
+def test_predictions_of_another_width_in_each_batch(make_strategy, replicas, sizes):
+    """As wide as the longest text of the whole batch; ragged, if batches differ."""
+    texts = ["a b c", "d", "e f", "g h i j", "k", "l"] + ["m", "n o", "p q r s t", "u"]
+    texts += ["v w", "x"]
+    texts = tf.constant(texts[: sum(sizes)])
+
+    def predicted(base, strategy):
+        class Splits(base):
+            def predict_step(self, data):
+                return tf.strings.split(data).to_tensor("-")
+
+        def batches():
+            start = 0
+            for size in sizes:
+                yield texts[start : start + size]
+                start += size
+
+        spec = tf.TensorSpec([None], tf.string)
+        data = tf.data.Dataset.from_generator(batches, output_signature=spec)
+        with strategy.scope():
+            model = Splits()
+        return model.predict(data, verbose=0)
+
+    stock = predicted(keras.Model, tf.distribute.get_strategy())
+    found = predicted(distfit.Model, make_strategy(replicas))
+    assert type(stock) is type(found)
+    assert _as_list(found) == _as_list(stock)
+
+
+def _as_list(values):
+    return values.to_list() if hasattr(values, "to_list") else values.tolist()
+
+
+def test_a_table_beside_the_rows_is_not_cut(make_strategy):
+    centers = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+
+    class Nearest(distfit.Model):
+        def train_step(self, data):
+            (x, table), y = data
+            with tf.GradientTape() as tape:
+                near = tf.matmul(x, table, transpose_b=True)
+                loss = tf.reduce_mean(tf.square(y - self(x) - near[:, :1]))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    def build():
+        inputs = keras.Input((8,))
+        model = Nearest(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd")
+        return model
+
+    def fit(model):
+        data = tf.data.Dataset.from_tensor_slices(comparing.regression_data(24))
+        data = data.batch(8, drop_remainder=True)
+        data = data.map(lambda x, y: ((x, tf.constant(centers)), y))
+        return model.fit(data, epochs=2, verbose=0)
+
+    one, two = (comparing.run(make_strategy(n), build, fit) for n in (1, 2))
+    comparing.assert_same(one, two)

@@ -108,50 +108,92 @@ def test_model_outside_the_scope(make_strategy):
     model.compile("sgd", "mse")
     with make_strategy(2).scope():
         with pytest.raises(
-            ValueError, match="(?s)The model .*outside the scope.*with s"
+            ValueError, match="(?s)The model .*outside the scope.*with strategy"
         ):
             model.fit(*DATA)
 
 
-def test_optimizer_outside_the_scope(make_strategy):
-    optimizer = keras.optimizers.Adam(name="mine")
-    with make_strategy(2).scope():
-        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
-        model.compile(optimizer, "mse")
-    with pytest.raises(
-        ValueError, match="optimizer 'mine' was built outside the scope"
-    ):
-        model.fit(*DATA)
+LOSS = keras.losses.Huber()
+TRACKER = keras.metrics.Mean(name="tracker")
 
 
-def test_metric_outside_the_scope(make_strategy):
-    metric = keras.metrics.Mean(name="mine")
-    with make_strategy(2).scope():
-        model = distfit.Sequential([keras.Input((8,)), layers.Dense(1)])
-        model.tracker = metric
-        model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="metric 'mine' was built outside the scope"):
-        model.fit(*DATA)
+class UsesWhatIsOutside(distfit.Model):
+    """Its loss, its metric and its optimizer were made outside the scope."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = LOSS(y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        TRACKER.update_state(loss)
+        return {"loss": TRACKER.result()}
+
+    @property
+    def metrics(self):
+        return [TRACKER]
 
 
-def test_apply_outside_of_a_step(make_strategy):
+@pytest.mark.parametrize("built", [False, True])
+def test_what_is_made_outside_the_scope_just_works(make_strategy, built):
+    def run(replicas):
+        optimizer = keras.optimizers.Adam(0.05)
+
+        def build():
+            inputs = keras.Input((8,))
+            model = UsesWhatIsOutside(inputs, layers.Dense(1)(inputs))
+            model.compile(optimizer)
+            return model
+
+        def fit(model):
+            if built:
+                optimizer.build(model.trainable_variables)
+            return model.fit(*DATA, batch_size=5, epochs=3, shuffle=False, verbose=0)
+
+        return comparing.run(make_strategy(replicas), build, fit)
+
+    one = run(1)
+    for replicas in (2, 3):
+        comparing.assert_same(one, run(replicas))
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("fused", [1, 2])
+def test_log_of_changing_shape_is_that_of_stock_keras(make_strategy, known, fused):
+    def history(base, strategy):
+        class PerRow(base):
+            def train_step(self, data):
+                return {"errors": data[1][data[1] > 0]}
+
+        with strategy.scope():
+            model = PerRow()
+            model.compile(steps_per_execution=fused)
+        data = _dataset(*DATA).batch(5)
+        data = data if known else data.filter(lambda x, y: True)
+        return model.fit(data, shuffle=False, verbose=0).history
+
+    stock = history(keras.Model, tf.distribute.get_strategy())
+    for replicas in (1, 2):
+        found = history(distfit.Model, make_strategy(replicas))
+        np.testing.assert_array_equal(found["errors"][0], stock["errors"][0])
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_compile_in_a_callback(make_strategy, kind):
+    """As in stock Keras, which cannot go on with another optimizer either."""
     model = _model(make_strategy(2))
-    gradients = [tf.ones(v.shape) for v in model.trainable_variables]
-    with make_strategy(2).scope():
-        with pytest.raises(ValueError, match="outside of a step.* 2 replicas. Call"):
-            model.optimizer.apply(gradients, model.trainable_variables)
 
+    class Compiles(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            with make_strategy(2).scope():
+                self.model.compile("sgd", "mae")
 
-def test_log_of_changing_shape(make_strategy):
-    class PerRow(distfit.Model):
-        def train_step(self, data):
-            return {"errors": data[1][data[1] > 0]}
+        on_test_batch_end = on_train_batch_end
 
-    with make_strategy(2).scope():
-        model = PerRow()
-        model.compile()
-    with pytest.raises(ValueError, match="fixed shape. Received: 'errors'"):
-        model.fit(*DATA)
+    run = model.fit if kind == "train" else model.evaluate
+    with pytest.raises(RuntimeError, match="cannot be compiled while it trains"):
+        run(*DATA, batch_size=4, verbose=0, callbacks=[Compiles()])
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
@@ -167,8 +209,9 @@ def test_loss_that_is_not_finite_names_step_and_replica(make_strategy, replicas)
 
 def test_a_finite_run_passes_the_check(make_strategy):
     model = _model(make_strategy(2))
-    model.fit(*DATA, batch_size=4, verbose=0, callbacks=[distfit.callbacks.NonFinite()])
-    assert model.first_non_finite() is None
+    callback = distfit.callbacks.NonFinite()
+    history = model.fit(*DATA, batch_size=4, verbose=0, callbacks=[callback])
+    assert np.isfinite(history.history["loss"]).all()
 
 
 def test_importing_distfit_does_not_initialise_tensorflow():

@@ -37,48 +37,88 @@ def _histories(make_strategy, build, replicas=(1, 2, 4), **arguments):
     return found[0]
 
 
-class ReturnsLoss(distfit.Model):
-    """Returns its loss without updating any tracker."""
+def _as_stock(make_strategy, make_class, replicas=(1, 2, 4), **arguments):
+    """Asserts that logs are those of stock Keras on one device, and returns them."""
 
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"loss": loss, "twice": 2 * loss, "rows": distfit.global_sum(self.n(x))}
+    def history(base, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = _model(make_class(base), loss="mse")
+        return _fit(model, **arguments).history
 
-    def n(self, x):
-        return tf.cast(tf.shape(x)[0], tf.float32)
+    stock = history(keras.Model, tf.distribute.get_strategy())
+    for n in replicas:
+        found = history(distfit.Model, make_strategy(n))
+        comparing.assert_close_logs(stock, found, 1e-5)
+    return stock
 
 
-def test_returned_loss_is_reported_as_the_mean_over_rows(make_strategy):
-    """Stock Keras reports 0.0 for the loss, and of the rest the last batch."""
-    history = _histories(make_strategy, lambda: _model(ReturnsLoss, loss="mse"))
-    stock = _model(distfit.Model, loss="mse")
-    assert history["loss"][0] > 0
+def _returns(logs_of):
+    """`base -> class` of models whose steps return `logs_of(model, x, y, loss)`."""
+
+    def make(base):
+        class Returns(base):
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+                gradients = tape.gradient(loss, self.trainable_variables)
+                self.optimizer.apply(gradients, self.trainable_variables)
+                return logs_of(self, x, y, loss)
+
+        return Returns
+
+    return make
+
+
+def _some_logs(model, x, y, loss):
+    rows = tf.shape(x)[0]
+    return {"loss": loss, "twice": 2 * loss, "rows": tf.cast(rows, tf.float32)}
+
+
+def test_returned_tensors_are_reported_as_of_the_last_batch(make_strategy):
+    history = _as_stock(make_strategy, _returns(_some_logs))
+    assert history["rows"] == [2.0, 2.0]
     np.testing.assert_allclose(history["twice"], 2 * np.array(history["loss"]), 1e-6)
-    # Of 44 rows, 42 are in batches of 14 rows and 2 in one of 2.
-    assert history["rows"][0] == pytest.approx((42 * 14 + 2 * 2) / 44)
-    del stock
 
 
-class LocalMean(distfit.Model):
-    """Returns a mean of its own rows, which no metric tracks."""
+def test_returned_loss_without_a_tracker_is_reported(make_strategy):
+    """Stock Keras reports the result of the tracker, which is 0."""
+    alone = _returns(lambda model, x, y, loss: {"loss": loss})
+    many = _histories(make_strategy, lambda: _model(alone(distfit.Model), loss="mse"))
+    stock = _fit(_model(alone(keras.Model), loss="mse")).history
+    assert stock["loss"] == [0.0, 0.0]
+    keras.utils.set_random_seed(0)
+    with make_strategy(1).scope():
+        model = _model(_returns(_some_logs)(distfit.Model), loss="mse")
+    assert _fit(model).history["loss"] == pytest.approx(many["loss"], rel=1e-6)
 
-    def train_step(self, data):
-        x, y = data
-        return {"mean": tf.reduce_mean(y), "vector": tf.reduce_mean(x, axis=0)}
+
+LOGS = {
+    "mean": lambda model, x, y, loss: {"mean": tf.reduce_mean(y)},
+    "maximum": lambda model, x, y, loss: {"largest": tf.reduce_max(model(x))},
+    "integer": lambda model, x, y, loss: {"rows": tf.shape(x)[0]},
+    "number": lambda model, x, y, loss: {"mean": tf.reduce_mean(y), "constant": 0.5},
+    "tracked": lambda model, x, y, loss: {"loss": loss, **model.get_metrics_result()},
+}
 
 
-def test_log_without_a_metric_is_the_mean_over_all_rows(make_strategy):
+@pytest.mark.parametrize("name", LOGS)
+def test_logs_are_those_of_stock_keras(make_strategy, name):
+    _as_stock(make_strategy, _returns(LOGS[name]), replicas=(2, 4))
+
+
+def test_log_of_a_vector(make_strategy):
+    """Stock Keras hands it on as it is."""
+
+    def logs_of(model, x, y, loss):
+        return {"vector": tf.reduce_mean(x, axis=0)}
+
     x, y = comparing.regression_data(ROWS)
-    for replicas in (1, 2, 4):
-        with make_strategy(replicas).scope():
-            model = LocalMean()
-            model.compile()
-        logs = model.fit(x, y, batch_size=BATCH, verbose=0).history
-        assert logs["mean"][0] == pytest.approx(y.mean(), rel=1e-5)
+    with make_strategy(2).scope():
+        model = _model(_returns(logs_of)(distfit.Model), loss="mse")
+    logs = model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0).history
+    np.testing.assert_allclose(logs["vector"][0], x[-2:].mean(0), rtol=1e-5)
 
 
 class Derived(distfit.Model):
@@ -200,7 +240,7 @@ def test_default_step_equals_one_device_and_evaluates(make_strategy):
     assert set(history) == {"loss", "mae", "val_loss", "val_mae"}
 
 
-class Sums(ReturnsLoss):
+class Sums(distfit.Model):
     """Adds its losses up instead of averaging them."""
 
     def __init__(self, *args, **kwargs):
@@ -208,8 +248,9 @@ class Sums(ReturnsLoss):
         self.sum = keras.metrics.Sum(name="sum")
 
     def train_step(self, data):
-        logs = super().train_step(data)
-        self.sum.update_state(logs["loss"])
+        x, y = data
+        loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.sum.update_state(loss)
         return {"sum": self.sum.result()}
 
 
@@ -240,7 +281,7 @@ def test_validation_steps_validate_the_same_rows_each_epoch(make_strategy):
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_metric_fed_with_means_of_local_rows(make_strategy, replicas):
+def test_metric_fed_with_means_over_the_batch(make_strategy, replicas):
     """And with a constant; the last of the batches has 1 row."""
 
     class FedWithScalars(distfit.Model):
@@ -270,3 +311,45 @@ def test_metric_fed_with_means_of_local_rows(make_strategy, replicas):
 
     comparing.assert_close_logs(history(1), history(replicas), 1e-6)
     assert history(replicas)["rate"] == pytest.approx([0.25])
+
+
+def _zero_rows(kind, x, y):
+    """Batches of 5 rows, of none and of 4."""
+
+    def batches():
+        for start, stop in ((0, 5), (5, 5), (5, 9)):
+            yield x[start:stop], y[start:stop]
+
+    spec = (tf.TensorSpec([None, 8]), tf.TensorSpec([None, 1]))
+    data = tf.data.Dataset.from_generator(batches, output_signature=spec)
+    known = tf.data.experimental.assert_cardinality(3)
+    return data.apply(known) if kind == "known" else data
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
+@pytest.mark.parametrize("kind", ["known", "unknown"])
+@pytest.mark.parametrize("fused", [1, 2])
+def test_batches_without_rows_do_what_they_do_in_stock_keras(
+    make_strategy, kind, fused
+):
+    x, y = comparing.regression_data(9)
+
+    def run(base, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = _model(base, loss="mse", metrics=["mae"])
+        model.steps_per_execution = fused if strategy.num_replicas_in_sync > 1 else 1
+        data = _zero_rows(kind, x, y)
+        history = model.fit(data, epochs=2, shuffle=False, verbose=0).history
+        evaluated = model.evaluate(data, verbose=0)
+        predicted = model.predict(data, verbose=0)
+        return history, evaluated, predicted, model.get_weights()
+
+    stock = run(keras.Model, tf.distribute.get_strategy())
+    for replicas in (1, 2, 3):
+        many = run(distfit.Model, make_strategy(replicas))
+        comparing.assert_close_logs(stock[0], many[0], 1e-5)
+        np.testing.assert_allclose(many[1], stock[1], rtol=1e-5)
+        np.testing.assert_allclose(many[2], stock[2], rtol=1e-5, atol=1e-6)
+        for a, b in zip(stock[3], many[3], strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every way Keras reduces a loss, on N replicas, equals one device."""
+"""Every loss, reduced in any way by Keras or by hand, equals one device."""
 
 import comparing
 import keras
@@ -8,9 +8,8 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit.losses import GlobalBatchLoss
 
-REPLICAS = (2, 3, 4)
+REPLICAS = (2, 3)
 ROWS, BATCH = 44, 14  # Batches of 14, 14, 14 and 2 rows.
 
 
@@ -222,7 +221,7 @@ def guide_model(cls):
 
 
 class NonLinear(Minimizes):
-    """Uses the value of a loss in ways that only the global one makes right."""
+    """Uses the value of a loss in ways that only the value of the whole batch makes right."""
 
     def logs_of(self, x, y):
         y_pred = self(x, training=True)
@@ -231,8 +230,8 @@ class NonLinear(Minimizes):
         return {"loss": loss, "mse": mse}
 
 
-def test_value_of_a_loss_is_global_in_a_product(make_strategy):
-    """Value only: the gradient of a product holds values, and they are global."""
+def test_product_of_losses(make_strategy):
+    """The gradient of a product holds the values of its factors."""
 
     def build():
         model = guide_model(NonLinear)
@@ -246,16 +245,15 @@ def test_value_of_a_loss_is_global_in_a_product(make_strategy):
     _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
 
 
-class GlobalMean(Minimizes):
+class ByHand(Minimizes):
     def logs_of(self, x, y):
         errors = tf.square(y - self(x, training=True))
-        loss = distfit.global_mean(errors)
-        return {"loss": loss}
+        return {"loss": tf.reduce_mean(errors)}
 
 
-def test_global_mean_instead_of_reduce_mean(make_strategy):
+def test_mean_by_hand(make_strategy):
     def build():
-        model = guide_model(GlobalMean)
+        model = guide_model(ByHand)
         model.compile("adam")
         return model
 
@@ -263,17 +261,16 @@ def test_global_mean_instead_of_reduce_mean(make_strategy):
 
 
 class Contrastive(Minimizes):
-    """Every row is compared with all rows of the global batch."""
+    """Every row is compared with all rows of the batch."""
 
     def logs_of(self, x, y):
         z = self(x, training=True)
-        everyone = distfit.all_gather(z)
-        similarity = tf.matmul(z, everyone, transpose_b=True)
-        loss = distfit.global_mean(tf.reduce_logsumexp(similarity, axis=1))
-        return {"loss": loss, "rows": tf.cast(tf.shape(everyone)[0], tf.float32)}
+        similarity = tf.matmul(z, z, transpose_b=True)
+        loss = tf.reduce_mean(tf.reduce_logsumexp(similarity, axis=1))
+        return {"loss": loss, "rows": tf.cast(tf.shape(similarity)[1], tf.float32)}
 
 
-def test_all_gather_is_differentiable(make_strategy):
+def test_pairs_over_the_batch(make_strategy):
     def build():
         inputs = keras.Input((8,))
         model = Contrastive(inputs, layers.Dense(3)(inputs))
@@ -283,8 +280,7 @@ def test_all_gather_is_differentiable(make_strategy):
     one = _assert_equal_on_all(
         make_strategy, build, _fit(*comparing.regression_data(ROWS))
     )
-    # By rows: three batches of 14 that see 14 rows and one of 2 that sees 2.
-    assert one.history["rows"][0] == pytest.approx((42 * 14 + 2 * 2) / 44)
+    assert one.history["rows"] == [2.0] * 3  # Those of the last batch.
 
 
 def test_class_weight(make_strategy):
@@ -299,22 +295,6 @@ def test_class_weight(make_strategy):
     _assert_equal_on_all(
         make_strategy, build, _fit(x, kinds, class_weight={0: 0.2, 1: 1.0, 2: 3.0})
     )
-
-
-def test_global_batch_loss_presents_itself_as_the_loss_it_stands_for():
-    stock = keras.losses.Huber(delta=2.0)
-    loss = GlobalBatchLoss(stock)
-    assert isinstance(loss, keras.losses.Huber)
-    assert keras.losses.serialize(loss) == keras.losses.serialize(stock)
-    assert float(loss([[1.0]], [[4.0]])) == float(stock([[1.0]], [[4.0]]))
-
-
-def test_losses_in_lists_and_dicts_are_adapted(make_strategy):
-    model = guide_model(distfit.Model)
-    model.by_name = {"a": keras.losses.MeanSquaredError(), "n": 3}
-    model.in_list = [keras.losses.MeanSquaredError()]
-    assert type(model.by_name["a"]) is GlobalBatchLoss and model.by_name["n"] == 3
-    assert type(model.in_list[0]) is GlobalBatchLoss
 
 
 OUTSIDE = keras.losses.MeanSquaredError()
@@ -364,22 +344,110 @@ def test_step_that_divides_its_rows(make_strategy):
     _assert_equal_on_all(make_strategy, build, fit, replicas=(2, 4))
 
 
-class Nested(distfit.Model):
-    def train_step(self, data):
+class Nested(Minimizes):
+    """Has its loss in a function of its own, and pairs of rows in another."""
+
+    def logs_of(self, x, y):
         @tf.function
-        def nested():
-            return self.loss_fn(data[1], self(data[0]))
+        def error(y_pred):
+            return self.loss_fn(y, y_pred)
 
-        return {"loss": nested()}
+        @tf.function
+        def spread(y_pred):
+            return tf.reduce_mean(tf.abs(y_pred - tf.transpose(y_pred)))
+
+        y_pred = self(x, training=True)
+        return {"loss": error(y_pred) + 0.1 * spread(y_pred)}
 
 
-def test_loss_in_a_nested_function_is_a_clear_error(make_strategy):
-    with make_strategy(2).scope():
-        model = guide_model(Nested)
+class NestedStep(ByHand):
+    @tf.function
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("cls", [Nested, NestedStep])
+def test_loss_and_updates_in_a_nested_function(make_strategy, cls):
+    def build():
+        model = guide_model(cls)
         model.loss_fn = keras.losses.MeanSquaredError()
-        model.compile("sgd")
-    with pytest.raises(ValueError, match="cannot exchange numbers inside a nested"):
-        _fit(*comparing.regression_data(ROWS))(model)
+        model.compile("adam")
+        return model
+
+    one = _assert_equal_on_all(
+        make_strategy, build, _fit(*comparing.regression_data(ROWS))
+    )
+    assert np.ptp(one.history["loss"]) > 0
+
+
+class LearnsItsWeight(Minimizes):
+    """Multiplies a loss with a number that is learned."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = self.add_weight(shape=(), initializer="zeros", name="scale")
+
+    def logs_of(self, x, y):
+        error = keras.losses.MeanSquaredError()(y, self(x, training=True))
+        return {"loss": tf.exp(-self.scale) * error + self.scale}
+
+
+def test_trainable_weight_of_a_loss(make_strategy):
+    def build():
+        model = guide_model(LearnsItsWeight)
+        model.compile("adam")
+        return model
+
+    _assert_equal_on_all(make_strategy, build, _fit(*comparing.regression_data(ROWS)))
+
+
+OVER_THE_BATCH = {
+    "dice": lambda: keras.losses.Dice(axis=(0, 1)),
+    "tversky": lambda: keras.losses.Tversky(axis=(0,)),
+    "sum": lambda: lambda y, p: tf.reduce_sum(tf.square(y - p)),
+    "largest": lambda: lambda y, p: tf.reduce_max(tf.square(y - p)),
+}
+
+
+@pytest.mark.parametrize("name", OVER_THE_BATCH)
+def test_loss_that_is_no_mean_of_rows(make_strategy, name):
+    """With stock Keras, what replicas compute apart is averaged."""
+
+    def build():
+        inputs = keras.Input((8,))
+        model = distfit.Model(inputs, layers.Dense(3, activation="sigmoid")(inputs))
+        model.compile(keras.optimizers.SGD(0.01), OVER_THE_BATCH[name]())
+        return model
+
+    x, _ = comparing.regression_data(ROWS)
+    y = (x[:, :3] > 0).astype("float32")
+    _assert_equal_on_all(make_strategy, build, _fit(x, y), replicas=(3,))
+
+
+class Positions(layers.Layer):
+    """Adds a learned vector for each place."""
+
+    def build(self, shape):
+        self.places = layers.Embedding(shape[1], shape[2])
+
+    def call(self, x):
+        return x + self.places(tf.range(tf.shape(x)[1]))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adagrad"])
+def test_learned_positions(make_strategy, optimizer):
+    """The same place comes from every replica, and is one place all the same."""
+
+    def build():
+        inputs = keras.Input((7,), dtype="int32")
+        x = Positions()(layers.Embedding(20, 5)(inputs))
+        x = layers.GlobalAveragePooling1D()(layers.Dense(4, activation="tanh")(x))
+        model = distfit.Model(inputs, layers.Dense(1)(x))
+        model.compile(optimizer, "mse")
+        return model
+
+    y = comparing.regression_data(ROWS)[1]
+    _assert_equal_on_all(make_strategy, build, _fit(_sequences(), y), replicas=(3,))
 
 
 class AverageLoss(distfit.Model):
@@ -439,19 +507,18 @@ def test_unreduced_loss_in_a_batch_of_few_rows(make_strategy, replicas):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])
-def test_all_gather_of_integers(make_strategy, rows):
-    """Numbers of rows, say; also in batches with fewer rows than replicas."""
+def test_all_rows_for_each_row(make_strategy, rows):
+    """Also in batches with fewer rows than replicas."""
 
-    class Gathers(distfit.Model):
+    class Repeats(distfit.Model):
         def predict_step(self, data):
-            gathered = distfit.all_gather(data)
-            return tf.repeat(gathered[tf.newaxis], tf.shape(data)[0], axis=0)
+            return tf.repeat(data[tf.newaxis], tf.shape(data)[0], axis=0)
 
     with make_strategy(4).scope():
-        model = Gathers()
+        model = Repeats()
     numbers = np.arange(7, 7 + rows, dtype="int32")
-    gathered = model.predict(numbers, batch_size=rows, verbose=0)
-    np.testing.assert_array_equal(gathered, np.tile(numbers, (rows, 1)))
+    repeated = model.predict(numbers, batch_size=rows, verbose=0)
+    np.testing.assert_array_equal(repeated, np.tile(numbers, (rows, 1)))
 
 
 class Reads(distfit.Model):
@@ -510,21 +577,18 @@ WAYS = ("gradient", "scaled gradient", "condition", "weight", "variable", "metri
 def test_the_value_of_a_loss_is_there_for_steps_that_read_it(make_strategy, how):
     runs, values = [], []
     for replicas in (1, 2):
-        unread = {0} if how == "" and replicas > 1 else set()
 
         def build():
             model = Reads(how)
             model.compile(keras.optimizers.SGD(0.05))
             return model
 
-        def fit(model, unread=unread):
+        def fit(model):
             READ.clear()
             x, y = comparing.regression_data(22)
             history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
             read = sorted({round(float(value), 4) for value in READ})
             values.append([float(model.kept), float(model.variable.value()), *read])
-            (driver,) = model.train_function.by_key.values()
-            assert driver.plan.unread == unread
             return history
 
         runs.append(comparing.run(make_strategy(replicas), build, fit))

@@ -161,3 +161,165 @@ def test_xla_on_one_replica_equals_the_same_without(make_strategy):
         history = model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
         histories.append(history.history)
     comparing.assert_close_logs(*histories, 1e-5)
+
+
+def _of_keras(kind):
+    """A compiled model of a class of Keras's, or of a user who has no other."""
+
+    class UsersOwn(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = layers.Dense(4, activation="relu")
+            self.out = layers.Dense(1)
+
+        def call(self, x):
+            return self.out(self.hidden(x))
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                spread = tf.reduce_mean(tf.abs(y_pred - tf.transpose(y_pred)))
+                loss = tf.reduce_mean(tf.square(y - y_pred)) + 0.1 * spread
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            self.compute_metrics(x, y, y_pred)
+            return {**self.get_metrics_result(), "spread": spread}
+
+    kinds = {
+        "functional": lambda: keras.Model(*_inputs_outputs()),
+        "sequential": lambda: keras.Sequential([layers.Dense(2), layers.Dense(1)]),
+        "subclassed": UsersOwn,
+    }
+    model = kinds[kind]()
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
+def test_functions_train_any_model_of_keras(make_strategy, kind, replicas):
+    """As its own methods do on one device."""
+    x, y = comparing.regression_data(23)
+    given = {"batch_size": 7, "verbose": 0}
+
+    def run(library, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = _of_keras(kind)
+        history = library.fit(
+            model, x, y, epochs=2, shuffle=False, validation_split=0.2, **given
+        )
+        logs = library.evaluate(model, x, y, return_dict=True, **given)
+        predicted = library.predict(model, x, **given)
+        return comparing.Run(history.history, model.get_weights(), logs, predicted)
+
+    stock = run(keras.Model, tf.distribute.get_strategy())
+    comparing.assert_same(stock, run(distfit, make_strategy(replicas)))
+
+
+def test_evaluate_returns_what_the_method_of_keras_does(make_strategy):
+    x, y = comparing.regression_data(10)
+    model = _of_keras("functional")
+    stock = model.evaluate(x, y, verbose=0)
+    assert distfit.evaluate(model, x, y, verbose=0) == pytest.approx(stock, rel=1e-6)
+
+
+def test_a_model_of_keras_keeps_its_own_methods(make_strategy):
+    with make_strategy(2).scope():
+        model = _of_keras("functional")
+    x, y = comparing.regression_data(10)
+    distfit.fit(model, x, y, verbose=0)
+    assert type(model).fit is type(keras.Model(*_inputs_outputs())).fit
+    assert "fit" not in vars(model) and "train_step" not in vars(model)
+    assert not isinstance(model, distfit.Model)
+
+
+def test_an_unbuilt_part_is_built_by_the_step(make_strategy):
+    """Its `call` does not take the batch."""
+
+    def build():
+        model = StepBuilds()
+        model.compile(keras.optimizers.Adam(0.1))
+        return model
+
+    def fit(model):
+        data = comparing.regression_data(23)
+        return model.fit(*data, batch_size=7, epochs=2, shuffle=False, verbose=0)
+
+    one, three = (comparing.run(make_strategy(n), build, fit) for n in (1, 3))
+    comparing.assert_same(one, three)
+    assert len(one.weights) == 2
+
+
+def test_an_optimizer_held_by_a_layer(make_strategy):
+    class Holds(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+            self.optimizer = keras.optimizers.Adam(0.05, clipnorm=0.1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    class Delegates(distfit.Model):
+        def __init__(self):
+            super().__init__()
+            self.part = Holds()
+
+        def call(self, x):
+            return self.part(x)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(y - self(x)))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.part.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    def build():
+        model = Delegates()
+        model.compile()
+        return model
+
+    def fit(model):
+        data = comparing.regression_data(23)
+        return model.fit(*data, batch_size=7, epochs=2, shuffle=False, verbose=0)
+
+    one, two = (comparing.run(make_strategy(n), build, fit) for n in (1, 2))
+    comparing.assert_same(one, two)
+    assert one.history["loss"][0] != one.history["loss"][1]
+
+
+class LoopsOverRows(distfit.Model):
+    """Uses the number of rows as a number of Python."""
+
+    def train_step(self, data):
+        x, y = data
+        rows = x.shape[0]
+        assert isinstance(rows, int)
+        weights = tf.constant([[1.0 / (1 + row)] for row in range(rows)])
+        with tf.GradientTape() as tape:
+            errors = tf.reshape(y - self(x), (rows, 1))
+            loss = tf.reduce_sum(weights * tf.square(errors)) / rows
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        first = sum(x[row, 0] for row in range(rows))
+        return {"loss": loss, "first": first}
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_static_number_of_rows(make_strategy, replicas):
+    def build():
+        model = LoopsOverRows(*_inputs_outputs())
+        model.compile("sgd")
+        return model
+
+    def fit(model):
+        data = tf.data.Dataset.from_tensor_slices(comparing.regression_data(23))
+        data = data.batch(5, drop_remainder=True)
+        return model.fit(data, epochs=2, shuffle=False, verbose=0)
+
+    one, many = (comparing.run(make_strategy(n), build, fit) for n in (1, replicas))
+    comparing.assert_same(one, many)

@@ -1,4 +1,4 @@
-"""The gradient is summed once, before everything else an optimizer does."""
+"""Whatever an optimizer does with a gradient, it does with that of the batch."""
 
 import functools
 import inspect
@@ -300,7 +300,7 @@ class ReadsLossesLast(distfit.Model):
         return {"added": self.losses[0]}
 
 
-def test_added_losses_are_those_of_the_replica_after_an_update(make_strategy):
+def test_added_losses_can_be_read_after_an_update(make_strategy):
     def run(replicas):
         return _run(
             make_strategy(replicas),

@@ -1,4 +1,4 @@
-"""Replicas draw different numbers, or their rows of a common draw; reproducibly."""
+"""Draws are those of one device, whatever the number of replicas."""
 
 import comparing
 import guide
@@ -11,40 +11,7 @@ from keras import layers
 import distfit
 
 ROWS = 40
-
-
-class FaithfulGAN(guide.classes(distfit.Model).GAN):
-    """The guide's step with its draws made for the global batch."""
-
-    def train_step(self, real_images):
-        rows = tf.shape(real_images)[0]
-        latent = self._latent(rows)
-        noise = [self._noise(rows), self._noise(rows)]
-        generated = self.generator(latent)
-        labels = tf.concat([tf.ones((rows, 1)) + noise[0], noise[1]], axis=0)
-        with tf.GradientTape() as tape:
-            predictions = self.discriminator(
-                tf.concat([generated, real_images], axis=0)
-            )
-            d_loss = self.loss_fn(labels, predictions)
-        grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
-        self.d_optimizer.apply(grads, self.discriminator.trainable_weights)
-        latent = self._latent(rows)
-        with tf.GradientTape() as tape:
-            predictions = self.discriminator(self.generator(latent))
-            g_loss = self.loss_fn(tf.zeros((rows, 1)), predictions)
-        grads = tape.gradient(g_loss, self.generator.trainable_weights)
-        self.g_optimizer.apply(grads, self.generator.trainable_weights)
-        self.d_loss_tracker.update_state(d_loss)
-        self.g_loss_tracker.update_state(g_loss)
-        return {m.name: m.result() for m in self.metrics}
-
-    def _latent(self, rows):
-        shape = (rows, self.latent_dim)
-        return distfit.random.normal(shape, seed=self.seed_generator)
-
-    def _noise(self, rows):
-        return 0.05 * distfit.random.uniform((rows, 1), seed=self.seed_generator)
+REPLICAS = (1, 2, 3)
 
 
 def _fit_gan(model):
@@ -53,47 +20,88 @@ def _fit_gan(model):
     return model.fit(batches, epochs=4, steps_per_epoch=5, verbose=0)
 
 
-def _gan_run(strategy, cls):
-    return comparing.run(strategy, lambda: guide.small_gan(cls), _fit_gan)
+def test_gan_of_the_guide_does_not_depend_on_replicas(make_strategy):
+    """It draws with plain `keras.random`."""
+
+    def run(base, strategy):
+        gan = guide.classes(base).GAN
+        return comparing.run(strategy, lambda: guide.small_gan(gan), _fit_gan)
+
+    one = run(keras.Model, tf.distribute.get_strategy())
+    for replicas in (1, 2, 4):
+        comparing.assert_same(one, run(distfit.Model, make_strategy(replicas)))
 
 
-def test_gan_with_global_draws_does_not_depend_on_replicas(make_strategy):
-    one = _gan_run(make_strategy(1), FaithfulGAN)
-    for replicas in (2, 4):
-        run = _gan_run(make_strategy(replicas), FaithfulGAN)
-        comparing.assert_same(one, run, relative=1e-4)
+def _drawing(base):
+    class Draws(base):
+        """Predicts what its step draws, a row for each row."""
+
+        def __init__(self, draw):
+            super().__init__()
+            self.draw = draw
+            self.seeds = keras.random.SeedGenerator(11)
+            self.generator = tf.random.Generator.from_seed(5)
+
+        def predict_step(self, data):
+            return self.draw(self, tf.shape(data)[0])
+
+    return Draws
 
 
-def test_gan_with_plain_keras_random_draws_apart_but_reproducibly(make_strategy):
-    gan = guide.classes(distfit.Model).GAN
-    one = _gan_run(make_strategy(1), gan)
-    first, second = (_gan_run(make_strategy(2), gan) for _ in range(2))
-    assert first.history == second.history
-    for a, b in zip(first.weights, second.weights, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert one.history["d_loss"] != pytest.approx(first.history["d_loss"], rel=1e-5)
-
-
-class Draws(distfit.Model):
-    """Predicts what its step draws, a row for each row."""
-
-    def predict_step(self, data):
-        return self.draw(tf.shape(data)[0])
-
-
-def _drawn(strategy, draw, rows=8, batch_size=8):
+def _drawn(base, strategy, draw, rows, batch_size):
     keras.utils.set_random_seed(3)
     with strategy.scope():
-        model = Draws()
-        model.draw = draw
-        model.generator = keras.random.SeedGenerator(11)
-        model.dropout = layers.Dropout(0.5, seed=5)
-    model.draw = lambda count: draw(model, count)
-    return model.predict(np.zeros((rows, 1)), batch_size=batch_size, verbose=0)
+        model = _drawing(base)(draw)
+    x = np.zeros((rows, 1), "float32")
+    return model.predict(x, batch_size=batch_size, verbose=0)
+
+
+def _pair(model, rows):
+    first = keras.random.normal((rows, 2), seed=model.seeds)
+    return tf.concat([first, keras.random.uniform((rows, 2), seed=model.seeds)], 1)
+
+
+DRAWS = {
+    "normal": lambda m, n: keras.random.normal((n, 3), seed=m.seeds),
+    "uniform": lambda m, n: keras.random.uniform((n, 2, 5), seed=m.seeds),
+    "truncated": lambda m, n: keras.random.truncated_normal((n, 3), seed=m.seeds),
+    "integers": lambda m, n: keras.random.randint((n, 3), 0, 99, seed=m.seeds),
+    "of a number": lambda m, n: keras.random.normal((n, 3), seed=7),
+    "unseeded": lambda m, n: keras.random.normal((n, 3)),
+    "of a tensor's shape": lambda m, n: keras.random.normal(
+        tf.shape(tf.zeros((n, 3))), seed=m.seeds
+    ),
+    "one for all": lambda m, n: tf.repeat(
+        keras.random.uniform((1, 3), seed=m.seeds), n, axis=0
+    ),
+    "two": _pair,
+    "gamma": lambda m, n: keras.random.gamma((n, 2), 0.7, seed=m.seeds),
+    "beta": lambda m, n: keras.random.beta((n, 2), 0.7, 2.0, seed=m.seeds),
+    "binomial": lambda m, n: keras.random.binomial((n, 2), 9, 0.4, seed=m.seeds),
+    "categorical": lambda m, n: keras.random.categorical(
+        tf.zeros((n, 5)), 4, seed=m.seeds
+    ),
+    "shuffle": lambda m, n: keras.random.shuffle(tf.range(n), seed=m.seeds),
+    "generator": lambda m, n: m.generator.normal((n, 3)),
+    "seeded operation": lambda m, n: tf.random.normal((n, 3), seed=4),
+    "stateless": lambda m, n: tf.random.stateless_uniform((n, 3), seed=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_equal_stock_keras_on_one_device(make_strategy, name):
+    """Bit by bit, in batches of 5 and of 2 rows."""
+    stock = tf.distribute.get_strategy()
+    one = _drawn(keras.Model, stock, DRAWS[name], 12, 5)
+    assert len(np.unique(one)) > 2
+    for replicas in REPLICAS:
+        many = _drawn(distfit.Model, make_strategy(replicas), DRAWS[name], 12, 5)
+        np.testing.assert_array_equal(one, many)
 
 
 RANDOM_LAYERS = [
     lambda: layers.Dropout(0.5, seed=5),
+    lambda: layers.Dropout(0.5),
     lambda: layers.GaussianNoise(1.0, seed=5),
     lambda: layers.GaussianDropout(0.5, seed=5),
     lambda: layers.AlphaDropout(0.5, seed=5),
@@ -103,71 +111,46 @@ RANDOM_LAYERS = [
 
 
 @pytest.mark.parametrize("make_layer", RANDOM_LAYERS)
-def test_random_layers_draw_apart_on_replicas(make_strategy, make_layer):
-    strategy = make_strategy(2)
-    shape = (2, 6, 6, 3) if "Rotation" in type(make_layer()).__name__ else (2, 64, 4)
-    x = np.repeat(np.random.default_rng(0).normal(size=(1, *shape[1:])), 2, axis=0)
+def test_random_layers_equal_stock_keras_on_one_device(make_strategy, make_layer):
+    rotates = "Rotation" in type(make_layer()).__name__
+    shape = (5, 6, 6, 3) if rotates else (5, 8, 4)
+    x = np.repeat(np.random.default_rng(0).normal(size=(1, *shape[1:])), 5, axis=0)
 
-    class Applies(distfit.Model):
-        def predict_step(self, data):
-            return self.layer(data, training=True)
+    def applied(base, strategy):
+        class Applies(base):
+            def predict_step(self, data):
+                return self.layer(data, training=True)
 
-    def draw():
+        keras.utils.set_random_seed(0)
         with strategy.scope():
             model = Applies()
             model.layer = make_layer()
-        return model.predict(x.astype("float32"), batch_size=2, verbose=0)
+        return model.predict(x.astype("float32"), batch_size=3, verbose=0)
 
-    first = draw()
-    assert not np.allclose(first[0], first[1])
-    np.testing.assert_array_equal(first, draw())
+    one = applied(keras.Model, tf.distribute.get_strategy())
+    assert not np.allclose(one[0], one[1])
+    for replicas in REPLICAS:
+        many = applied(distfit.Model, make_strategy(replicas))
+        np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6 if rotates else 0)
 
 
-def test_unseeded_draws_in_a_step_work_and_differ(make_strategy):
+def test_unseeded_draws_in_a_step_differ_from_step_to_step(make_strategy):
     class Unseeded(distfit.Model):
         def train_step(self, data):
             noise = keras.random.normal((tf.shape(data)[0], 1))
             return {"mean": tf.reduce_mean(noise)}
 
-    def train():
+    def train(replicas):
         keras.utils.set_random_seed(1)
-        with make_strategy(2).scope():
+        with make_strategy(replicas).scope():
             model = Unseeded()
             model.compile()
         return model.fit(np.zeros((8, 1)), batch_size=4, epochs=3, verbose=0).history
 
-    first = train()
+    first = train(2)
     assert len(set(first["mean"])) == 3
-    assert first == train()
-
-
-def test_common_draw_gives_each_replica_its_rows(make_strategy):
-    def draw(model, rows):
-        return distfit.random.normal((rows, 3), seed=model.generator)
-
-    one = _drawn(make_strategy(1), draw, rows=9, batch_size=5)
-    for replicas in (2, 3, 4, 8):
-        drawn = _drawn(make_strategy(replicas), draw, rows=9, batch_size=5)
-        np.testing.assert_array_equal(one, drawn)
-
-
-def test_common_draw_without_rows_is_the_same_everywhere(make_strategy):
-    def draw(model, rows):
-        one = distfit.random.uniform((1, 3), seed=model.generator)
-        return tf.repeat(one, rows, axis=0)
-
-    drawn = _drawn(make_strategy(2), draw)
-    np.testing.assert_array_equal(drawn, np.repeat(drawn[:1], 8, axis=0))
-
-
-def test_keras_random_draws_apart_on_replicas(make_strategy):
-    def draw(model, rows):
-        return keras.random.normal((rows, 3), seed=model.generator)
-
-    drawn = _drawn(make_strategy(2), draw)
-    assert not np.allclose(drawn[:4], drawn[4:])
-    one = _drawn(make_strategy(1), draw)
-    np.testing.assert_array_equal(drawn[:4], one[:4])
+    assert first == train(2)
+    comparing.assert_close_logs(train(1), first, 1e-6)
 
 
 def test_seed_state_stays_equal_on_replicas_and_as_on_one_device(make_strategy):
@@ -188,8 +171,6 @@ def test_seed_state_stays_equal_on_replicas_and_as_on_one_device(make_strategy):
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
 def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, replicas):
-    """A batch that may be smaller than the replica count is drawn for alike."""
-
     class Sums(distfit.Model):
         def __init__(self):
             super().__init__()
@@ -199,7 +180,7 @@ def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, re
             drawn = keras.random.uniform((tf.shape(data)[0], 3), seed=self.seeds)
             return {"mean": tf.reduce_mean(drawn)}
 
-    def mean(drop_remainder):
+    def mean(replicas, drop_remainder):
         with make_strategy(replicas).scope():
             model = Sums()
             model.compile()
@@ -207,10 +188,14 @@ def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, re
         batches = rows.batch(8, drop_remainder=drop_remainder)
         return model.fit(batches, verbose=0).history["mean"]
 
-    assert mean(drop_remainder=True) == mean(drop_remainder=False)
+    known, unknown, one = mean(replicas, True), mean(replicas, False), mean(1, True)
+    assert known == pytest.approx(one, rel=1e-6)
+    assert unknown == pytest.approx(one, rel=1e-6)
 
 
-def _nested(draw):
+def test_draws_in_a_nested_function_can_be_used_by_every_step(make_strategy):
+    """TensorFlow takes the trace of one step for the next."""
+
     class Nested(distfit.Model):
         def __init__(self):
             super().__init__()
@@ -218,38 +203,22 @@ def _nested(draw):
 
         @tf.function
         def call(self, x):
-            return x + draw(tf.shape(x), seed=self.seeds)
+            return x + keras.random.uniform(tf.shape(x), seed=self.seeds)
 
         def test_step(self, data):
             return {"mean": tf.reduce_mean(self(data))}
 
-    return Nested
+    def run(replicas):
+        with make_strategy(replicas).scope():
+            model = Nested()
+            model.compile()
+        x = np.zeros((8, 3), "float32")
+        drawn = model.predict(x, batch_size=8, verbose=0)
+        means = [model.evaluate(x[:n], batch_size=8, verbose=0) for n in (8, 7, 2)]
+        return drawn, means
 
-
-def test_draws_in_a_nested_function_can_be_used_by_every_step(make_strategy):
-    """TensorFlow takes the trace of one step for the next."""
-    with make_strategy(4).scope():
-        model = _nested(keras.random.uniform)()
-        model.compile()
-    x = np.zeros((8, 3), "float32")
-    drawn = model.predict(x, batch_size=8, verbose=0)
-    assert len(np.unique(drawn)) == 24
-    for rows in (8, 7, 2):
-        logs = model.evaluate(x[:rows], batch_size=8, verbose=0, return_dict=True)
-        assert 0 < logs["mean"] < 1
-
-
-def test_common_draw_in_a_nested_function_is_refused(make_strategy):
-    with make_strategy(2).scope():
-        model = _nested(distfit.random.uniform)()
-    with pytest.raises(ValueError, match="`distfit.random` in a nested `tf.function`"):
-        model.predict(np.zeros((8, 3), "float32"), verbose=0)
-
-
-def test_common_draw_takes_the_shape_of_a_tensor(make_strategy):
-    def draw(model, rows):
-        x = tf.zeros((rows, 3))
-        return distfit.random.normal(tf.shape(x), seed=model.generator)
-
-    one = _drawn(make_strategy(1), draw)
-    np.testing.assert_array_equal(one, _drawn(make_strategy(3), draw))
+    (one, means), (four, others) = run(1), run(4)
+    assert len(np.unique(one)) == 24
+    np.testing.assert_array_equal(one, four)
+    assert others == pytest.approx(means, rel=1e-6)
+    assert len(set(means)) == 3

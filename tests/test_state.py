@@ -8,7 +8,6 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit import probe
 
 ROWS, BATCH = 44, 14  # Batches of 14, 14, 14 and 2 rows.
 
@@ -79,21 +78,6 @@ def test_masked_batch_normalization_equals_one_device(make_strategy):
     comparing.assert_same(one, many)
 
 
-def test_local_batch_statistics_on_request_stay_equal_on_replicas(make_strategy):
-    def train(statistics):
-        def build():
-            model = _normalized()
-            model.batch_statistics = statistics
-            model.compile(keras.optimizers.SGD(0.05), "mse")
-            return model
-
-        return comparing.run(make_strategy(2), build, _fit)
-
-    assert not np.allclose(
-        train("local").history["loss"], train("global").history["loss"], rtol=1e-5
-    )
-
-
 class Codebook(distfit.Model):
     """Keeps a moving mean of its rows, a counter, and the rows it has seen."""
 
@@ -109,7 +93,7 @@ class Codebook(distfit.Model):
         self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x))
         self.steps.assign_add(1)
         rows = tf.cast(tf.shape(x)[0], tf.float32)
-        self.seen.assign_add(distfit.global_sum(rows))
+        self.seen.assign_add(rows)
         return super().train_step(data)
 
 
@@ -121,32 +105,11 @@ def _codebook():
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_state_from_local_rows_equals_one_device(make_strategy, replicas):
+def test_state_from_rows_equals_one_device(make_strategy, replicas):
     one, many = (
         comparing.run(make_strategy(n), _codebook, _fit) for n in (1, replicas)
     )
     comparing.assert_same(one, many)
-
-
-def test_only_state_from_local_rows_is_exchanged(make_strategy):
-    strategy = make_strategy(2)
-    with strategy.scope():
-        model = _codebook()
-    spec = (tf.TensorSpec((None, 8)), tf.TensorSpec((None, 1)))
-    plan = probe.probe(model, model.train_step, spec, strategy)
-    assert [v.name for v in plan.state] == ["mean"]
-
-
-def test_global_statistics_need_no_exchange_of_state(make_strategy):
-    strategy = make_strategy(2)
-    with strategy.scope():
-        model = _normalized()
-        model.compile("sgd", "mse")
-    _fit(model)
-    spec = (tf.TensorSpec((None, 8)), tf.TensorSpec((None, 1)))
-    plan = probe.probe(model, model.train_step, spec, strategy)
-    assert plan.state == []
-    assert plan.proportional == [True]
 
 
 class RowCounter(layers.Layer):
@@ -163,8 +126,7 @@ class RowCounter(layers.Layer):
         return inputs
 
 
-def test_state_computed_from_the_number_of_rows_stays_equal_on_replicas(make_strategy):
-    """The shape of a batch is known where the step is looked at, not where it runs."""
+def test_state_computed_from_the_number_of_rows_is_one_device_s(make_strategy):
     strategy = make_strategy(2)
     with strategy.scope():
         inputs = keras.Input((8,))
@@ -172,5 +134,52 @@ def test_state_computed_from_the_number_of_rows_stays_equal_on_replicas(make_str
         model.compile("sgd", "mse")
     model.fit(*comparing.regression_data(5), batch_size=5, verbose=0)
     comparing.check_replicas_agree(strategy, model)
-    # The mean over rows of what each replica counted: 2 of them 2, and 3 of them 3.
-    assert model.layers[1].rows.numpy() == pytest.approx((2 * 2 + 3 * 3) / 5)
+    assert model.layers[1].rows.numpy() == 5
+
+
+class Counts(distfit.Model):
+    """Counts what it sees in variables of every kind, and keeps the last rows."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.whole = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.large = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self.queue = tf.Variable(tf.zeros((6, 8)), trainable=False)
+
+    def train_step(self, data):
+        x, y = data
+        self.whole.assign_add(tf.shape(x, out_type=tf.int64)[0])
+        self.large.assign_add(2000.0 * tf.cast(tf.shape(x)[0], tf.float64) + 1e-6)
+        self.queue.assign(tf.concat([self.queue, x], 0)[-6:])
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_counts_are_exact_and_queues_hold_the_last_rows(make_strategy, replicas):
+    with make_strategy(replicas).scope():
+        inputs = keras.Input((8,))
+        model = Counts(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    _fit(model)
+    assert int(model.whole.numpy()) == 3 * ROWS
+    assert model.large.numpy() == pytest.approx(3 * ROWS * 2000 + 12e-6, abs=1e-8)
+    expected = comparing.regression_data(ROWS)[0][-6:]
+    np.testing.assert_array_equal(model.queue.numpy(), expected)
+
+
+COUNTER = keras.Variable(0, dtype="int32", trainable=False)
+
+
+def test_a_variable_made_outside_the_scope_is_counted_once(make_strategy):
+    class CountsOutside(distfit.Model):
+        def train_step(self, data):
+            COUNTER.assign_add(tf.shape(data[0])[0])
+            return super().train_step(data)
+
+    COUNTER.assign(0)
+    with make_strategy(3).scope():
+        inputs = keras.Input((8,))
+        model = CountsOutside(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    _fit(model)
+    assert int(COUNTER.numpy()) == 3 * ROWS

@@ -8,8 +8,8 @@ that builds the model of a `Workload` on the replicas of a strategy and returns 
 function `train()`: it trains for an epoch of `workload.epoch_steps` steps, `fused` of
 them per call of the compiled function, and returns the logs, `{name: float}`.
 
-All have the same network, data, metrics and optimizer, Keras's Adam with its defaults.
-The iterator lives on from epoch to epoch; metrics are reset and read once an epoch.
+All have the network, the data, the metrics and the optimizer of the workload. The
+iterator lives on from epoch to epoch; metrics are reset and read once an epoch.
 
 On several workers each worker calls both functions, with the workload of all of them.
 """

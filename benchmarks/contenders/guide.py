@@ -49,5 +49,5 @@ def prepare(base: type, workload, strategy, fused):
     """Prepares `fit` of the guide's class."""
     with strategy.scope():
         model = step_class(base, workload)(*workload.network(keras))
-        model.compile(optimizer="adam", steps_per_execution=fused)
+        model.compile(optimizer=workload.optimizer(keras), steps_per_execution=fused)
     return Fit(keras, model, workload)

@@ -8,12 +8,12 @@ import keras
 import tensorflow as tf
 
 
-def prepare(workload, strategy, fused, optimizer_class=keras.optimizers.Adam):
+def prepare(workload, strategy, fused, make_optimizer=None):
     dataset = strategy.experimental_distribute_dataset(workload.dataset())
     iterator = iter(dataset)
     with strategy.scope():
         model = keras.Model(*workload.network(keras))
-        optimizer = optimizer_class()
+        optimizer = (make_optimizer or workload.optimizer)(keras)
         optimizer.build(model.trainable_variables)
         loss_fn = workload.loss(keras, reduction="none")
         metrics = [keras.metrics.Mean(name="loss"), workload.metric(keras)]

@@ -26,4 +26,4 @@ class FlatAdam(keras.optimizers.Adam):
 
 
 def prepare(workload, strategy, fused):
-    return hand_written.prepare(workload, strategy, fused, optimizer_class=FlatAdam)
+    return hand_written.prepare(workload, strategy, fused, lambda keras: FlatAdam())

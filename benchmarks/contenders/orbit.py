@@ -36,7 +36,7 @@ class _Trainer(orbit.StandardTrainer):
         self.workload = workload
         self.strategy = strategy
         self.model = keras.Model(*workload.network(keras))
-        self.optimizer = keras.optimizers.Adam()
+        self.optimizer = workload.optimizer(keras)
         self.optimizer.build(self.model.trainable_variables)
         self.loss_fn = workload.loss(keras, reduction="none")
         self.metrics = [keras.metrics.Mean(name="loss"), workload.metric(keras)]

@@ -9,7 +9,7 @@ from benchmarks.contenders.fitting import Fit
 def prepare(workload, strategy, fused):
     with strategy.scope():
         model = _step_class(workload)(*workload.network(keras))
-        model.compile(optimizer="adam", steps_per_execution=fused)
+        model.compile(optimizer=workload.optimizer(keras), steps_per_execution=fused)
     return Fit(keras, model, workload)
 
 

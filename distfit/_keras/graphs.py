@@ -4,6 +4,7 @@
 |---|---|
 | `FuncGraph` | stages are graphs that captures nothing by accident |
 | `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
+| `function_def_to_graph` | the graph of a body that is only there as a definition |
 | `create_op` with attributes, `capture` | an operation with other inputs |
 | `UpdateContext` | variables act as their first copy while a step is traced |
 | `regroup`, `batch_reduce_to` | a sum over replicas outside of `strategy.run` |
@@ -11,7 +12,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,6 +20,7 @@ from tensorflow.python.distribute import distribute_lib, distribute_utils
 from tensorflow.python.distribute import values as distribute_values
 from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
 from distfit._keras import generators
 
@@ -76,14 +78,32 @@ def copy_operation(
 
 def body_of(op: tf.Operation, attribute: str) -> Any:
     """The graph of a function that an operation calls."""
-    return _function(op.graph, op.get_attr(attribute).name).graph
+    return _graph_of(op.graph, op.get_attr(attribute).name)
 
 
 def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
     """The graphs of a list of functions that an operation calls."""
     return [
-        _function(op.graph, f.name).graph for f in op.node_def.attr[attribute].list.func
+        _graph_of(op.graph, f.name) for f in op.node_def.attr[attribute].list.func
     ]
+
+
+def called_by_name(op: tf.Operation) -> Any:
+    """The graph of the function that is the type of an operation; None otherwise."""
+    graph = op.graph
+    while graph is not None:
+        if op.type in graph._functions:
+            return _graph_of(graph, op.type)
+        graph = getattr(graph, "outer_graph", None)
+    return None
+
+
+def _graph_of(graph: Any, name: str) -> Any:
+    found = _function(graph, name)
+    if hasattr(found, "graph"):
+        return found.graph
+    with graph.as_default():  # Of a `Defun`, as CTC uses it: only its definition.
+        return function_def_to_graph(found.definition)
 
 
 def functions_of(graph: Any) -> list[Any]:
@@ -133,14 +153,28 @@ def instance(
     current = ops.get_default_graph()
     for function in graph._functions.values():
         current._add_function_recursive(function)
-    given = {
-        name: current.capture(tensor) for name, tensor in inputs.items()
-    }
+    given = {f"{name}:0": current.capture(tensor) for name, tensor in inputs.items()}
+    _drop(graph_def, inputs)  # XLA compiles no placeholders, not even unused ones.
+    used = {f"{i.partition(':')[0]}:0" for node in graph_def.node for i in node.input}
     # One context for all operations: devices in the definition would take one for each.
     with tf.device(device):
-        return tf.graph_util.import_graph_def(
-            graph_def, input_map=given, return_elements=list(outputs), name="stage"
+        computed = iter(
+            tf.graph_util.import_graph_def(
+                graph_def,
+                input_map={name: t for name, t in given.items() if name in used},
+                return_elements=[name for name in outputs if name not in given],
+                name="stage",
+            )
+            or ()
         )
+    return [given[name] if name in given else next(computed) for name in outputs]
+
+
+def _drop(graph_def: Any, names: Container[str]) -> None:
+    """Removes nodes of given names."""
+    found = [i for i, node in enumerate(graph_def.node) if node.name in names]
+    for index in reversed(found):
+        del graph_def.node[index]
 
 
 def instance_of_function(
@@ -250,10 +284,19 @@ def copy_from_first_replica(strategy: Any) -> None:
 
     For steps that run eagerly, on the first copies alone.
     """
-    for thing in gc.get_objects():
-        if not issubclass(type(thing), distribute_values.MirroredVariable):
-            continue
-        if thing._distribute_strategy is strategy:
-            first, *others = thing.values
-            for other in others:
-                other.assign(first.value())
+    for variable in _variables_of(strategy, distribute_values.MirroredVariable):
+        first, *others = variable.values
+        for other in others:
+            other.assign(first.value())
+
+
+def own_parts(strategy: Any) -> list[tuple[tf.Variable, tf.Tensor]]:
+    """The first part in this process of each variable that is summed on read."""
+    kind = distribute_values.SyncOnReadVariable
+    parts = [v.values[0] for v in _variables_of(strategy, kind)]
+    return [(part, tf.identity(part.value())) for part in parts]
+
+
+def _variables_of(strategy: Any, kind: type) -> list[Any]:
+    found = [v for v in gc.get_objects() if issubclass(type(v), kind)]
+    return [v for v in found if v._distribute_strategy is strategy]

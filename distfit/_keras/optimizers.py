@@ -79,11 +79,22 @@ def _built_in(scope: Callable, optimizer: Any) -> Callable:
 
     def build(variables):
         # A part of accumulated gradients stays on each replica until it is used.
-        with tf.init_scope(), scope():
+        with tf.init_scope(), scope(), _at_home(optimizer):
             with tf.variable_creator_scope(_summed_accumulators):
                 return stock(variables)
 
     return build
+
+
+@contextlib.contextmanager
+def _at_home(optimizer: Any) -> Iterator[None]:
+    """Lets an optimizer make variables in the scope, wherever it was made itself."""
+    name, own = "_distribution_strategy", optimizer._distribution_strategy
+    object.__setattr__(optimizer, name, tf.distribute.get_strategy())
+    try:
+        yield
+    finally:
+        object.__setattr__(optimizer, name, own)
 
 
 def _summed_accumulators(next_creator, **kwargs):

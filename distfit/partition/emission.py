@@ -209,12 +209,20 @@ class Emitter:
         sizes: What is known of the number of rows.
         num_replicas: Number of replicas of all workers.
         findings: Gets a `Finding` for each operation that is not partitioned.
+        jit: Whether stages are compiled by XLA.
     """
 
-    def __init__(self, sizes: Sizes, num_replicas: int, findings: list[Finding]):
+    def __init__(
+        self,
+        sizes: Sizes,
+        num_replicas: int,
+        findings: list[Finding],
+        jit: bool = False,
+    ):
         self.sizes = sizes
         self.num_replicas = num_replicas
         self.findings = findings
+        self.jit = jit
         self.levels = [Level()]
         self.exchanges: dict[int, Exchange] = {}
         self.rows = RowPorts.new()
@@ -564,6 +572,13 @@ class Emitter:
                 size = size * self._scalar(factor, dtype, stage)
         return size
 
+    def start(self) -> Value:
+        """The first row of a replica, an int32 scalar."""
+        stage = self.levels[0].stage
+        start = stage.input(self.rows.start, tf.int32, ())
+        with stage.graph.as_default():
+            return self.value(REPLICATED, [], tf.identity(start), stage, 0)
+
     def known(self, sizes: Any, dtype: tf.DType) -> Value:
         """A value of known sizes, which is computed only where it is used."""
         sizes = np.asarray(sizes, object)
@@ -784,7 +799,7 @@ class Emitter:
     ) -> "tuple[Emitter, list[Value]]":
         """Emits the body of a branch or of a loop: its emitter and its outputs."""
         flat = Flat(graph)
-        inner = Emitter(self.sizes, self.num_replicas, [])
+        inner = Emitter(self.sizes, self.num_replicas, [], self.jit)
         resources: dict[int, Resource] = {}
         for node, value in zip(flat.inputs, inputs, strict=True):
             resource = value.resource

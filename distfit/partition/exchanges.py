@@ -113,12 +113,12 @@ class Replicas:
         return self._each(lambda t: _closed(t, dim), self._sum(parts))
 
     def _sum(self, parts: list) -> list:
+        dtype = parts[0].dtype
         if self.count == self.num_replicas and _all_on_cpu(self.devices):
             with tf.device(self.devices[0]):
-                total = tf.add_n(parts)
+                total = _unwired(tf.add_n([_wired(t) for t in parts]), dtype)
             return [total] * self.count
         wired = self._each(_wired, parts)
-        dtype = parts[0].dtype
         summed = graphs.sum_over_replicas(self.strategy, wired)
         return self._each(lambda t: _unwired(t, dtype), summed)
 

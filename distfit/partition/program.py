@@ -338,7 +338,10 @@ class Loop(Meeting):
 
         def body(*flat):
             outputs = self.body.place(variables(flat), rows, replicas, jit)
-            return [tf.identity(t) for i in moving for t in outputs[i]]
+            kept = [(i, tf.identity(t)) for i in moving for t in outputs[i]]
+            for i, tensor in kept:
+                tensor.set_shape(self.shapes[i])  # What TensorFlow may not infer.
+            return [tensor for _, tensor in kept]
 
         flat = tf.while_loop(
             condition,

@@ -151,7 +151,8 @@ class Step:
             keep: Whether outputs that are sums over replicas stay their parts.
         """
         sizes = Sizes(self._rows)
-        emitter = Emitter(sizes, self.replicas.num_replicas, self.findings)
+        count = self.replicas.num_replicas
+        emitter = Emitter(sizes, count, self.findings, self.jit)
         self._feed(emitter)
         emitter.run(nodes)
         values = []
@@ -201,11 +202,16 @@ class Step:
 
     @property
     def variables(self) -> list:
-        """The distributed variables that the step uses, and others that it reads."""
-        captured = [outer for outer, _ in self._graph.captures]
-        found = [graphs.variable_of(handle) for handle in captured]
-        found += list(self._graph.variables)
-        return list({id(v): v for v in found if v is not None}.values())
+        """The variables that the step takes from outside, in the order of their use.
+
+        That order is the same on all workers.
+        """
+        read = {id(v.handle): v for v in self._graph.variables}
+        found = [
+            graphs.variable_of(handle) or read.get(id(handle))
+            for handle, _ in self._graph.captures
+        ]
+        return [v for v in found if v is not None]
 
     # --- Placing them.
 

@@ -118,6 +118,8 @@ class Flat:
             inputs = [edges[t.ref()] for t in op.inputs]
             if op.type in CALLS:
                 outputs = self._inline(graphs.body_of(op, "f"), inputs)
+            elif (body := graphs.called_by_name(op)) is not None:
+                outputs = self._inline(body, inputs)
             else:
                 node = Node(op, inputs)
                 self.nodes.append(node)

@@ -150,7 +150,9 @@ class _Verification:
         keras.utils.set_random_seed(0)
         with _keras.fresh_names():
             model = self._build()
-        tf.random.set_seed(None)  # A draw without a seed cannot be told from others.
+        # TensorFlow would derive a seed for draws without one, from their place in the
+        # graph, which is not the same here and there. Without, they are recognised.
+        tf.random.set_seed(None)
         check_compiled(model)
         if model in self._made:
             raise ValueError(

@@ -201,10 +201,9 @@ def describe(deviations: Sequence[Deviation]) -> str:
         numbers = " and ".join(map(str, by_number))
         return f"The copies of {worst.label} differ on {numbers} replicas."
     amounts = " and ".join(map(_amount, by_number.values()))
-    where = "" if worst.batch is None else f" ({worst.batch.rows} rows)"
-    return (
-        f"First to differ: the {what}, in step {worst.step + 1}{where}. It is {amounts}."
-    )
+    rows = "" if worst.batch is None else f" ({worst.batch.rows} rows)"
+    step = f"step {worst.step + 1}{rows}"
+    return f"First to differ: the {what}, in {step}. It is {amounts}."
 
 
 def _amount(deviation: Deviation) -> str:

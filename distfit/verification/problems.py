@@ -60,7 +60,7 @@ def does_not_repeat(what: str, draws: Sequence[str]) -> Problem:
     else:
         message += (
             "The step depends on something that is no variable of the model, such as "
-            "the state of a Python function: keep it in a variable, or make it constant."
+            "the state of a Python function: keep it in a variable."
         )
     return Problem("does not repeat", message, "\n    ".join(draws) or None)
 

@@ -90,7 +90,7 @@ class OneDevice:
         self._graphs.append(function.get_concrete_function().graph)
         return function
 
-    def _function(self, mode: str) -> Callable:
+    def _function(self, mode: str) -> Any:
         step = getattr(self.model, _STEPS[mode])
 
         def run(batch):
@@ -116,15 +116,14 @@ class OneDevice:
         for variable, value in self._outside:
             variable.assign(value)
 
-    def record(self, batches: list[Batch], perturbation: int | None = None):
+    def record(
+        self, batches: list[Batch], perturbation: int | None = None
+    ) -> Recording:
         """Runs the batches from the initial weights.
 
         Args:
             batches: The global batches.
             perturbation: If given, the seed of small errors of the initial weights.
-
-        Returns:
-            A `Recording`.
         """
         initial = self.initial
         if perturbation is not None:

@@ -153,7 +153,8 @@ def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
     lost = window - 1 if padding == "VALID" else 0
     if isinstance(dim, int):
         return max(-(-(dim - lost) // stride), 0)
-    exact = quotient(dim, stride) if lost == 0 else None
+    apart = lost == 0 or window <= stride
+    exact = quotient(dim, stride) if apart else None
     return Size(1, (f"windows({dim}-{lost}/{stride})",)) if exact is None else exact
 
 
@@ -181,10 +182,11 @@ def _spread(emitter: Emitter, node: Node, filter: Value) -> list[Any]:
     first = 2 if node.attr("data_format").startswith("NC") else 1
     windows: list[Any] = [1] * rank
     for i in range(rank - 2):
-        taps = emitter.sizes.number((filter.dims or [])[i])
-        known = isinstance(taps, int)
-        at = first + i
-        windows[at] = (taps - 1) * dilations[at] + 1 if known else None
+        taps, at = emitter.sizes.number((filter.dims or [])[i]), first + i
+        if isinstance(taps, int):
+            windows[at] = (taps - 1) * dilations[at] + 1
+        else:
+            windows[at] = None
     return windows
 
 

@@ -166,7 +166,7 @@ def align(
     if not cut:
         return list(inputs), REPLICATED
     # Where rows meet along two dimensions, as in x[:, None] - x[None], the first stays.
-    lead = min(cut, key=lambda v: v.layout.dim - v.rank)
+    lead = min(cut, key=lambda v: (v.layout.dim - v.rank, v.whole is not None))
     layout = lead.layout.moved(lead.layout.dim - lead.rank + rank)
     result = []
     for value in inputs:

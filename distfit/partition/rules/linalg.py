@@ -6,10 +6,19 @@ operation works on fall back.
 
 from collections.abc import Sequence
 
+import tensorflow as tf
+
 from distfit.partition.emission import Emitter, Value, rule
-from distfit.partition.layouts import PARTIAL, REPLICATED, Dim, Layout, unknown
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    Dim,
+    Layout,
+    by_rows,
+    unknown,
+)
 from distfit.partition.rules.elementwise import align
-from distfit.partition.rules.sizes import elements_of
+from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
 
 # For each type, how many of its first inputs are tensors, whose last `core` dimensions
@@ -22,8 +31,6 @@ _TENSORS_AND_CORE = {
     **dict.fromkeys(("CholeskyGrad", "MatrixSolve", "MatrixTriangularSolve"), (2, 2)),
     **dict.fromkeys(("MatrixSolveLs", "BandedTriangularSolve"), (2, 2)),
     **dict.fromkeys(("TridiagonalSolve",), (2, 2)),
-    **dict.fromkeys(("MatrixBandPart", "MatrixDiagPart", "MatrixDiagPartV2"), (1, 2)),
-    **dict.fromkeys(("MatrixDiagPartV3",), (1, 2)),
     **dict.fromkeys(("FFT", "IFFT", "RFFT", "IRFFT", "MatrixDiag"), (1, 1)),
     **dict.fromkeys(("FFT2D", "IFFT2D", "RFFT2D", "IRFFT2D"), (1, 2)),
     **dict.fromkeys(("FFT3D", "IFFT3D", "RFFT3D", "IRFFT3D"), (1, 3)),
@@ -88,10 +95,70 @@ def _result(
 @rule("MatrixDiagV2", "MatrixDiagV3")
 def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     """The last dimension of the diagonals, or their last two where there are many."""
-    rank, result = inputs[0].dims, node.outputs[0].shape.rank
-    if rank is None or result is None:
+    value, *others = (emitter.whole(v) if v.is_partial else v for v in inputs)
+    result = node.outputs[0].shape.rank
+    if value.dims is None or result is None:
         return None
-    return batched(emitter, node, inputs, 1, len(rank) - (result - 2))
+    core = value.rank - (result - 2)
+    if not _is_last(value) or core != 1:
+        return batched(emitter, node, inputs, 1, core)
+    if [ints(v) for v in others[:3]] != [[0], [-1], [-1]]:
+        return None
+    size = value.dims[-1]
+
+    def diag(tensor, padding, total, start):
+        on = _diagonal(tensor, total, start)
+        return tf.where(on, tensor[..., tf.newaxis], padding)
+
+    given = [value, emitter.whole(others[3]), emitter.known(size, tf.int32)]
+    dims = [*value.dims, size]
+    return [emitter.call(diag, [*given, emitter.start()], value.layout, dims)]
+
+
+def _is_last(value: Value) -> bool:
+    """Whether the last dimension is the rows, one after another."""
+    return value.has_rows and value.layout == by_rows(value.rank - 1)
+
+
+def _diagonal(tensor, total, start):
+    """Where a replica's rows of a square matrix meet its diagonal: [rows, total]."""
+    own = start + tf.range(tf.shape(tensor)[-1])
+    return own[:, tf.newaxis] == tf.range(total)
+
+
+@rule("MatrixDiagPart", "MatrixDiagPartV2", "MatrixDiagPartV3")
+def _diag_part(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, *others = (emitter.whole(v) if v.is_partial else v for v in inputs)
+    matrix = _square_of_rows(emitter, value)
+    if matrix is None:
+        return batched(emitter, node, inputs, 1, 2)
+    if others and ints(others[0]) != [0]:
+        return None
+
+    def part(tensor, total, start):
+        on = _diagonal(tensor[..., 0], total, start)
+        kept = tf.where(on, tensor, tf.zeros((), tensor.dtype))
+        if tensor.dtype == tf.bool:
+            return tf.reduce_any(kept, -1)
+        return tf.reduce_sum(kept, -1)
+
+    given = [matrix, emitter.known(value.dims[-1], tf.int32), emitter.start()]
+    layout = matrix.layout.moved(value.rank - 2)
+    return [emitter.call(part, given, layout, value.dims[:-1])]
+
+
+def _square_of_rows(emitter: Emitter, value: Value) -> Value | None:
+    """Square matrices of pairs of rows, by the first of the two; else None."""
+    if value.dims is None or value.rank < 2 or not value.has_rows:
+        return None
+    if not emitter.sizes.same(value.dims[-1], value.dims[-2]):
+        return None
+    layout = by_rows(value.rank - 2)
+    if value.layout == layout:
+        return value
+    if value.layout != by_rows(value.rank - 1):
+        return None
+    return emitter.call(tf.linalg.matrix_transpose, [value], layout, value.dims)
 
 
 @rule("MatrixSetDiag", "MatrixSetDiagV2", "MatrixSetDiagV3")
@@ -99,14 +166,56 @@ def _set_diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] 
     value, diagonal, *others = (emitter.whole(v) if v.is_partial else v for v in inputs)
     if value.dims is None or diagonal.dims is None:
         return None
-    lead = next((v.layout for v in (value, diagonal) if v.has_rows), None)
     given = [emitter.whole(v) for v in others]
-    if lead is None:
+    if not value.has_rows and not diagonal.has_rows:
         return emitter.op(node, [value, diagonal, *given], REPLICATED, value.dims)
+    if value.layout == by_rows(value.rank - 2) or _is_last(diagonal):
+        return _set_diag_of_rows(emitter, value, diagonal, others)
+    lead = value.layout if value.has_rows else diagonal.layout
     laid = laid_by(emitter, [value, diagonal], lead)
     if laid is None or lead.dim >= value.rank - 2:
         return None
     return emitter.op(node, [*laid, *given], lead, value.dims)
+
+
+def _set_diag_of_rows(emitter, value, diagonal, others) -> list[Value] | None:
+    layout, dims = by_rows(value.rank - 2), value.dims
+    is_main = not others or ints(others[0]) == [0]
+    if not is_main or not emitter.sizes.same(dims[-1], dims[-2]):
+        return None
+    laid = laid_by(emitter, [value, diagonal], layout)
+    if laid is None or diagonal.rank != value.rank - 1:
+        return None
+
+    def with_diagonal(tensor, part, total, start):
+        on = _diagonal(part, total, start)
+        return tf.where(on, part[..., tf.newaxis], tensor)
+
+    given = [*laid, emitter.known(dims[-1], tf.int32), emitter.start()]
+    return [emitter.call(with_diagonal, given, layout, dims)]
+
+
+@rule("MatrixBandPart")
+def _band_part(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, *limits = (emitter.whole(v) if v.is_partial else v for v in inputs)
+    if value.dims is None or any(v.has_rows for v in limits):
+        return None
+    if not value.has_rows or value.layout.dim < value.rank - 2:
+        return batched(emitter, node, inputs, 1, 2)
+    at = value.layout.dim
+    if value.layout != by_rows(at):
+        return None
+
+    def band(tensor, lower, upper, start):
+        lower, upper = tf.cast(lower, tf.int32), tf.cast(upper, tf.int32)
+        shape = tf.shape(tensor)
+        i, j = tf.range(shape[-2])[:, tf.newaxis], tf.range(shape[-1])
+        below = i - j + (start if at == value.rank - 2 else -start)
+        kept = ((lower < 0) | (below <= lower)) & ((upper < 0) | (-below <= upper))
+        return tf.where(kept, tensor, tf.zeros((), tensor.dtype))
+
+    given = [value, *limits, emitter.start()]
+    return [emitter.call(band, given, value.layout, value.dims)]
 
 
 def laid_by(

@@ -53,15 +53,14 @@ def contraction(
 def _by_rows(
     emitter: Emitter, values: list[Value], terms: Sequence[str], output: str
 ) -> tuple[list[Value], Layout] | None:
-    cut = [
-        (t[v.layout.dim], v.layout)
-        for t, v in zip(terms, values, strict=True)
-        if v.has_rows
-    ]
+    pairs = zip(terms, values, strict=True)
+    cut = [(t[v.layout.dim], v) for t, v in pairs if v.has_rows]
     if not cut:
         return values, REPLICATED
-    # Rows that the result has cost nothing; else the first that are contracted.
-    label, layout = next(((c, lies) for c, lies in cut if c in output), cut[0])
+    # Rows that the result has cost nothing; else those that are contracted. What is
+    # known whole can be cut in another way for nothing.
+    label, lead = min(cut, key=lambda c: (c[0] not in output, c[1].whole is not None))
+    layout = lead.layout
     laid = []
     for term, value in zip(terms, values, strict=True):
         if label not in term:

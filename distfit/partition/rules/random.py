@@ -39,21 +39,28 @@ _MOST_BLOCKS = 4
 # --- Stateless draws of equal elements.
 
 
-@rule(
-    *("StatelessRandomUniformV2", "StatelessRandomNormalV2"),
-    *("StatelessRandomUniformIntV2", "StatelessRandomUniformFullIntV2"),
-)
-def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    """A draw of `group` elements for each step of the counter.
+# XLA counts on as kernels do, for these.
+_UNIFORM = {
+    *("StatelessRandomUniformV2", "StatelessRandomUniformIntV2"),
+    *("StatelessRandomUniformFullIntV2",),
+}
 
-    Kernels of CPU and GPU count alike, as does XLA. Of a truncated normal draw, XLA
-    takes other steps, so that is drawn in full.
+
+@rule(*_UNIFORM, "StatelessRandomNormalV2", "StatelessTruncatedNormalV2")
+def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    """A draw of `group` elements for each step of the counter, or for a few.
+
+    That is how kernels of CPU and GPU draw. In XLA, a normal draw depends on the whole
+    shape; there, and where the algorithm may be another, the draw is cut.
     """
     whole = _in_full(emitter, node, inputs, inputs[0])
     layout = _rows_of(emitter, inputs[0], whole.dims)
     if layout is None:
         return [whole]
-    if not _counts(emitter, inputs[3]) or not _is_in_spans(emitter, layout, whole.dims):
+    counts = _counts(emitter, inputs[3]) and (
+        node.type in _UNIFORM or not _is_compiled(emitter)
+    )
+    if not counts or not _is_in_spans(emitter, layout, whole.dims):
         return [emitter.cut(whole, layout)]
 
     def drawn(size, counter, key, alg, *bounds):
@@ -61,15 +68,22 @@ def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 
     given = [emitter.whole(v) for v in inputs[1:]]
     group = 2 if whole.dtype.size == 8 else 4
-    part = _in_spans(emitter, given, whole.dims, layout, drawn, group)
+    # 256 numbers are kept for each truncated one, and a step gives 4.
+    steps = 64 * group if node.type == "StatelessTruncatedNormalV2" else 1
+    part = _in_spans(emitter, given, whole.dims, layout, drawn, group, steps)
     part.whole = whole
     return [part]
 
 
+def _is_compiled(emitter: Emitter) -> bool:
+    """Whether XLA may compile the draw."""
+    return emitter.jit or bool(tf.config.optimizer.get_jit())
+
+
 @rule(
-    *("StatelessTruncatedNormalV2", "StatelessRandomUniform", "StatelessRandomNormal"),
-    *("StatelessTruncatedNormal", "StatelessRandomUniformInt"),
-    *("StatelessRandomUniformFullInt", "StatelessParameterizedTruncatedNormal"),
+    *("StatelessRandomUniform", "StatelessRandomNormal", "StatelessTruncatedNormal"),
+    *("StatelessRandomUniformInt", "StatelessRandomUniformFullInt"),
+    *("StatelessParameterizedTruncatedNormal",),
 )
 def _draw_all(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     whole = _in_full(emitter, node, inputs, inputs[0])
@@ -276,7 +290,10 @@ def _gamma(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     single = emitter.sizes.is_one(product(alpha.dims or ()))
     given = [emitter.whole(v) for v in (key, counter, alg)]
     given.append(alpha if single else emitter.to(alpha, layout))
-    return [_in_spans(emitter, given, dims, layout, drawn, steps=256)]
+    part = _in_spans(emitter, given, dims, layout, drawn, steps=256)
+    if not _at_hand(emitter, alpha).has_rows:
+        part.whole = _in_full(emitter, node, inputs, shape)
+    return [part]
 
 
 def _rows_of_gamma(

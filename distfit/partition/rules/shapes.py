@@ -37,11 +37,18 @@ def _reshape(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
     if not value.has_rows:
         dims = _resolved(emitter, value, wanted)
         return emitter.op(node, [value, emitter.whole(shape)], value.layout, dims)
+    if _is_its_shape(emitter, value, wanted):
+        return [value]
     found = reshaped(emitter, value, wanted)
     if found is None:
         return None
     dims, layout = found
     return [to_shape(emitter, value, dims, layout)]
+
+
+def _is_its_shape(emitter: Emitter, value: Value, wanted: list[Dim]) -> bool:
+    same = emitter.sizes.same
+    return len(wanted) == value.rank and all(map(same, wanted, value.dims or ()))
 
 
 def to_shape(
@@ -208,8 +215,14 @@ def _spread(
             if not emitter.sizes.same(value.dims[own], layout.size):
                 return None
             value = emitter.cut(value, layout.moved(own))
+    source = value if value.is_replicated else None
     local = emitter.local_shape(dims, layout)
-    return [emitter.call(tf.broadcast_to, [value, local], layout, dims)]
+    result = emitter.call(tf.broadcast_to, [value, local], layout, dims)
+    if source is not None:
+        # For other rows, and where it is needed whole, there is nothing to exchange.
+        given = [source, emitter.known(dims, tf.int32)]
+        result.whole = emitter.call(tf.broadcast_to, given, REPLICATED, dims)
+    return [result]
 
 
 def _rows_at(dims: list[Dim]) -> int | None:
@@ -248,7 +261,10 @@ def _tiled_to_rows(
         return None
     local = emitter.local_shape(times, by_rows(at, 1, each))
     layout = by_rows(at, 1, product([each, size]))
-    return [emitter.call(tf.tile, [value, local], layout, dims)]
+    result = emitter.call(tf.tile, [value, local], layout, dims)
+    given = [value, emitter.known(times, tf.int32)]
+    result.whole = emitter.call(tf.tile, given, REPLICATED, dims)
+    return [result]
 
 
 # --- Joining and taking apart.
@@ -268,10 +284,9 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
         laid = [emitter.as_partial(v) for v in values]
         return emitter.op(node, [*laid, where], PARTIAL, dims)
     values = [emitter.whole(v) if v.is_partial else v for v in values]
-    cut = [v for v in values if v.has_rows]
-    if not cut:
+    if not any(v.has_rows for v in values):
         return emitter.op(node, [*values, where], REPLICATED, dims)
-    layout = cut[0].layout
+    layout = _lead(values).layout
     if layout.dim != axis:
         laid = _alike(emitter, values, layout)
         if laid is None:
@@ -279,6 +294,12 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
         dims[layout.dim] = layout.size
         return emitter.op(node, [*laid, where], layout, dims)
     return _blocks(emitter, node, values, where, axis, dims)
+
+
+def _lead(values: list[Value]) -> Value:
+    """The value by whose rows others are laid: one that is not known whole, if any."""
+    cut = [v for v in values if v.has_rows]
+    return min(cut, key=lambda v: v.whole is not None)
 
 
 def _total(emitter: Emitter, along: list[Dim]) -> Dim:
@@ -308,16 +329,15 @@ def _alike(emitter: Emitter, values: list[Value], layout: Layout) -> Any:
 
 def _blocks(emitter, node, values, where, axis: int, dims) -> list[Value] | None:
     """Joins along the rows: the rows of the first, then those of the next."""
-    inner = next(v.layout.inner for v in values if v.has_rows)
+    lead = _lead([v for v in values if v.has_rows and v.layout.dim == axis])
+    inner = lead.layout.inner
     laid, blocks = [], 0
     for value in values:
-        if not value.has_rows:
-            many = _count(emitter, value.dims[axis], inner)
-            if not many:
-                return None
-            value = emitter.cut(value, by_rows(axis, many, inner))
+        many = _count(emitter, value.dims[axis], inner)
+        if many and (not value.has_rows or value.whole is not None):
+            value = emitter.to(value, by_rows(axis, many, inner))
         layout = value.layout
-        if layout.dim != axis or layout.inner != inner:
+        if not value.has_rows or (layout.dim, layout.inner) != (axis, inner):
             return None
         if not isinstance(layout.blocks, int):
             return None
@@ -349,13 +369,13 @@ def _pack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     values = [emitter.whole(v) if v.is_partial else v for v in inputs]
     if any(v.rank != rank for v in values):
         return None
-    cut = [v for v in values if v.has_rows]
-    if not cut:
+    if not any(v.has_rows for v in values):
         return emitter.op(node, values, REPLICATED, dims)
-    laid = _alike(emitter, values, cut[0].layout)
+    lead = _lead(values).layout
+    laid = _alike(emitter, values, lead)
     if laid is None:
         return None
-    layout = _inserted(cut[0].layout, axis)
+    layout = _inserted(lead, axis)
     dims[layout.dim] = layout.size
     return emitter.op(node, laid, layout, dims)
 
@@ -755,22 +775,69 @@ def _pad(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | Non
         value = emitter.whole(value)
     if value.dims is None or numbers is None:
         return None
-    dims: list[Dim] = []
-    for i, dim in enumerate(value.dims):
-        before, after = numbers[2 * i : 2 * i + 2]
-        if before == 0 and after == 0:
-            dims.append(dim)
-            continue
-        if value.has_rows and i == value.layout.dim:
-            return None
-        number: Any = emitter.sizes.number(dim)
-        if all(isinstance(n, int) for n in (before, number, after)):
-            more = before + after
-            dims.append(number + (-more if node.type == "MirrorPadGrad" else more))
-        else:
-            dims.append(unknown())
     given = [emitter.whole(v) for v in (where, *rest)]
+    dims = _padded_dims(emitter, node, value.dims, numbers)
+    if not value.has_rows:
+        return emitter.op(node, [value, *given], value.layout, dims)
+    at = value.layout.dim
+    if numbers[2 * at] != 0 or numbers[2 * at + 1] != 0:
+        return _padded_rows(emitter, node, value, numbers, given, dims)
+    if node.type.startswith("Mirror"):
+        return [_mirrored(emitter, node, value, given, dims)]
     return emitter.op(node, [value, *given], value.layout, dims)
+
+
+def _padded_dims(emitter: Emitter, node: Node, dims: list[Dim], numbers) -> list[Dim]:
+    padded: list[Dim] = []
+    for i, dim in enumerate(dims):
+        before, after = numbers[2 * i : 2 * i + 2]
+        number: Any = emitter.sizes.number(dim)
+        if before == 0 and after == 0:
+            padded.append(dim)
+        elif all(isinstance(n, int) for n in (before, number, after)):
+            more = before + after
+            padded.append(number + (-more if node.type == "MirrorPadGrad" else more))
+        else:
+            padded.append(unknown())
+    return padded
+
+
+def _padded_rows(emitter, node, value, numbers, given, dims) -> list[Value] | None:
+    """The gradient of a slice of blocks of rows: further blocks, of zeros."""
+    lies, at = value.layout, value.layout.dim
+    ends = numbers[2 * at : 2 * at + 2]
+    before, after = (_count(emitter, n, lies.inner) for n in ends)
+    if node.type not in ("Pad", "PadV2") or not isinstance(lies.blocks, int):
+        return None
+    if before is None or after is None or min(before, after) < 0:
+        return None
+    layout = by_rows(at, before + lies.blocks + after, lies.inner)
+    dims[at] = layout.size
+
+    def padded(tensor, paddings, *constant):
+        one = tf.math.floordiv(tf.shape(tensor)[at], lies.blocks)
+        of_rows = tf.cast([[before * one, after * one]], paddings.dtype)
+        paddings = tf.concat([paddings[:at], of_rows, paddings[at + 1 :]], 0)
+        return tf.pad(tensor, paddings, constant_values=constant[0] if constant else 0)
+
+    return [emitter.call(padded, [value, *given], layout, dims)]
+
+
+def _mirrored(emitter, node, value, given, dims) -> Value:
+    """With a row of zeros more, as the kernels refuse tensors without elements."""
+    at = value.layout.dim
+
+    def mirrored(tensor, paddings):
+        one: list[Any] = [[0, 0]] * value.rank
+        one[at] = [0, 1]
+        operation = getattr(tf.raw_ops, node.type)
+        more = operation(input=tf.pad(tensor, one), paddings=paddings, mode=mode)
+        size = [-1] * value.rank
+        size[at] = tf.shape(tensor)[at]
+        return tf.slice(more, [0] * value.rank, tf.stack(size))
+
+    mode = node.attr("mode")
+    return emitter.call(mirrored, [value, *given], value.layout, dims)
 
 
 @rule("Cumsum", "Cumprod", "ReverseV2", "CumulativeLogsumexp", "Roll")

@@ -204,10 +204,19 @@ def _strided_slice(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 @size_rule("Slice")
 def _slice(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
     elements, begin, size = inputs[0].sizes, ints(inputs[1]), ints(inputs[2])
-    if elements is None or begin is None or size is None or elements.ndim != 1:
+    if elements is None or begin is None or size is None:
         return None
-    end = None if size[0] == -1 else begin[0] + size[0]
-    return [elements[begin[0] : end]]
+    index = tuple(
+        slice(at, None if many == -1 else at + many)
+        for at, many in zip(begin, size, strict=True)
+    )
+    return [elements[index]]
+
+
+@size_rule("Transpose")
+def _transpose(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    elements, order = inputs[0].sizes, ints(inputs[1])
+    return None if elements is None or order is None else [elements.transpose(order)]
 
 
 @size_rule("Pack")

@@ -1,0 +1,42 @@
+"""A fixture that trains a program on one device, by stock Keras, and on replicas."""
+
+import contextlib
+
+import comparing
+import keras
+import pytest
+import tensorflow as tf
+
+import distfit
+
+OPTIONS = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
+
+
+def _trained(build, data, options, scope, fit) -> comparing.Run:
+    keras.utils.set_random_seed(7)
+    with scope:
+        model = build()
+    options = OPTIONS | options
+    if isinstance(data[0], tf.data.Dataset):
+        del options["batch_size"]
+    history = fit(model, *data, **options).history
+    return comparing.Run(history, model.get_weights())
+
+
+@pytest.fixture
+def assert_same(make_strategy):
+    """`assert_same(build, *data, **options)`: trains what `build` makes.
+
+    By `keras.Model.fit` on one device and by `distfit.fit` on 2 and 3 replicas, where
+    weights and logs are the same.
+    """
+
+    def check(build, *data, **options):
+        scope = contextlib.nullcontext()
+        one = _trained(build, data, options, scope, keras.Model.fit)
+        for replicas in (2, 3):
+            scope = make_strategy(replicas).scope()
+            other = _trained(build, data, options, scope, distfit.fit)
+            comparing.assert_same(one, other)
+
+    return check

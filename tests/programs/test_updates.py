@@ -1,0 +1,260 @@
+"""What people do with gradients by hand, on 2 and 3 replicas."""
+
+import keras
+import pytest
+import tensorflow as tf
+from keras import optimizers
+from pieces import Program, compiled, mlp, numbers
+
+DATA = numbers(5), numbers(1, seed=2)
+
+
+class Regression(Program):
+    """Squares, with a step for derived classes to change."""
+
+    def __init__(self):
+        super().__init__(mlp(5, 1))
+        self.prepare()
+
+    def prepare(self):
+        """Makes what the step needs."""
+
+    def loss_of(self, x, y):
+        return tf.reduce_mean(tf.square(y - self.net(x, training=True)))
+
+    def gradients(self, *data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(*data)
+        return loss, tape.gradient(loss, self.trainable_variables)
+
+    def zeros(self):
+        return [
+            self.add_weight(
+                shape=v.shape, initializer="zeros", trainable=False, name=f"slot{i}"
+            )
+            for i, v in enumerate(self.net.trainable_variables)
+        ]
+
+
+class SharpnessAware(Regression):
+    """The gradient where the loss is highest nearby."""
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        scale = 0.05 / (tf.linalg.global_norm(gradients) + 1e-12)
+        moves = [g * scale for g in gradients]
+        for variable, move in zip(self.trainable_variables, moves, strict=True):
+            variable.assign_add(move)
+        _, gradients = self.gradients(*data)
+        for variable, move in zip(self.trainable_variables, moves, strict=True):
+            variable.assign_sub(move)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"raw": loss}
+
+
+def test_sharpness_aware_steps(assert_same):
+    assert_same(compiled(SharpnessAware), *DATA)
+
+
+class ClippedByNorm(Regression):
+    """Each gradient on its own."""
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        gradients = [tf.clip_by_norm(g, 0.1) for g in gradients]
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"raw": loss}
+
+
+class ClippedByValue(Regression):
+    """Each element on its own, and weights, too."""
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        gradients = [tf.clip_by_value(g, -0.05, 0.05) for g in gradients]
+        self.optimizer.apply(gradients, self.trainable_variables)
+        for variable in self.trainable_variables:
+            variable.assign(tf.clip_by_value(variable, -0.5, 0.5))
+        return {"raw": loss}
+
+
+@pytest.mark.parametrize("make", [ClippedByNorm, ClippedByValue])
+def test_clipping_by_hand(assert_same, make):
+    assert_same(compiled(make), *DATA)
+
+
+class Accumulating(Regression):
+    """Applies the mean gradient of two batches, with zeros in between."""
+
+    def prepare(self):
+        self.sums = self.zeros()
+        self.steps = self.add_weight(
+            shape=(), dtype="int32", initializer="zeros", trainable=False, name="steps"
+        )
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        self.steps.assign_add(1)
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total.assign_add(gradient)
+        due = tf.cast(tf.equal(self.steps % 2, 0), tf.float32)
+        self.optimizer.apply(
+            [due * total / 2.0 for total in self.sums], self.net.trainable_variables
+        )
+        for total in self.sums:
+            total.assign(total * (1 - due))
+        return {"raw": loss}
+
+
+class AccumulatingInBranch(Accumulating):
+    """The same, where a branch applies it."""
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        self.steps.assign_add(1)
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total.assign_add(gradient)
+        tf.cond(tf.equal(self.steps % 2, 0), self.update, lambda: 0)
+        return {"raw": loss}
+
+    def update(self):
+        self.optimizer.apply(
+            [tf.convert_to_tensor(total) / 2.0 for total in self.sums],
+            self.net.trainable_variables,
+        )
+        for total in self.sums:
+            total.assign(tf.zeros_like(total))
+        return 0
+
+
+@pytest.mark.parametrize("make", [Accumulating, AccumulatingInBranch])
+def test_accumulation_by_hand(assert_same, make):
+    def build():
+        model = make()
+        model.compile("sgd")
+        model.optimizer.build(model.net.trainable_variables)
+        return model
+
+    assert_same(build, *DATA)
+
+
+class LearnedWeights(Regression):
+    """Two losses, weighted by learned uncertainties."""
+
+    def prepare(self):
+        self.scales = self.add_weight(shape=(2,), initializer="zeros", name="scales")
+
+    def loss_of(self, x, y):
+        errors = y - self.net(x, training=True)
+        losses = tf.stack(
+            [tf.reduce_mean(tf.square(errors)), tf.reduce_mean(tf.abs(errors))]
+        )
+        scales = tf.convert_to_tensor(self.scales)
+        return tf.reduce_sum(tf.exp(-scales) * losses + scales)
+
+
+def test_learned_weights_of_losses(assert_same):
+    assert_same(compiled(LearnedWeights), *DATA)
+
+
+class AdamByHand(Regression):
+    """Moments in variables of the model, and a counter."""
+
+    def prepare(self):
+        self.first, self.second = self.zeros(), self.zeros()
+        self.steps = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="steps"
+        )
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
+        self.steps.assign_add(1.0)
+        time = tf.convert_to_tensor(self.steps)
+        rate = 0.01 * tf.sqrt(1 - 0.999**time) / (1 - 0.9**time)
+        slots = zip(
+            self.trainable_variables, gradients, self.first, self.second, strict=True
+        )
+        for variable, gradient, first, second in slots:
+            first.assign(0.9 * first + 0.1 * gradient)
+            second.assign(0.999 * second + 0.001 * tf.square(gradient))
+            variable.assign_sub(rate * first / (tf.sqrt(second) + 1e-7))
+        return {"raw": loss}
+
+
+def test_adam_by_hand(assert_same):
+    assert_same(compiled(AdamByHand), *DATA)
+
+
+class Meta(Regression):
+    """Learns weights from which one step of descent gets far."""
+
+    def train_step(self, data):
+        x, y = data
+        weights = self.net.trainable_variables
+        with tf.GradientTape() as outer:
+            values = [tf.convert_to_tensor(w) for w in weights]
+            with tf.GradientTape() as inner:
+                inner.watch(values)
+                loss = self.loss_with(values, x[:, :], y)
+            steps = inner.gradient(loss, values)
+            moved = [v - 0.1 * s for v, s in zip(values, steps, strict=True)]
+            after = self.loss_with(moved, x, y + 0.5)
+        self.optimizer.apply(outer.gradient(after, values), weights)
+        return {"raw": after}
+
+    def loss_with(self, values, x, y):
+        kernel, bias, last, last_bias = values
+        hidden = tf.tanh(tf.matmul(x, kernel) + bias)
+        return tf.reduce_mean(tf.square(y - tf.matmul(hidden, last) - last_bias))
+
+
+def test_step_within_a_step(assert_same):
+    assert_same(compiled(Meta), *DATA)
+
+
+class Shared(keras.Model):
+    """Two heads on one body: each optimizer updates its head and the body."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = mlp(5, 4), [mlp(4, 1), mlp(4, 1)]
+
+    def compile(self):
+        super().compile()
+        self.both = [optimizers.Adam(0.01), optimizers.RMSprop(0.01)]
+
+    def train_step(self, data):
+        x, y = data
+        logs = {}
+        for i, (head, optimizer) in enumerate(zip(self.heads, self.both, strict=True)):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((y[:, i : i + 1] - head(self.body(x))) ** 2)
+            weights = [*self.body.trainable_variables, *head.trainable_variables]
+            optimizer.apply(tape.gradient(loss, weights), weights)
+            logs[f"raw_{i}"] = loss
+        return logs
+
+
+def test_several_optimizers_on_shared_weights(assert_same):
+    def build():
+        model = Shared()
+        model.compile()
+        return model
+
+    assert_same(build, numbers(5), numbers(2, seed=2))
+
+
+class Penalized(Regression):
+    """The loss and the norm of its own gradient."""
+
+    def loss_of(self, x, y):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            predictions = self.net(x, training=True)
+        slopes = tape.gradient(predictions, x)
+        penalty = tf.reduce_mean(tf.reduce_sum(slopes**2, axis=1))
+        return tf.reduce_mean(tf.square(y - predictions)) + 0.1 * penalty
+
+
+def test_penalty_on_the_slope(assert_same):
+    assert_same(compiled(Penalized, "adam", 0.01), *DATA)

@@ -1,0 +1,117 @@
+"""Trains a model for two steps on one device and on replicas, and compares.
+
+`fit` is left out: a step of each kind of layer, loss, metric or optimizer is quick.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from distfit.driver import StepDriver
+
+BATCHES = (7, 5)  # Rows; on 3 replicas 2, 2, 3 and 1, 2, 2.
+
+
+@dataclasses.dataclass
+class Trained:
+    """What two steps left behind.
+
+    Attributes:
+        state: Every variable of the model.
+        logs: What each step has returned.
+        fallen: The types of operations that every replica computed in full.
+    """
+
+    state: list[np.ndarray]
+    logs: list[dict[str, np.ndarray]]
+    fallen: list[str] = dataclasses.field(default_factory=list)
+
+
+def batches_of(arrays: Any, sizes: Sequence[int] = BATCHES) -> list[Any]:
+    """Batches of the given sizes, one after another, of arrays of rows."""
+    ends = np.cumsum(sizes)
+    return [
+        tree.map_structure(lambda a, e=end, n=n: tf.constant(a[e - n : e]), arrays)
+        for end, n in zip(ends, sizes, strict=True)
+    ]
+
+
+def assert_same(
+    make_strategy: Callable,
+    build: Callable[[], keras.Model],
+    batches: Sequence[Any],
+    *,
+    replicas: Sequence[int] = (2, 3),
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> list[str]:
+    """Asserts that steps on replicas give the numbers of one device.
+
+    Args:
+        make_strategy: Returns a strategy of a number of replicas.
+        build: Makes a compiled model.
+        batches: The batches, one for each step.
+        replicas: The numbers of replicas.
+        rtol, atol: Tolerances.
+
+    Returns:
+        The types of operations that were computed in full.
+    """
+    one = _on_one_device(build, batches)
+    fallen: set[str] = set()
+    for count in replicas:
+        other = _on_replicas(make_strategy(count), build, batches)
+        fallen.update(other.fallen)
+        for expected, got in zip(one.logs, other.logs, strict=True):
+            _assert_all_close(list(expected.values()), list(got.values()), rtol, atol)
+        _assert_all_close(one.state, other.state, rtol, atol)
+    return sorted(fallen)
+
+
+def _assert_all_close(expected: list, got: list, rtol: float, atol: float) -> None:
+    assert len(expected) == len(got)
+    for want, value in zip(expected, got, strict=True):
+        if np.asarray(want).dtype.kind == "f":
+            np.testing.assert_allclose(value, want, rtol=rtol, atol=atol)
+        else:
+            np.testing.assert_array_equal(value, want)
+
+
+def _spec_of(batch: Any) -> Any:
+    return tree.map_structure(
+        lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), batch
+    )
+
+
+def _on_one_device(build: Callable, batches: Sequence[Any]) -> Trained:
+    keras.utils.set_random_seed(7)
+    model = build()
+    step = tf.function(
+        model.train_step,
+        autograph=False,
+        input_signature=[_spec_of(batches[0])],
+    )
+    logs = [tree.map_structure(np.asarray, step(batch)) for batch in batches]
+    return Trained(_state(model), logs)
+
+
+def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
+    keras.utils.set_random_seed(7)
+    with strategy.scope():
+        model = build()
+    driver = StepDriver(model, model.train_step, _spec_of(batches[0]), False)
+    logs = []
+    for batch in batches:
+        driver.run_on(batch)
+        logs.append(driver.results())
+    fallen = [finding.type for finding in driver.step.findings]
+    return Trained(_state(model), logs, fallen)
+
+
+def _state(model: keras.Model) -> list[np.ndarray]:
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
