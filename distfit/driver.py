@@ -72,6 +72,9 @@ class StepDriver:
         """Runs up to `steps` steps and returns how many the data were good for."""
         if self.model.run_eagerly:
             return self._run_eagerly(batches, steps)
+        if steps > 1 and self.takes_single_steps:
+            taken = (self.run(batches, 1) for _ in range(steps) if batches.has_next())
+            return sum(taken)
         if isinstance(batches, data.Shards):
             return self._run_on_shards(batches, steps)
         if not batches.length_is_known:
@@ -81,6 +84,15 @@ class StepDriver:
         else:
             self._latest = self._run_many(batches.iterator(), tf.constant(steps))
         return steps
+
+    @property
+    def takes_single_steps(self) -> bool:
+        """Whether steps cannot be fused.
+
+        In a loop TensorFlow takes the exchanges of all steps for one and the same: on
+        several workers they fail when their size changes.
+        """
+        return self.workers.count > 1 and not self.step.has_fixed_exchanges
 
     def run_on(self, batch: Any) -> None:
         """Runs a step on one global batch of tensors."""
@@ -392,5 +404,18 @@ class PredictDriver:
         return self._outputs(share), *data.next_shards(iterator, self.replicas)
 
     def _outputs(self, share: Share) -> Any:
-        placed = self.step.place(share)
-        return self.step.results(placed)
+        outputs = self.step.results(self.step.place(share))
+        if self.replicas.first == 0:
+            return outputs
+        # What every worker has in full is given by the first one.
+        return tf.nest.map_structure(_unless_whole, outputs, self.step.is_cut)
+
+
+def _unless_whole(output: Any, is_cut: bool) -> Any:
+    """An output of which this worker has its rows; else none of its rows."""
+    if is_cut or not tf.is_tensor(output) or output.shape.rank == 0:
+        return output
+    if isinstance(output, tf.SparseTensor):
+        none = tf.concat([[0], output.dense_shape[1:]], 0)
+        return tf.sparse.slice(output, tf.zeros_like(none), none)
+    return output[:0]

@@ -456,6 +456,7 @@ def limits():
     keras.config.set_max_steps_per_epoch(None)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_limits_of_keras_count(make_strategy, limits):
     keras.config.set_max_epochs(2)
     keras.config.set_max_steps_per_epoch(3)
@@ -477,16 +478,26 @@ def test_limits_of_keras_count(make_strategy, limits):
             model.compile("sgd", "mse")
         return model
 
-    found = []
+    found, histories = [], []
     for build in (stock, ours):
         keras.utils.set_random_seed(0)
         model = build()
         with pytest.warns(UserWarning, match="Limiting"):
-            fitted = model.fit(_x(), _x()[:, :1], batch_size=BATCH, epochs=5, verbose=0)
+            fitted = model.fit(
+                _x() / 100,
+                _x()[:, :1] / 100,
+                batch_size=BATCH,
+                epochs=5,
+                shuffle=False,
+                verbose=0,
+            )
         evaluated = model.evaluate(_x(), _x()[:, :1], batch_size=BATCH, verbose=0)
         predicted = model.predict(_x(), batch_size=BATCH, verbose=0)
         found.append((fitted.epoch, np.shape(predicted), evaluated))
+        histories.append(fitted.history)
     assert found[0][:2] == found[1][:2]
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-5)
+    comparing.assert_close_logs(*histories, 1e-5)
 
 
 class OptionalInput(distfit.Model):

@@ -139,6 +139,11 @@ _TRIVIAL = {"Placeholder", "Const", "Identity", "NoOp"}
 class Meeting:
     """What is done between two stages for all replicas of this process at once."""
 
+    @property
+    def programs(self) -> "list[Program]":
+        """The programs that are part of it."""
+        return []
+
     def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
         raise NotImplementedError
 
@@ -171,6 +176,18 @@ class Program:
     def meets(self) -> bool:
         """Whether replicas must do anything together."""
         return len(self.levels) > 1 or any(level.meetings for level in self.levels)
+
+    @property
+    def exchanges(self) -> "list[Exchange]":
+        """All exchanges, also those in branches and loops."""
+        found: list[Exchange] = []
+        for level in self.levels:
+            for meeting in level.meetings:
+                if isinstance(meeting, Exchange):
+                    found.append(meeting)
+                elif isinstance(meeting, Meeting):
+                    found += [e for p in meeting.programs for e in p.exchanges]
+        return found
 
     def place(
         self,
@@ -211,6 +228,12 @@ class Exchange(Meeting):
     sums: list[tuple[Any, Port]] = dataclasses.field(default_factory=list)
     gathers: list[tuple[Any, Any, Port]] = dataclasses.field(default_factory=list)
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether it exchanges as many numbers at each step."""
+        shapes = [port.shape for _, port in self.sums]
+        return not self.gathers and all(s is not None and None not in s for s in shapes)
+
     def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
         if self.sums:
             parts = [placed[key_of(source)] for source, _ in self.sums]
@@ -244,6 +267,10 @@ class Branch(Meeting):
     inputs: list[Any]
     outputs: list[Port]
     rows: RowPorts
+
+    @property
+    def programs(self) -> list[Program]:
+        return self.branches
 
     def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
         index = placed[key_of(self.index)]
@@ -305,6 +332,10 @@ class Loop(Meeting):
     outputs: list[Port]
     rows: RowPorts
     parallel_iterations: int
+
+    @property
+    def programs(self) -> list[Program]:
+        return [self.condition, self.body]
 
     def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
         inputs = [placed[key_of(source)] for source in self.inputs]

@@ -201,6 +201,13 @@ class Step:
             emitter.values[Edge(node, 0)] = value
 
     @property
+    def has_fixed_exchanges(self) -> bool:
+        """Whether replicas exchange as many numbers at each step."""
+        if self.replicas.num_replicas == 1:
+            return True
+        return all(exchange.has_fixed_size for exchange in self._program.exchanges)
+
+    @property
     def variables(self) -> list:
         """The variables that the step takes from outside, in the order of their use.
 
@@ -258,6 +265,18 @@ class Step:
                 shape[self.layouts[i].dim] = None
             found.append((shape, tensor.dtype))
         return found
+
+    @property
+    def is_cut(self) -> Any:
+        """For each output, whether this process has only its own rows of it."""
+        tensors = iter(self.layouts)
+
+        def cut(output: Any) -> bool:
+            parts = tf.nest.flatten(output, expand_composites=True)
+            lies = [next(tensors) for part in parts if tf.is_tensor(part)]
+            return len(lies) == 1 and lies[0].kind == "rows"
+
+        return tf.nest.map_structure(cut, self.outputs)
 
     def results(self, placed: list[list]) -> Any:
         """Adds the outputs of the step to the current graph.
