@@ -3,8 +3,9 @@
 This process is a worker of the cluster that cluster.py finds; without one it does all
 the work, or, with --num_workers, starts and watches workers and imports no TensorFlow.
 
-Exit codes: 0 done; 1 training failed, or `verify` has findings; 2 something given is
-wrong, and nothing was trained; 130 interrupted; 143 told to end (SIGTERM).
+Exit codes: 0 done; 1 training failed, or `verify` found numbers that differ; 2
+something given is wrong, and nothing was trained; 130 interrupted; 143 told to end
+(SIGTERM).
 """
 
 import contextlib
