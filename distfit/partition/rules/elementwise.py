@@ -4,6 +4,7 @@ A sum over replicas passes through what is linear; for anything else it is excha
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -174,10 +175,12 @@ def align(
         if value.has_rows and value.layout == layout.moved(dim):
             result.append(value)
             continue
-        if dim < 0 or emitter.sizes.is_one(value.dims[dim]):  # type: ignore[index]
-            result.append(emitter.whole(value))
-        elif emitter.sizes.same(value.dims[dim], layout.size):  # type: ignore[index]
+        size: Any = None if dim < 0 else value.dims[dim]  # type: ignore[index]
+        # A batch of one row is cut as any other: not all operations broadcast.
+        if size is not None and emitter.sizes.same(size, layout.size):
             result.append(emitter.cut(emitter.whole(value), layout.moved(dim)))
+        elif size is None or emitter.sizes.is_one(size):
+            result.append(emitter.whole(value))
         else:
             return None
     return result, layout
