@@ -491,8 +491,8 @@ def test_limits_of_keras_count(make_strategy, limits):
                 shuffle=False,
                 verbose=0,
             )
-        evaluated = model.evaluate(_x(), _x()[:, :1], batch_size=BATCH, verbose=0)
-        predicted = model.predict(_x(), batch_size=BATCH, verbose=0)
+            evaluated = model.evaluate(_x(), _x()[:, :1], batch_size=BATCH, verbose=0)
+            predicted = model.predict(_x(), batch_size=BATCH, verbose=0)
         found.append((fitted.epoch, np.shape(predicted), evaluated))
         histories.append(fitted.history)
     assert found[0][:2] == found[1][:2]

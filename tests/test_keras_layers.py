@@ -242,7 +242,9 @@ AUGMENTATION = {
         PIXELS,
     ),
     "Solarization": Case(lambda: layers.Solarization(0.3), PIXELS),
-    "MaxNumBoundingBoxes": Case(lambda: layers.MaxNumBoundingBoxes(2), BOXES),
+    "MaxNumBoundingBoxes": Case(lambda: layers.MaxNumBoundingBoxes(
+            2, bounding_box_format="xyxy"
+        ), BOXES),
 }
 PREPROCESSING = {
     "CategoryEncoding": Case(lambda: layers.CategoryEncoding(5), TOKENS),
@@ -261,7 +263,9 @@ PREPROCESSING = {
         lambda: layers.TextVectorization(vocabulary=["red", "blue"]), WORDS[:, :1]
     ),
     "STFTSpectrogram": Case(
-        lambda: layers.STFTSpectrogram(frame_length=8, frame_step=4, fft_length=8),
+        lambda: layers.STFTSpectrogram(
+            frame_length=8, frame_step=4, fft_length=8, window=None
+        ),
         _numbers(32),
     ),
     "MelSpectrogram": Case(
@@ -297,7 +301,12 @@ NOT_TRAINED = {
 }
 
 # What falls back, and why it must.
-FALLS_BACK: dict[str, str] = {}
+FALLS_BACK: dict[str, str] = {
+    "HashedCrossing": "SparseCross, whose result has as many elements as it finds",
+    "TextVectorization": "StringSplitV2, whose result has as many words as it finds",
+    "MelSpectrogram": "the signal is flipped and joined with itself along time",
+    "RandomElasticTransform": "Keras goes through the images one by one",
+}
 
 _fallen: dict[str, list[str]] = {}
 

@@ -2,8 +2,8 @@
 
 | names | why |
 |---|---|
-| `_PLAIN`, `_tf_apply` | methods that Keras overrides for tf.distribute; their \
-originals stand in for them while a step is traced |
+| `_PLAIN`, `_tf_apply`, `_distributed_tf_update_step` | methods that Keras overrides \
+for tf.distribute; their originals stand in for them while a step is traced |
 | `_distribution_strategy` | the strategy for which an optimizer was made |
 """
 
@@ -68,10 +68,17 @@ def _methods(optimizer: Any, scope: Callable) -> dict[str, Callable]:
         if getattr(type(optimizer), name) is getattr(TFOptimizer, name):
             plain = getattr(BaseOptimizer, name)
             methods[name] = types.MethodType(plain, optimizer)
+    # For classes with a `_backend_update_step` of their own, as Nadam has.
+    methods["_distributed_tf_update_step"] = types.MethodType(_update_each, optimizer)
     if hasattr(optimizer, "_common_apply"):
         methods["_tf_apply"] = optimizer._common_apply
     methods["build"] = _built_in(scope, optimizer)
     return methods
+
+
+def _update_each(optimizer, strategy, gradients_and_variables, learning_rate) -> None:
+    for gradient, variable in gradients_and_variables:
+        optimizer.update_step(gradient, variable, learning_rate)
 
 
 def _built_in(scope: Callable, optimizer: Any) -> Callable:

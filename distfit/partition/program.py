@@ -118,6 +118,10 @@ class Stage:
             return list(compiled(*given))
 
     def _compiles(self) -> bool:
+        """Whether XLA is of use; it cannot take or return lists of tensors."""
+        crossing = [*self.inputs.values(), *self.exports.values()]
+        if any(tensor.dtype in (tf.variant, tf.string) for tensor in crossing):
+            return False
         return any(op.type not in _TRIVIAL for op in self.graph.get_operations())
 
     def _instance(self, given: Sequence[tf.Tensor], device: str) -> list[tf.Tensor]:

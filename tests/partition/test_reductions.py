@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import check, partitioned, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
@@ -101,9 +101,12 @@ def test_means_and_moments_of_half_precision_stay_in_range(dtype):
         ]
         return [tf.cast(r, tf.float32) for r in results]
 
-    tolerance = 2e-2 if dtype == "bfloat16" else 2e-3
-    outcome = check(function, [x], [150, 50], rtol=tolerance)
-    assert all(np.isfinite(r).all() for r in outcome.results)
+    # TensorFlow's own means leave the range on a CPU, so these are of NumPy.
+    outcome = partitioned(function, [x], [150, 50])
+    mean, variance = np.mean(x), np.var(x)
+    expected = [mean, np.mean(x * x, 0), np.var(x, 0), mean, variance, np.std(x)]
+    for got, want in zip(outcome.results, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-2)
 
 
 @given(splits())

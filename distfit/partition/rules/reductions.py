@@ -14,7 +14,7 @@ from distfit.partition.layouts import (
 )
 from distfit.partition.rules.elementwise import align, channels_of
 from distfit.partition.rules.sizes import ints
-from distfit.partition.tracing import Node
+from distfit.partition.tracing import Edge, Node
 
 
 def reduced(
@@ -97,31 +97,37 @@ def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] 
     for computing sample variances", 1979):
     sum of squares = sum over replicas of (own sum of squares + n · (own mean - mean)²).
     """
-    distances = value.node
-    if distances is None or distances.type != "SquaredDifference":
-        return None
-    edges = list(distances.inputs)
-    for x_edge, mean_edge in (edges, edges[::-1]):
-        mean_node = mean_edge.node
-        while mean_node.type in ("StopGradient", "Identity"):
-            mean_node = mean_node.inputs[0].node
-        if mean_node.type != "Mean" or mean_node.inputs[0] != x_edge:
+    for x_edge, mean_edge in _differences(value.node):
+        mean = _origin(mean_edge).node
+        if mean.type != "Mean" or mean.inputs[0] != x_edge or not mean.attr("keep_dims"):
             continue
         x = emitter.values[x_edge]
-        of_mean = ints(emitter.values[mean_node.inputs[1]])
-        if (
-            not mean_node.attr("keep_dims")
-            or of_mean is None
-            or {a % x.rank for a in of_mean} != axes
-            or not x.has_rows
-            or x.layout != value.layout
-            or x.dims != value.dims
-            or not x.dtype.is_floating
-            or not emitter.can_compute(x.dims)
-        ):
+        if not x.has_rows or x.layout != value.layout or x.dims != value.dims:
             continue
-        return [_variance_of(emitter, node, x, axes, dims)]
+        of_mean = ints(emitter.values[mean.inputs[1]])
+        if of_mean is None or {a % x.rank for a in of_mean} != axes:
+            continue
+        if x.dtype.is_floating and emitter.can_compute(x.dims):
+            return [_variance_of(emitter, node, x, axes, dims)]
     return None
+
+
+def _differences(node: Node | None) -> list[tuple[Edge, Edge]]:
+    """Of a squared difference, its two terms in both orders."""
+    if node is not None and node.type == "Square":
+        node = _origin(node.inputs[0]).node
+        if node.type != "Sub":
+            return []
+    elif node is None or node.type != "SquaredDifference":
+        return []
+    first, second = node.inputs
+    return [(first, second), (second, first)]
+
+
+def _origin(edge: Edge) -> Edge:
+    while edge.node.type in ("StopGradient", "Identity"):
+        edge = edge.node.inputs[0]
+    return edge
 
 
 def _variance_of(emitter, node, x: Value, axes: set[int], dims) -> Value:

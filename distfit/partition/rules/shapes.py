@@ -183,6 +183,17 @@ def _fill(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     return _spread(emitter, node, emitter.whole(value), shape)
 
 
+@rule("Empty")
+def _empty(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    (shape,) = inputs
+    dims = elements_of(shape)
+    if dims is None or _rows_at(dims) is None:
+        return None
+    dtype = node.outputs[0].dtype
+    zero = emitter.call(lambda: tf.zeros([], dtype), [], REPLICATED, [])
+    return _spread(emitter, node, zero, shape)
+
+
 @rule("BroadcastTo")
 def _broadcast_to(
     emitter: Emitter, node: Node, inputs: list[Value]
@@ -849,9 +860,12 @@ def _along(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
     if value.dims is None or numbers is None:
         return None
     axes = {a % value.rank for a in numbers} if value.rank else set()
-    if value.has_rows and value.layout.dim in axes:
-        return None
     given = [emitter.whole(v) for v in given]
+    if value.has_rows and value.layout.dim in axes:
+        emitter.report(node)
+        whole = [emitter.whole(value), *given]
+        (result,) = emitter.op(node, whole, REPLICATED, value.dims)
+        return [emitter.cut(result, value.layout)]
     return emitter.op(node, [value, *given], value.layout, value.dims)
 
 
@@ -859,13 +873,52 @@ def _along(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 def _top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     value, k = inputs
     value = emitter.whole(value) if value.is_partial else value
-    if value.dims is None or (value.has_rows and value.layout.dim == value.rank - 1):
+    if value.dims is None:
         return None
     many = (elements_of(k) or [None])[0]
     dims = [*value.dims[:-1], unknown() if many is None else many]
+    if value.has_rows and value.layout.dim == value.rank - 1:
+        return _largest_rows(emitter, node, value, k, dims)
     return emitter.op(
         node, [value, emitter.whole(k)], value.layout, (dims, list(dims))
     )
+
+
+def _largest_rows(
+    emitter: Emitter, node: Node, value: Value, k: Value, dims: list[Dim]
+) -> list[Value]:
+    """The order of rows takes all of them; where all are taken, it lies by rows."""
+    if value.rank > 1:
+        emitter.report(node)
+    given = [emitter.whole(value), emitter.whole(k)]
+    found = emitter.op(node, given, REPLICATED, (dims, list(dims)))
+    if not emitter.sizes.same(dims[-1], value.layout.size):
+        return found
+    return [emitter.cut(v, value.layout) for v in found]
+
+
+@rule("EnsureShape")
+def _ensure_shape(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    (value,) = inputs
+    shape = tf.TensorShape(node.attr("shape"))
+    if value.dims is None or shape.rank != value.rank:
+        return None
+    known = shape.as_list()
+    pairs = zip(value.dims, known, strict=True)
+    dims = [dim if size is None else size for dim, size in pairs]
+    if not value.has_rows:
+        return emitter.op(node, [value], value.layout, dims)
+    at = value.layout.dim
+    if known[at] is not None and not emitter.sizes.same(known[at], value.layout.size):
+        return None
+    known[at] = None  # A replica has fewer.
+    return [
+        emitter.call(
+            lambda tensor: tf.ensure_shape(tensor, known), [value], value.layout, dims
+        )
+    ]
 
 
 @rule("OneHot")

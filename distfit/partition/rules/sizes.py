@@ -393,3 +393,15 @@ def _vector(elements: list) -> Elements:
     result = np.empty(len(elements), object)
     result[:] = elements
     return result
+
+
+@size_rule("ListDiff")
+def _without(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    """What is in one vector and not in another: the axes that are left."""
+    if any(v.sizes is None or v.sizes.ndim != 1 for v in inputs):
+        return None
+    elements, others = (list(v.sizes) for v in inputs)
+    if not all(isinstance(e, int) for e in [*elements, *others]):
+        return None
+    places = [i for i, e in enumerate(elements) if e not in others]
+    return [[elements[i] for i in places], places]

@@ -4,6 +4,8 @@ Rows that pick elements of a table stay rows. Rows that are put into a table giv
 over replicas.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter, Value, rule
@@ -165,13 +167,64 @@ def _scatter_nd(
     return emitter.op(node, [*laid, whole], PARTIAL, dims)
 
 
+@rule("TensorScatterUpdate", "TensorScatterMax", "TensorScatterMin")
+def _tensor_scatter_update(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    target, indices, updates = (_settled(emitter, v) for v in inputs)
+    if any(v.dims is None for v in (target, indices, updates)):
+        return None
+    if not any(v.has_rows for v in (target, indices, updates)):
+        return emitter.op(node, [target, indices, updates], REPLICATED, target.dims)
+    return _within_rows(emitter, node, target, indices, updates)
+
+
+def _within_rows(
+    emitter: Emitter, node: Node, target: Value, indices: Value, updates: Value
+) -> list[Value] | None:
+    """What is put into the same places of all rows."""
+    depth = (indices.dims or [None])[-1]
+    if not isinstance(depth, int) or indices.has_rows:
+        return None
+    further = indices.rank - 1 - depth  # Dimensions of updates before those of target.
+    if updates.has_rows:
+        layout = updates.layout.moved(updates.layout.dim - further)
+    else:
+        layout = target.layout
+    at = layout.dim
+    if at < depth or not (0 <= at + further < updates.rank):
+        return None
+    dims: Any = (target.dims[at], updates.dims[at + further])  # type: ignore[index]
+    if not all(emitter.sizes.same(dim, layout.size) for dim in dims):
+        return None
+    operation = getattr(tf.raw_ops, node.type)
+
+    def put(tensor, indices, updates):
+        # TensorFlow refuses to put anything into nothing.
+        return tf.cond(
+            tf.equal(tf.size(tensor), 0),
+            lambda: tf.identity(tensor),
+            lambda: operation(tensor=tensor, indices=indices, updates=updates),
+        )
+
+    laid = [emitter.to(target, layout), indices]
+    laid.append(emitter.to(updates, layout.moved(at + further)))
+    return [emitter.call(put, laid, layout, target.dims)]
+
+
 @rule("TensorScatterAdd", "TensorScatterSub")
 def _tensor_scatter(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
     target, indices, updates = inputs
     indices = _settled(emitter, indices)
-    if any(v.dims is None for v in inputs) or target.has_rows:
+    if any(v.dims is None for v in inputs):
+        return None
+    if updates.has_rows or target.has_rows:
+        within = _within_rows(emitter, node, target, indices, updates)
+        if within is not None:
+            return within
+    if target.has_rows:
         return None
     updates = _settled(emitter, updates)
     if not indices.has_rows and not updates.has_rows:
