@@ -61,7 +61,7 @@ class StepDriver:
         for name in ("_run_next", "_run_many", "_run_ahead", "_run_shards"):
             setattr(self, name, compiled(getattr(self, name)))
         self._run_batch_compiled = compiled(self._run_batch)
-        self._read = compiled(self._read)
+        self._read_compiled = compiled(self._read)
 
     def _say_what_is_in_full(self) -> None:
         found = not_partitioned(self.step.findings, self.step.elements)
@@ -114,7 +114,7 @@ class StepDriver:
             return {}
         if self.model.run_eagerly:
             return _keras.pythonify_logs(self._latest)
-        logs = self._read(self._latest)
+        logs = self._read_compiled(self._latest)
         return _keras.pythonify_logs(logs or {})
 
     def results_of_epoch(self) -> dict[str, float]:
@@ -167,8 +167,8 @@ class StepDriver:
         """Runs steps while there are data, always one batch ahead of the step."""
 
         def body(step, batch, *latest):
-            latest = _flat(self._run_batch(batch.get_value()))
-            return step + 1, iterator.get_next_as_optional(), *latest
+            outputs = _flat(self._run_batch(batch.get_value()))
+            return step + 1, iterator.get_next_as_optional(), *outputs
 
         def more(step, batch, *latest):
             return tf.logical_and(step < steps, batch.has_value())
@@ -212,8 +212,8 @@ class StepDriver:
                 self._has_rows,
                 self.replicas,
             )
-            latest = _flat(self.step.place(share))
-            return step + 1, *data.next_shards(iterator, self.replicas), *latest
+            outputs = _flat(self.step.place(share))
+            return step + 1, *data.next_shards(iterator, self.replicas), *outputs
 
         def more(step, shards, counts, *latest):
             return tf.logical_and(step < steps, tf.reduce_any(counts > 0))

@@ -78,8 +78,8 @@ def test_messages_come_from_each_worker_in_order(team):
 def test_large_messages_arrive_as_they_are(team):
     own = np.random.default_rng(team.index).bytes(1_000_001 + team.index)
     told = team.gather("here", own)
-    for index, data in enumerate(told):
-        assert data == np.random.default_rng(index).bytes(1_000_001 + index)
+    for index, message in enumerate(told):
+        assert message == np.random.default_rng(index).bytes(1_000_001 + index)
 
 
 def test_a_message_may_take_several_exchanges(team, monkeypatch):
@@ -745,7 +745,7 @@ def test_shards_of_unequal_length_train_every_row_once(
     spec = (tf.TensorSpec([None, 8]), tf.TensorSpec([None, 1]))
     dataset = tf.data.Dataset.from_generator(by_hand, output_signature=spec)
     runs = []
-    for chosen, data in (
+    for chosen, rows_of in (
         (make_strategy(1), dataset),
         (strategy, _dataset_fn(paths, batch_size)),
     ):
@@ -753,12 +753,12 @@ def test_shards_of_unequal_length_train_every_row_once(
         def build(chosen=chosen):
             return _model(chosen, optimizer="adam", steps_per_execution=fused)
 
-        def fit(model, data=data):
-            return model.fit(data, epochs=3, validation_data=data, verbose=0)
+        def fit(model, rows_of=rows_of):
+            return model.fit(rows_of, epochs=3, validation_data=rows_of, verbose=0)
 
-        def then(model, data=data):
-            evaluation = model.evaluate(data, return_dict=True, verbose=0)
-            return evaluation, model.predict(data, verbose=0)
+        def then(model, rows_of=rows_of):
+            evaluation = model.evaluate(rows_of, return_dict=True, verbose=0)
+            return evaluation, model.predict(rows_of, verbose=0)
 
         runs.append(comparing.run(chosen, build, fit, then))
     comparing.assert_same(*runs)

@@ -13,7 +13,6 @@ import numpy as np
 import tensorflow as tf
 
 from distfit._keras import graphs
-from distfit.partition import layouts
 from distfit.partition.findings import Finding, elements_of
 from distfit.partition.layouts import (
     BATCH,
@@ -25,15 +24,11 @@ from distfit.partition.layouts import (
     Size,
     Sizes,
     by_rows,
-    depends_on_rows,
-    product,
     unknown,
 )
 from distfit.partition.program import (
-    Branch,
     Exchange,
     Level,
-    Loop,
     Port,
     Program,
     RowPorts,
@@ -146,7 +141,8 @@ class Value:
         resource: Resource | None = None,
     ):
         self.layout = layout
-        self.dims = None if dims is None else list(dims)
+        # Rules look for None first, so the type checker is not told of it.
+        self.dims: Any = None if dims is None else list(dims)
         self.dtype = dtype
         self.level = level
         self.ready = ready
@@ -162,8 +158,7 @@ class Value:
 
     @property
     def rank(self) -> int:
-        assert_dims: Any = self.dims
-        return len(assert_dims)
+        return len(self.dims)
 
     @property
     def is_replicated(self) -> bool:
@@ -484,7 +479,7 @@ class Emitter:
         return stage.cache[key]
 
     def _built_sizes(self, sizes: Any, dtype: tf.DType, stage: Stage) -> tf.Tensor:
-        numbers = [self.sizes.number(s) for s in sizes.flat]
+        numbers: Any = [self.sizes.number(s) for s in sizes.flat]
         with stage.graph.as_default():
             if all(isinstance(n, int | np.integer) for n in numbers):
                 return tf.constant(np.reshape(numbers, sizes.shape), dtype)

@@ -1,4 +1,4 @@
-"""Layouts: how a tensor of one device lies on N replicas, and sizes that depend on rows.
+"""Layouts: how a tensor of one device lies on N replicas; sizes that depend on rows.
 
 A dimension of a tensor is an `int` where its size is known, else a `Size`: a product of
 symbols. The symbol `BATCH` is the number of rows of the global batch; every other
@@ -48,7 +48,8 @@ def depends_on_rows(dim: Any) -> bool:
 
 def product(dims: Iterable[Dim]) -> Dim:
     """The product of dimensions."""
-    factor, symbols = 1, []
+    factor = 1
+    symbols: list[str] = []
     for dim in dims:
         if isinstance(dim, Size):
             factor *= dim.factor
@@ -131,10 +132,9 @@ class Sizes:
         """A dimension, as a number if it can be one."""
         if self.rows is None or not depends_on_rows(dim):
             return dim
-        assert_size: Any = dim
-        rest = tuple(s for s in assert_size.symbols if s != BATCH)
-        power = len(assert_size.symbols) - len(rest)
-        factor = assert_size.factor * self.rows**power
+        factor, symbols = _parts(dim)
+        rest = tuple(s for s in symbols if s != BATCH)
+        factor *= self.rows ** (len(symbols) - len(rest))
         return Size(factor, rest) if rest and factor else factor
 
     def same(self, a: Dim, b: Dim) -> bool:

@@ -102,7 +102,9 @@ class Stage:
             self._place_on(placed, index, device, jit)
             for index, device in enumerate(replicas.devices)
         ]
-        for key, tensors in zip(self.exports, zip(*of_replicas, strict=True)):
+        for key, tensors in zip(
+            self.exports, zip(*of_replicas, strict=True), strict=True
+        ):
             placed[key] = list(tensors)
 
     def _place_on(self, placed: Placed, index: int, device: str, jit: bool) -> list:

@@ -31,7 +31,7 @@ class Edge(NamedTuple):
     """The output `index` of a node."""
 
     node: "Node"
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Node:

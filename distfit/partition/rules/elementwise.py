@@ -175,7 +175,7 @@ def align(
         if value.has_rows and value.layout == layout.moved(dim):
             result.append(value)
             continue
-        size: Any = None if dim < 0 else value.dims[dim]  # type: ignore[index]
+        size: Any = None if dim < 0 else value.dims[dim]
         # A batch of one row is cut as any other: not all operations broadcast.
         if size is not None and emitter.sizes.same(size, layout.size):
             result.append(emitter.cut(emitter.whole(value), layout.moved(dim)))
@@ -241,7 +241,7 @@ def _cross_entropy(
     for value in inputs:
         if value.has_rows and value.layout != layout:
             value = emitter.whole(value)
-        if not emitter.sizes.same(value.dims[0], rows):  # type: ignore[index]
+        if not emitter.sizes.same(value.dims[0], rows):
             return None
         laid.append(emitter.to(value, layout))
     return emitter.op(node, laid, layout, ([rows], [rows, logits.dims[1]]))

@@ -113,7 +113,7 @@ def _from_tensor(
     layout = value.layout
     if value.has_rows:
         layout = layout.moved(layout.dim - 1)
-    element = Element(layout, value.dims[1:])  # type: ignore[index]
+    element = Element(layout, value.dims[1:])
     given = [value, _open_shape(element, shape, emitter)]
     return of_list(emitter.op(node, given, REPLICATED, []), element)
 

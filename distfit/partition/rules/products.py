@@ -40,7 +40,7 @@ def contraction(
     dims: list[Dim] = []
     for label in output:
         sizes = [
-            v.dims[t.index(label)]  # type: ignore[index]
+            v.dims[t.index(label)]
             for t, v in zip(terms, inputs, strict=True)
             if label in t
         ]
@@ -70,7 +70,7 @@ def _by_rows(
         if value.layout == own:
             laid.append(value)
             continue
-        if not emitter.sizes.same(value.dims[own.dim], layout.size):  # type: ignore[index]
+        if not emitter.sizes.same(value.dims[own.dim], layout.size):
             return None
         laid.append(emitter.cut(emitter.whole(value), own))
     if label in output:

@@ -356,8 +356,9 @@ def _with_parameters(
     others = [v for i, v in enumerate(given) if i not in at]
     if (
         layout is None
+        or dims is None
         or any(v.has_rows for v in others)
-        or not emitter.sizes.same(dims[layout.dim], layout.size)  # type: ignore[index]
+        or not emitter.sizes.same(dims[layout.dim], layout.size)
         or not _can_pad(emitter, layout)
     ):
         return _cut_again(emitter, _in_full(emitter, node, given, shape), layout)

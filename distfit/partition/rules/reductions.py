@@ -1,6 +1,7 @@
 """Reductions: a sum over rows is a sum over replicas of the sums of their rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -74,7 +75,7 @@ def _mean(
     emitter: Emitter, node: Node, value: Value, axes: set[int], dims: list[Dim]
 ) -> list[Value] | None:
     """The sum of the rows of a replica, divided by the number of all."""
-    count = product([value.dims[a] for a in axes])  # type: ignore[index]
+    count = product([value.dims[a] for a in axes])
     dtype, at, keep = value.dtype, sorted(axes), node.attr("keep_dims")
     if not emitter.can_compute([count]) or not _is_inexact(value):
         return None
@@ -282,5 +283,5 @@ def _fake_quantized_gradient(
         return None
     laid, layout = aligned
     of_limits = PARTIAL if layout.kind == "rows" else REPLICATED
-    dims = (inputs[1].dims, [], [])
+    dims: Any = (inputs[1].dims, [], [])
     return emitter.op(node, [*laid, *inputs[2:]], [layout, of_limits, of_limits], dims)

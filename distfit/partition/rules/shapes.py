@@ -288,7 +288,7 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
     if numbers is None or any(v.dims is None for v in values):
         return None
     axis = numbers[0] % values[0].rank
-    along = [v.dims[axis] for v in values]  # type: ignore[index]
+    along = [v.dims[axis] for v in values]
     dims = list(emitter.sizes.broadcast([v.dims or [] for v in values]))
     dims[axis] = _total(emitter, along)
     if any(v.is_partial for v in values) and not any(v.has_rows for v in values):
@@ -319,7 +319,7 @@ def _total(emitter: Emitter, along: list[Dim]) -> Dim:
         return sum(numbers)  # type: ignore[arg-type]
     if len({getattr(n, "symbols", None) for n in numbers}) == 1:
         first: Any = numbers[0]
-        factor = sum(n.factor for n in numbers)  # type: ignore[union-attr]
+        factor = sum(getattr(n, "factor", 0) for n in numbers)
         return type(first)(factor, first.symbols)
     return unknown()
 
@@ -331,7 +331,7 @@ def _alike(emitter: Emitter, values: list[Value], layout: Layout) -> Any:
     for value in values:
         if value.layout == layout:
             laid.append(value)
-        elif emitter.sizes.same(value.dims[layout.dim], layout.size):  # type: ignore[index]
+        elif emitter.sizes.same(value.dims[layout.dim], layout.size):
             laid.append(emitter.cut(emitter.whole(value), layout))
         else:
             return None
@@ -527,6 +527,7 @@ class _Slices:
     row_dim = 0
     only_rows = True
     row_entry = 0
+    _node: Node
 
     @classmethod
     def of(cls, emitter: Emitter, node: Node, value: Value, given: list[Value]):
@@ -584,7 +585,7 @@ class _Slices:
     def _keep(self, value: Value, source: int) -> None:
         if value.has_rows and source == value.layout.dim:
             self.row_dim = len(self.dims)
-        self.dims.append(value.dims[source])  # type: ignore[index]
+        self.dims.append(value.dims[source])
 
     def _take(self, emitter, value, source, begin, end, step, shrink) -> None:
         size = value.dims[source]
@@ -639,7 +640,7 @@ def _block_borders(emitter, value, begin, end, step) -> tuple[int, int] | None:
         return None
     borders = []
     for border, default in ((begin, 0), (end, blocks)):
-        many = default
+        many: int | None = default
         if border is not None:
             many = _count(emitter, border, value.layout.inner)
         if many is None:

@@ -176,8 +176,8 @@ def _sum(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
         return None
     result: Dim | None = 0
     for element in elements:
-        known = element is not None and result is not None
-        result = _add(result, element) if known else None
+        if result is not None:
+            result = None if element is None else _add(result, element)
     return [_vector([result]) if node.attr("keep_dims") else _scalar(result)]
 
 
@@ -361,7 +361,7 @@ def _broadcast_gradient_args(
     if shapes is None:
         return None
     rank = max(map(len, shapes))
-    padded = [[1] * (rank - len(s)) + list(s) for s in shapes]
+    padded: list[list[Dim]] = [[*[1] * (rank - len(s)), *s] for s in shapes]
     absent = [rank - len(s) for s in shapes]
     axes: tuple[list[int], list[int]] = ([], [])
     sizes = emitter.sizes

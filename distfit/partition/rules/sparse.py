@@ -130,13 +130,13 @@ def _together(emitter: Emitter, keys: Value, data: Value, depth: int):
     rowed = [v for v in (keys, data) if v.has_rows]
     if any(v.layout.dim >= depth for v in rowed) or data.rank < depth:
         return None
-    shortened = Value(keys.layout, keys.dims[:depth], keys.dtype)  # type: ignore[index]
+    shortened = Value(keys.layout, keys.dims[:depth], keys.dtype)
     lead = rowed[0].layout
     del shortened
     laid = []
     for value in (keys, data):
         if value.layout != lead:
-            if not emitter.sizes.same(value.dims[lead.dim], lead.size):  # type: ignore[index]
+            if not emitter.sizes.same(value.dims[lead.dim], lead.size):
                 return None
             value = emitter.cut(emitter.whole(value), lead)
         laid.append(value)
@@ -194,7 +194,7 @@ def _within_rows(
     at = layout.dim
     if at < depth or not (0 <= at + further < updates.rank):
         return None
-    dims: Any = (target.dims[at], updates.dims[at + further])  # type: ignore[index]
+    dims: Any = (target.dims[at], updates.dims[at + further])
     if not all(emitter.sizes.same(dim, layout.size) for dim in dims):
         return None
     operation = getattr(tf.raw_ops, node.type)
@@ -335,7 +335,7 @@ def _in_top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] 
         return None
     laid = []
     for value in values:
-        if not emitter.sizes.same(value.dims[0], layout.size):  # type: ignore[index]
+        if not emitter.sizes.same(value.dims[0], layout.size):
             return None
         if value.layout != layout:
             value = emitter.cut(emitter.whole(value), layout)
