@@ -147,8 +147,7 @@ def test_loss_scale_factor(make_strategy):
 def exchanges(monkeypatch):
     """Counts the exchanges of floats that are no scalars.
 
-    Of sparse gradients, loss scaling asks in each step whether rows are finite; these
-    flags and the indices of the rows do not count. The counter is part of the graph: what counts is what runs, not what is traced.
+    The counter is part of the graph: what counts is what runs, not what is traced.
     """
     counter = tf.Variable(0)
     place = Exchange.place
@@ -171,8 +170,9 @@ def exchanges(monkeypatch):
         (lambda: SGD(0.1, gradient_accumulation_steps=3), STEPS // 3),
         (lambda: SGD(0.1, gradient_accumulation_steps=2), STEPS // 2),
         (
+            # Whether a sum overflows is asked of the sum, in each step.
             lambda: LossScaleOptimizer(SGD(0.1, gradient_accumulation_steps=4)),
-            STEPS // 4,
+            STEPS + STEPS // 4,
         ),
     ],
 )

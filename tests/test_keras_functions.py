@@ -171,7 +171,8 @@ METRICS = {
     "regression": (REGRESSION, "softplus", POSITIVE),
     "signed": (SIGNED, "tanh", SIGNS),
 }
-_UNWEIGHTED = {"BinaryIoU"}  # Keras takes a weight for each element, not for each row.
+# Keras takes whole weights, and for BinaryIoU one for each element.
+_UNWEIGHTED = {"BinaryIoU", "IoU", "MeanIoU", "OneHotIoU", "OneHotMeanIoU"}
 
 
 @pytest.mark.parametrize("weighted", [False, True])
