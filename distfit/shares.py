@@ -61,9 +61,7 @@ def tensors_of(batch: Any) -> list[tf.Tensor]:
     return [t for t in flat if tf.is_tensor(t)]
 
 
-def shares(
-    batch: Any, has_rows: Sequence[bool], replicas: Replicas
-) -> Share:
+def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
     """Cuts a global batch for the replicas of this process.
 
     Replica r of N has rows `[total * r // N, total * (r + 1) // N)`; where there are

@@ -108,9 +108,7 @@ def mean(base):
 
 @case
 def ops_mean(base):
-    return simple(
-        base, lambda model, x, y, p: keras.ops.mean(keras.ops.square(y - p))
-    )
+    return simple(base, lambda model, x, y, p: keras.ops.mean(keras.ops.square(y - p)))
 
 
 @case

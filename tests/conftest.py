@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gc
 
+import hypothesis
 import keras
 import pytest
 import tensorflow as tf
@@ -49,6 +50,10 @@ if CLUSTER is None:
 
 
 gc.freeze()  # What was imported stays.
+
+# The same examples in each run: a change that is tested is what a failure comes from.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @functools.cache

@@ -84,7 +84,8 @@ def _assert_all_close(expected: list, got: list, rtol: float, atol: float) -> No
             np.testing.assert_array_equal(value, want)
 
 
-def _spec_of(batch: Any) -> Any:
+def spec_of(batch: Any) -> Any:
+    """The specs of batches like this one, with any number of rows."""
     return tree.map_structure(
         lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), batch
     )
@@ -96,7 +97,7 @@ def _on_one_device(build: Callable, batches: Sequence[Any]) -> Trained:
     step = tf.function(
         model.train_step,
         autograph=False,
-        input_signature=[_spec_of(batches[0])],
+        input_signature=[spec_of(batches[0])],
     )
     logs = [tree.map_structure(np.asarray, step(batch)) for batch in batches]
     return Trained(_state(model), logs)
@@ -106,7 +107,7 @@ def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
     keras.utils.set_random_seed(7)
     with strategy.scope():
         model = build()
-    spec = _spec_of(batches[0])
+    spec = spec_of(batches[0])
     driver = StepDriver(model, model.train_step, spec, False)
     # With a signature: otherwise it is traced anew for another number of rows.
     run = tf.function(driver._run_batch, input_signature=[spec], autograph=False)

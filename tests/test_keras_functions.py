@@ -5,6 +5,7 @@ Each in training steps: replicas give the numbers of one device.
 after the others have run in the same process.
 """
 
+import functools
 from collections.abc import Callable
 
 import keras
@@ -13,6 +14,8 @@ import pytest
 import steps
 import tensorflow as tf
 from keras import layers, ops
+
+from distfit.driver import StepDriver
 
 ROWS = 18  # Enough for three steps.
 SIZES = (7, 5, 6)
@@ -132,7 +135,10 @@ def test_all_losses_are_here():
 
 
 def _many(*names: str, **options) -> dict:
-    return {n: lambda n=n: getattr(keras.metrics, n)(**options) for n in names}
+    def make(name):
+        return getattr(keras.metrics, name)(name=name.lower(), **options)
+
+    return {name: functools.partial(make, name) for name in names}
 
 
 BINARY = {
@@ -201,9 +207,9 @@ class Tracking(keras.Model):
     def __init__(self):
         super().__init__()
         self.dense = layers.Dense(1)
-        self.mean, self.sum = keras.metrics.Mean(), keras.metrics.Sum()
+        self.mean, self.sum = keras.metrics.Mean("mean"), keras.metrics.Sum("sum")
         self.wrapper = keras.metrics.MeanMetricWrapper(
-            lambda y, p: ops.mean(ops.abs(y - p), axis=-1)
+            lambda y, p: ops.mean(ops.abs(y - p), axis=-1), name="wrapper"
         )
 
     def train_step(self, data):
@@ -261,9 +267,7 @@ VARIANTS = {
     "average": lambda: keras.optimizers.SGD(
         0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
     ),
-    "accumulation": lambda: keras.optimizers.Adam(
-        0.01, gradient_accumulation_steps=2
-    ),
+    "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
     "schedule": lambda: keras.optimizers.SGD(
         keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
     ),
@@ -283,10 +287,24 @@ def test_optimizer(make_strategy, name):
             ]
         )
         model.compile({**OPTIMIZERS, **VARIANTS}[name](), "mse")
+        # In a step, Keras loses the values from which ScheduleFreeAdamW starts.
+        model.optimizer.build(model.trainable_variables)
         return model
 
     data = (_integers(6, 5), POSITIVE)
     _assert_same(make_strategy, f"optimizer {name}", build, data, SIZES)
+
+
+def test_values_that_an_optimizer_is_built_with_reach_all_replicas(make_strategy):
+    with make_strategy(3).scope():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+        model.compile(keras.optimizers.ScheduleFreeAdamW(0.01), "mse")
+    StepDriver(model, model.train_step, steps.spec_of((X, POSITIVE)), False)
+    for moment, weight in zip(
+        model.optimizer._momentums, model.trainable_variables, strict=True
+    ):
+        for copy in make_strategy(3).experimental_local_results(moment.value):
+            np.testing.assert_array_equal(copy, weight)
 
 
 def test_all_optimizers_are_here():

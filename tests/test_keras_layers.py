@@ -242,9 +242,9 @@ AUGMENTATION = {
         PIXELS,
     ),
     "Solarization": Case(lambda: layers.Solarization(0.3), PIXELS),
-    "MaxNumBoundingBoxes": Case(lambda: layers.MaxNumBoundingBoxes(
-            2, bounding_box_format="xyxy"
-        ), BOXES),
+    "MaxNumBoundingBoxes": Case(
+        lambda: layers.MaxNumBoundingBoxes(2, bounding_box_format="xyxy"), BOXES
+    ),
 }
 PREPROCESSING = {
     "CategoryEncoding": Case(lambda: layers.CategoryEncoding(5), TOKENS),

@@ -221,7 +221,7 @@ def guide_model(cls):
 
 
 class NonLinear(Minimizes):
-    """Uses the value of a loss in ways that only the value of the whole batch makes right."""
+    """Uses the value of a loss in ways that need the value of the whole batch."""
 
     def logs_of(self, x, y):
         y_pred = self(x, training=True)

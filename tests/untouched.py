@@ -32,8 +32,8 @@ TOLD = (
 
 
 def _is_code(value) -> bool:
-    kinds = (property, classmethod, staticmethod)
-    return inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, kinds)
+    wrapped = isinstance(value, property | classmethod | staticmethod)
+    return wrapped or inspect.isroutine(value) or inspect.isclass(value)
 
 
 def snapshot() -> dict:

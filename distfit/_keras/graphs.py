@@ -83,9 +83,7 @@ def body_of(op: tf.Operation, attribute: str) -> Any:
 
 def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
     """The graphs of a list of functions that an operation calls."""
-    return [
-        _graph_of(op.graph, f.name) for f in op.node_def.attr[attribute].list.func
-    ]
+    return [_graph_of(op.graph, f.name) for f in op.node_def.attr[attribute].list.func]
 
 
 def called_by_name(op: tf.Operation) -> Any:
@@ -263,6 +261,13 @@ def as_first_replica() -> Iterator[None]:
     Generators of random numbers then draw as on one device.
     """
     with generators.of_one_device(), distribute_lib.UpdateContext(0):
+        yield
+
+
+@contextlib.contextmanager
+def as_all_replicas() -> Iterator[None]:
+    """Undoes `as_first_replica`: what is assigned is assigned to all copies."""
+    with distribute_lib.UpdateContext(None):
         yield
 
 

@@ -19,6 +19,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
+from distfit._keras import graphs
+
 _PLAIN = (
     "_backend_update_step",
     "_apply_weight_decay",
@@ -86,7 +88,8 @@ def _built_in(scope: Callable, optimizer: Any) -> Callable:
 
     def build(variables):
         # A part of accumulated gradients stays on each replica until it is used.
-        with tf.init_scope(), scope(), _at_home(optimizer):
+        # And all replicas get the values that `build` itself assigns.
+        with tf.init_scope(), scope(), graphs.as_all_replicas(), _at_home(optimizer):
             with tf.variable_creator_scope(_summed_accumulators):
                 return stock(variables)
 

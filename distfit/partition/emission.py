@@ -309,8 +309,7 @@ class Emitter:
         sizes = self._sizes(node, inputs)
         if sizes and all(s is not None and self.can_compute(s.flat) for s in sizes):
             return [
-                self.known(s, t.dtype)
-                for s, t in zip(sizes, node.outputs, strict=True)
+                self.known(s, t.dtype) for s, t in zip(sizes, node.outputs, strict=True)
             ]
         found = RULES.get(node.type)
         outputs = found(self, node, inputs) if found else None
@@ -836,9 +835,6 @@ class Emitter:
         value.tensor = Port(value.dtype, value.local_shape())
         self._bind_symbols(value)
         return value
-
-
-
 
 
 from distfit.partition import rules  # noqa: E402, F401

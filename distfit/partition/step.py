@@ -323,4 +323,3 @@ class Step:
         rows = [nothing] * 4
         results = self._read_program.place(given, rows, self.replicas)
         return [parts[0] for parts in results]
-

@@ -109,9 +109,7 @@ class Flat:
         self.outputs = self._inline(graph, [Edge(n, 0) for n in self.inputs])
 
     def _inline(self, graph: Any, feeds: Sequence[Edge]) -> list[Edge]:
-        edges = {
-            t.ref(): edge for t, edge in zip(graph.inputs, feeds, strict=True)
-        }
+        edges = {t.ref(): edge for t, edge in zip(graph.inputs, feeds, strict=True)}
         for op in _in_order(graph):
             if op.outputs and op.outputs[0].ref() in edges:
                 continue

@@ -184,7 +184,7 @@ def _range_of(value):
 def test_nary_operations_equal_one_device(kind, counts):
     def every(x):
         a, b = PAIRS[kind](x)
-        results = [operation(x=a, y=b) for n, operation in NARY.items() if n[:2] != "Ig"]
+        results = [op(x=a, y=b) for n, op in NARY.items() if n[:2] != "Ig"]
         results += [op(a=a, x=b) for n, op in NARY.items() if n[:2] == "Ig"]
         return results + [operation(a, b) for operation in OTHER_NARY]
 
@@ -215,7 +215,7 @@ def test_gradients_of_nary_operations_equal_one_device(kind, counts):
 LINEAR = [
     *(lambda t, scale: -t, lambda t, scale: t * scale, lambda t, scale: t / 3.0),
     *(lambda t, scale: tf.cast(t, tf.float64), lambda t, scale: t - 2 * t),
-    *(lambda t, scale: tf.where(scale > 1.5, t, 1.0), lambda t, scale: tf.add_n([t, t])),
+    *(lambda t, scale: tf.where(scale > 1.5, t, 1.0), lambda t, s: tf.add_n([t, t])),
     *(lambda t, scale: tf.math.real(tf.complex(t, t)), lambda t, scale: t[0] + 1.0),
     *(lambda t, scale: tf.stack([t, scale]), lambda t, scale: tf.concat([t, t], 0)),
     *(lambda t, scale: tf.pad(t, [[1, 0]]), lambda t, scale: tf.reduce_sum(t)),
@@ -367,9 +367,18 @@ def test_features_as_many_as_rows(counts):
 @pytest.mark.parametrize(
     "name",
     [
-        *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_tanh", "leaky_relu"),
-        *("linear", "log_sigmoid", "log_softmax", "mish", "relu", "relu6", "selu"),
-        *("sigmoid", "silu", "softmax", "softplus", "softsign", "soft_shrink"),
+        *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_tanh"),
+        *("leaky_relu", "linear", "log_sigmoid", "log_softmax", "mish", "relu"),
+        *(
+            "relu6",
+            "selu",
+            "sigmoid",
+            "silu",
+            "softmax",
+            "softplus",
+            "softsign",
+            "soft_shrink",
+        ),
         *("hard_shrink", "squareplus", "sparse_plus", "tanh", "tanh_shrink", "glu"),
         *("sparse_sigmoid", "exponential", "threshold"),
     ],

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from distfit.partition import layouts
-from distfit.partition.layouts import ROWS, Size, Sizes, by_rows, product, quotient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from distfit.partition import layouts
+from distfit.partition.layouts import ROWS, Size, Sizes, by_rows, product, quotient
 
 NAMES = ("rows", "a", "b")
 several = settings(deadline=None, max_examples=200)

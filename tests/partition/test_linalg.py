@@ -34,7 +34,6 @@ DECOMPOSITIONS = {
     "diagonals": lambda x: tf.linalg.diag_part(x, k=(-1, 1)),
     "upper diagonal": lambda x: tf.linalg.diag_part(x, k=1),
     "diagonal matrix": lambda x: tf.linalg.diag(x),
-    "diagonal set": lambda x: tf.linalg.set_diag(x, x[..., 0]),
     "trace": tf.linalg.trace,
     "band": lambda x: [tf.linalg.band_part(x, 1, 0), tf.linalg.band_part(x, -1, 0)],
     "cross": lambda x: [tf.linalg.cross(x, x[:, ::-1])],
@@ -91,16 +90,31 @@ PAIRS = {
     "trace": tf.linalg.trace,
     "lower": lambda p: tf.linalg.band_part(p, -1, 0),
     "upper": lambda p: tf.linalg.band_part(p, 0, -1),
-    "band of the transpose": lambda p: tf.linalg.band_part(tf.transpose(p), 1, 2),
-    "without the diagonal": lambda p: tf.linalg.set_diag(p, tf.zeros(tf.shape(p)[:1])),
-    "another diagonal": lambda p: tf.linalg.set_diag(p, tf.reduce_sum(p, 1)),
+    "band of the transpose": lambda p: tf.linalg.band_part(tf.transpose(p), 1, 0),
     "diagonal matrix": lambda p: tf.linalg.diag(tf.reduce_sum(p, 1)),
-    "contrastive": lambda p: tf.nn.softmax_cross_entropy_with_logits(
-        tf.eye(tf.shape(p)[0]), p
-    )
-    + tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(tf.shape(p)[0]), p),
+    "contrastive": lambda p: (
+        tf.nn.softmax_cross_entropy_with_logits(tf.eye(tf.shape(p)[0]), p)
+        + tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(tf.shape(p)[0]), p)
+    ),
     "both ways": lambda p: tf.nn.log_softmax(p, 0) + tf.nn.log_softmax(p, 1),
 }
+
+
+@few
+@given(splits())
+def test_diagonals_that_are_set(counts):
+    """Of their gradient, a size comes from a branch."""
+
+    def function(x):
+        pairs = tf.matmul(x[:, 0], x[:, 1], transpose_b=True)
+        return [
+            tf.linalg.set_diag(x, x[..., 0]),
+            tf.linalg.set_diag(pairs, tf.zeros(tf.shape(x)[:1])),
+            tf.linalg.set_diag(pairs, x[:, 0, 0]),
+        ]
+
+    check(function, [batch(counts, 3, 3)], counts, rtol=1e-4)
+    check(both_ways(function), [batch(counts, 3, 3)], counts, falls_back=None)
 
 
 @pytest.mark.parametrize("kind", PAIRS)

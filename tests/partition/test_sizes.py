@@ -63,7 +63,7 @@ def test_integers_of_the_global_shape(kind, counts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("counts", [[1, 0], [2, 1], [3, 3]])
+@pytest.mark.parametrize("counts", [[2, 0], [2, 1], [3, 3]])
 def test_integers_of_a_fixed_shape(kind, counts):
     function = lambda x: of_shape(x)[kind]  # noqa: E731
     check(function, [batch(counts, 3)], counts, rows=sum(counts))
@@ -81,8 +81,7 @@ def test_sizes_of_what_has_rows(counts):
     def function(x):
         both = tf.concat([x, x], 0)
         flat = tf.reshape(x, [-1])
-        pairs = x[:, None] - x[None]
-        return [tf.shape(v) for v in (both, flat, pairs, tf.transpose(x), x[:, :2])]
+        return [tf.shape(v) for v in (both, flat, x[None], tf.transpose(x), x[:, :2])]
 
     outcome = check(function, [batch(counts, 3)], counts)
     assert outcome.exchanges == 0

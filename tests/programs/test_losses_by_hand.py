@@ -131,9 +131,7 @@ class Transcription(Program):
 
 def test_connectionist_temporal_classification(assert_same):
     def make():
-        return Transcription(
-            keras.Sequential([keras.Input((8, 3)), layers.Dense(5)])
-        )
+        return Transcription(keras.Sequential([keras.Input((8, 3)), layers.Dense(5)]))
 
     data = numbers(8, 3), (1 + classes(4, 3), 1 + classes(3, seed=4))
     assert_same(compiled(make), *data)
@@ -244,9 +242,7 @@ class Whitened(Program):
         count = tf.cast(tf.shape(z)[0], tf.float32)
         covariance = tf.matmul(centered, centered, transpose_a=True) / count
         root = tf.linalg.cholesky(covariance + 0.1 * tf.eye(2))
-        white = tf.transpose(
-            tf.linalg.triangular_solve(root, tf.transpose(centered))
-        )
+        white = tf.transpose(tf.linalg.triangular_solve(root, tf.transpose(centered)))
         return tf.reduce_mean((white - y) ** 2)
 
 

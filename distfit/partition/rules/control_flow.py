@@ -186,7 +186,8 @@ def _while(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     test_program = test.program([test.whole(flag)])
     emitter.findings += test.findings
     given = [
-        value if same or value.dtype in (tf.resource, tf.variant)
+        value
+        if same or value.dtype in (tf.resource, tf.variant)
         else emitter.to(value, like.layout)
         for value, like, same in zip(inputs, carried, constant, strict=True)
     ]
@@ -240,7 +241,9 @@ def _at_rest(
 ) -> tuple[list[_Carried], Emitter, list[Value]]:
     """How the variables of a loop come to lie, with the body that keeps them so."""
     carried = [
-        _Carried(v.layout, v.dims, v.dtype, v.element, v.resource, v.sizes if same else None)
+        _Carried(
+            v.layout, v.dims, v.dtype, v.element, v.resource, v.sizes if same else None
+        )
         for v, same in zip(inputs, constant, strict=True)
     ]
     for attempt in range(_MOST_PASSES):

@@ -9,7 +9,14 @@ from typing import Any
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter, Value, rule
-from distfit.partition.layouts import PARTIAL, REPLICATED, Layout, depends_on_rows
+from distfit.partition.layouts import (
+    PARTIAL,
+    REPLICATED,
+    ROWS,
+    Layout,
+    by_rows,
+    depends_on_rows,
+)
 from distfit.partition.rules import lists
 from distfit.partition.tracing import Node
 
@@ -231,12 +238,14 @@ def _cross_entropy(
     logits, labels = inputs
     if logits.dims is None or labels.dims is None:
         return None
-    lead = next((v for v in inputs if v.has_rows), None)
+    lead = min(
+        (v for v in inputs if v.has_rows), key=lambda v: v.layout.dim, default=None
+    )
     if lead is None:
         return emitter.op(node, inputs)
     layout, rows = lead.layout, lead.layout.size
-    if layout.dim != 0:
-        return None
+    if layout.dim != 0:  # As of the transpose of a matrix of pairs of rows.
+        layout, rows = by_rows(0), ROWS
     laid = []
     for value in inputs:
         if value.has_rows and value.layout != layout:

@@ -102,9 +102,9 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     core = value.rank - (result - 2)
     if not _is_last(value) or core != 1:
         return batched(emitter, node, inputs, 1, core)
-    if [ints(v) for v in others[:3]] != [[0], [-1], [-1]]:
-        return None
     size = value.dims[-1]
+    if ints(others[0]) != [0] or not _are_size(emitter, others[1:3], size):
+        return None
 
     def diag(tensor, padding, total, start):
         on = _diagonal(tensor, total, start)
@@ -113,6 +113,13 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     given = [value, emitter.whole(others[3]), emitter.known(size, tf.int32)]
     dims = [*value.dims, size]
     return [emitter.call(diag, [*given, emitter.start()], value.layout, dims)]
+
+
+def _are_size(emitter: Emitter, values: Sequence[Value], size: Dim) -> bool:
+    numbers = [(elements_of(v) or [None])[0] for v in values]
+    return all(
+        n == -1 or n is not None and emitter.sizes.same(n, size) for n in numbers
+    )
 
 
 def _is_last(value: Value) -> bool:

@@ -43,15 +43,13 @@ def _shape_vector(emitter: Emitter, element: Any, given: Value) -> Value:
     if element is None or element.dims is None:
         return emitter.whole(given)
     layout, dims = element.layout, element.dims
-    numbers = emitter.sizes.number
+    numbers, cut = emitter.sizes.number, layout.dim if layout.kind == "rows" else None
     if layout.kind == "rows" and emitter.can_compute(dims):
         return emitter.local_shape(dims, layout, given.dtype)
     if layout.kind != "rows" and emitter.can_compute(dims):
         return emitter.known(list(dims), given.dtype)
     open_dims = [
-        d
-        if isinstance(numbers(d), int) and not (layout.kind == "rows" and i == layout.dim)
-        else -1
+        d if isinstance(numbers(d), int) and i != cut else -1
         for i, d in enumerate(dims)
     ]
     return emitter.known(open_dims, given.dtype)
@@ -205,9 +203,7 @@ def _stack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
         layout = layout.moved(layout.dim + 1)
     first = node.outputs[0].shape[0] if node.outputs[0].shape.rank else None
     many = number if number > 0 else first
-    return emitter.op(
-        node, given, layout, [unknown() if many is None else many, *dims]
-    )
+    return emitter.op(node, given, layout, [unknown() if many is None else many, *dims])
 
 
 @rule("TensorListLength")
@@ -238,9 +234,7 @@ def _vector(dims: list[Dim]) -> Any:
 
 
 @rule("TensorListElementShape")
-def _element_shape_op(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> list[Value]:
+def _element_shape_op(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     return emitter.op(node, inputs, REPLICATED)
 
 
@@ -252,7 +246,8 @@ def _gather_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Valu
         if node.type != "TensorListGather" or dims is None:
             raise NotImplementedError("a list of rows that is joined")
         indices, shape = others
-        given = [several, emitter.whole(indices), _shape_vector(emitter, several.element, shape)]
+        shape = _shape_vector(emitter, several.element, shape)
+        given = [several, emitter.whole(indices), shape]
         number = (indices.dims or [unknown()])[0]
         return emitter.op(node, given, layout.moved(layout.dim + 1), [number, *dims])
     return emitter.op(node, [several, *(emitter.whole(v) for v in others)])

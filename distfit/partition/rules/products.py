@@ -59,7 +59,10 @@ def _by_rows(
         return values, REPLICATED
     # Rows that the result has cost nothing; else those that are contracted. What is
     # known whole can be cut in another way for nothing.
-    label, lead = min(cut, key=lambda c: (c[0] not in output, c[1].whole is not None))
+    label, lead = min(
+        cut,
+        key=lambda c: (c[0] not in output, output.find(c[0]), c[1].whole is not None),
+    )
     layout = lead.layout
     laid = []
     for term, value in zip(terms, values, strict=True):

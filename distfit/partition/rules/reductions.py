@@ -18,9 +18,7 @@ from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Edge, Node
 
 
-def reduced(
-    value: Value, axes: set[int], keep_dims: bool
-) -> tuple[list[Dim], Layout]:
+def reduced(value: Value, axes: set[int], keep_dims: bool) -> tuple[list[Dim], Layout]:
     """The shape and, if rows are not reduced, the layout of a reduction."""
     dims: list[Dim] = []
     for i, dim in enumerate(value.dims or ()):
@@ -100,7 +98,9 @@ def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] 
     """
     for x_edge, mean_edge in _differences(value.node):
         mean = _origin(mean_edge).node
-        if mean.type != "Mean" or mean.inputs[0] != x_edge or not mean.attr("keep_dims"):
+        if mean.type != "Mean" or mean.inputs[0] != x_edge:
+            continue
+        if not mean.attr("keep_dims"):
             continue
         x = emitter.values[x_edge]
         if not x.has_rows or x.layout != value.layout or x.dims != value.dims:

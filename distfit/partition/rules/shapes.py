@@ -51,9 +51,7 @@ def _is_its_shape(emitter: Emitter, value: Value, wanted: list[Dim]) -> bool:
     return len(wanted) == value.rank and all(map(same, wanted, value.dims or ()))
 
 
-def to_shape(
-    emitter: Emitter, value: Value, dims: list[Dim], layout: Layout
-) -> Value:
+def to_shape(emitter: Emitter, value: Value, dims: list[Dim], layout: Layout) -> Value:
     """A value reshaped to global dims that lie by rows."""
     others = [d for i, d in enumerate(dims) if i != layout.dim]
     if all(isinstance(d, int) and d > 0 for d in others):
@@ -547,9 +545,7 @@ class _Slices:
         source = 0
         for i in range(count):
             if masks["ellipsis"] >> i & 1:
-                later = sum(
-                    not masks["new_axis"] >> j & 1 for j in range(i + 1, count)
-                )
+                later = sum(not masks["new_axis"] >> j & 1 for j in range(i + 1, count))
                 while source < value.rank - later:
                     spec._keep(value, source)
                     source += 1
@@ -880,9 +876,7 @@ def _top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
     dims = [*value.dims[:-1], unknown() if many is None else many]
     if value.has_rows and value.layout.dim == value.rank - 1:
         return _largest_rows(emitter, node, value, k, dims)
-    return emitter.op(
-        node, [value, emitter.whole(k)], value.layout, (dims, list(dims))
-    )
+    return emitter.op(node, [value, emitter.whole(k)], value.layout, (dims, list(dims)))
 
 
 def _largest_rows(

@@ -350,9 +350,7 @@ def _broadcast_args(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 
 
 @size_rule("BroadcastGradientArgs")
-def _broadcast_gradient_args(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> Any:
+def _broadcast_gradient_args(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
     """The axes along which each of two shapes is broadcast, from global sizes.
 
     A replica with a single row would take it for a broadcast.
