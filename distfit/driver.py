@@ -274,7 +274,7 @@ class EagerStep:
         strategy = self._model.distribute_strategy
         # What is summed on read counts on one worker.
         kept = [] if workers.of(strategy).is_chief else graphs.own_parts(strategy)
-        with optimizers.of_one_device(strategy.scope):
+        with optimizers.of_one_device(strategy.scope, accumulate_parts=False):
             with tf.device(self._replicas.devices[0] or None):
                 with graphs.as_first_replica():
                     outputs = self._step(data.without_optionals(batch))

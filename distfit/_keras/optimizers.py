@@ -31,7 +31,9 @@ _tracing = threading.RLock()
 
 
 @contextlib.contextmanager
-def of_one_device(scope: Callable) -> Iterator[None]:
+def of_one_device(
+    scope: Callable, accumulate_parts: bool = True
+) -> Iterator[None]:
     """Lets all optimizers update variables as on one device, in this thread.
 
     Keras's own methods would update the copies of all replicas. Methods of single
@@ -40,6 +42,8 @@ def of_one_device(scope: Callable) -> Iterator[None]:
 
     Args:
         scope: Returns the context in which variables are created.
+        accumulate_parts: Whether each replica accumulates gradients of its own rows, in
+            optimizers that are built in the block.
     """
     owner = threading.get_ident()
     with _tracing:
@@ -47,7 +51,7 @@ def of_one_device(scope: Callable) -> Iterator[None]:
         replaced: list[tuple[Any, str]] = []
         try:
             for optimizer in found:
-                for name, method in _methods(optimizer, scope).items():
+                for name, method in _methods(optimizer, scope, accumulate_parts).items():
                     if name in vars(optimizer):
                         continue
                     own = _only_in(owner, method, getattr(optimizer, name))
@@ -64,7 +68,7 @@ def _is_optimizer(thing: Any) -> bool:
     return issubclass(type(thing), keras.optimizers.Optimizer)
 
 
-def _methods(optimizer: Any, scope: Callable) -> dict[str, Callable]:
+def _methods(optimizer: Any, scope: Callable, parts: bool) -> dict[str, Callable]:
     methods: dict[str, Callable] = {}
     for name in _PLAIN:
         if getattr(type(optimizer), name) is getattr(TFOptimizer, name):
@@ -74,7 +78,7 @@ def _methods(optimizer: Any, scope: Callable) -> dict[str, Callable]:
     methods["_distributed_tf_update_step"] = types.MethodType(_update_each, optimizer)
     if hasattr(optimizer, "_common_apply"):
         methods["_tf_apply"] = optimizer._common_apply
-    methods["build"] = _built_in(scope, optimizer)
+    methods["build"] = _built_in(scope, optimizer, parts)
     return methods
 
 
@@ -83,14 +87,14 @@ def _update_each(optimizer, strategy, gradients_and_variables, learning_rate) ->
         optimizer.update_step(gradient, variable, learning_rate)
 
 
-def _built_in(scope: Callable, optimizer: Any) -> Callable:
+def _built_in(scope: Callable, optimizer: Any, parts: bool) -> Callable:
     stock = optimizer.build
+    creator = _summed_accumulators if parts else _as_asked
 
     def build(variables):
-        # A part of accumulated gradients stays on each replica until it is used.
-        # And all replicas get the values that `build` itself assigns.
+        # All replicas get the values that `build` itself assigns.
         with tf.init_scope(), scope(), graphs.as_all_replicas(), _at_home(optimizer):
-            with tf.variable_creator_scope(_summed_accumulators):
+            with tf.variable_creator_scope(creator):
                 return stock(variables)
 
     return build
@@ -107,7 +111,12 @@ def _at_home(optimizer: Any) -> Iterator[None]:
         object.__setattr__(optimizer, name, own)
 
 
+def _as_asked(next_creator, **kwargs):
+    return next_creator(**kwargs)
+
+
 def _summed_accumulators(next_creator, **kwargs):
+    """A part of accumulated gradients stays on each replica until it is used."""
     if "gradient_accumulator" in (kwargs.get("name") or ""):
         kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
         kwargs["aggregation"] = tf.VariableAggregation.SUM
