@@ -31,9 +31,7 @@ _tracing = threading.RLock()
 
 
 @contextlib.contextmanager
-def of_one_device(
-    scope: Callable, accumulate_parts: bool = True
-) -> Iterator[None]:
+def of_one_device(scope: Callable, accumulate_parts: bool = True) -> Iterator[None]:
     """Lets all optimizers update variables as on one device, in this thread.
 
     Keras's own methods would update the copies of all replicas. Methods of single
@@ -51,7 +49,8 @@ def of_one_device(
         replaced: list[tuple[Any, str]] = []
         try:
             for optimizer in found:
-                for name, method in _methods(optimizer, scope, accumulate_parts).items():
+                methods = _methods(optimizer, scope, accumulate_parts)
+                for name, method in methods.items():
                     if name in vars(optimizer):
                         continue
                     own = _only_in(owner, method, getattr(optimizer, name))
