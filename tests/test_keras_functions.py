@@ -40,11 +40,12 @@ POSITIVE = np.abs(_numbers(3, seed=2)) + 0.1
 # What falls back, and why.
 _ORDER = "the order of rows takes all of them"
 _PLACE = "the place of a row among all of them"
-_UP_TO = "each row is added to those before it"
+_UP_TO = "each row is joined with those before it"
 _SPARSE = "finds out which rows of a table a sparse gradient has"
 FALLS_BACK: dict[str, str] = {
     **dict.fromkeys(("ops.sort", "ops.argsort", "ops.median"), _ORDER),
     **dict.fromkeys(("ops.quantile", "ops.percentile"), _ORDER),
+    **dict.fromkeys(("ops.prod", "ops.nanprod"), "its gradient: " + _UP_TO),
     **dict.fromkeys(("ops.argmax", "ops.argmin"), _PLACE),
     **dict.fromkeys(("ops.nanargmax", "ops.nanargmin"), _PLACE),
     **dict.fromkeys(("ops.cumsum", "ops.cumprod"), _UP_TO),

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.integration
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
-SECONDS = 900  # a hard limit; each takes one to three minutes on an idle machine
+SECONDS = 1200  # a hard limit; each takes one to five minutes on an idle machine
 START = (
     "import pathlib, sys; from launch import supervisor; sys.exit(supervisor.run("
     "sys.argv[3:], num_workers=int(sys.argv[1]), workdir=pathlib.Path(sys.argv[2]), "
@@ -56,27 +56,21 @@ def test_two_workers_agree_and_are_told_when_they_cannot(tmp_path):
 
 
 def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
-    """Losses, gradients, optimizers, accumulation, randomness, data, GANs, hooks."""
+    """Accumulation, data, logs, loss scales and state: what workers have of their own.
+
+    What a step computes is partitioned for workers as for the replicas of one host.
+    """
     files = (
         "test_accumulation.py",
         "test_data.py",
         "test_logs.py",
-        "test_losses.py",
         "test_mixed_precision.py",
-        "test_models.py",
-        "test_random.py",
         "test_state.py",
     )
     passed = run_tests(
-        tmp_path,
-        2,
-        *(f"tests/{name}" for name in files),
-        *("-m", "not slow"),
-        # The drawings are those of the chief; how well a model learns is no question
-        # of where it does.
-        *("-k", "not writes_a_grid and not mnist_cnn and not ignores_labels"),
+        tmp_path, 2, *(f"tests/{name}" for name in files), "-m", "not slow"
     )
-    assert passed[0] == passed[1] > 180
+    assert passed[0] == passed[1] > 60
 
 
 @pytest.mark.parametrize("num_workers, classes", [(2, "Step or Eval"), (3, "Custom")])
