@@ -46,8 +46,6 @@ class StepDriver:
         self.replicas = replicas_of(self.strategy)
         self.watch = watch
         step = watch.around(step) if watch else step
-        self._function = step
-        self._sharded = sharded
         self._latest: list[list] | None = None
         if model.run_eagerly:
             self._eager = EagerStep(model, step, self.replicas)

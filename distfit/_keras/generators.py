@@ -10,13 +10,12 @@ other numbers on each; others stand in for them while a step is traced |
 
 import contextlib
 import gc
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
-_tracing = threading.RLock()
+from distfit._keras.shadows import shadowed
 
 
 @contextlib.contextmanager
@@ -27,21 +26,8 @@ def of_one_device() -> Iterator[None]:
     methods would move all of them; in a step that is traced as for one device, the
     first is moved, and moving it is then done to all alike.
     """
-    owner = threading.get_ident()
-    with _tracing:
-        replaced: list[tuple[Any, str]] = []
-        try:
-            for generator in _distributed():
-                for name, method in _methods(generator).items():
-                    if name in vars(generator):
-                        continue
-                    own = _only_in(owner, method, getattr(generator, name))
-                    object.__setattr__(generator, name, own)
-                    replaced.append((generator, name))
-            yield
-        finally:
-            for generator, name in replaced:
-                object.__delattr__(generator, name)
+    with shadowed(_distributed, _methods):
+        yield
 
 
 def _distributed() -> list[Any]:
@@ -55,12 +41,3 @@ def _methods(generator: Any) -> dict[str, Callable]:
         return generator._skip_single_var(generator.state, delta)
 
     return {"skip": skip, "_preprocess_key": lambda key: key}
-
-
-def _only_in(thread: int, method: Callable, stock: Callable) -> Callable:
-    def either(*args, **kwargs):
-        if threading.get_ident() == thread:
-            return method(*args, **kwargs)
-        return stock(*args, **kwargs)
-
-    return either

@@ -9,7 +9,6 @@ for tf.distribute; their originals stand in for them while a step is traced |
 
 import contextlib
 import gc
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from distfit._keras import graphs
+from distfit._keras.shadows import shadowed
 
 _PLAIN = (
     "_backend_update_step",
@@ -27,7 +27,6 @@ _PLAIN = (
     "_overwrite_model_variables_with_average_value",
     "_backend_increment_gradient_accumulators",
 )
-_tracing = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -43,23 +42,16 @@ def of_one_device(scope: Callable, accumulate_parts: bool = True) -> Iterator[No
         accumulate_parts: Whether each replica accumulates gradients of its own rows, in
             optimizers that are built in the block.
     """
-    owner = threading.get_ident()
-    with _tracing:
-        found = [o for o in gc.get_objects() if _is_optimizer(o)]
-        replaced: list[tuple[Any, str]] = []
-        try:
-            for optimizer in found:
-                methods = _methods(optimizer, scope, accumulate_parts)
-                for name, method in methods.items():
-                    if name in vars(optimizer):
-                        continue
-                    own = _only_in(owner, method, getattr(optimizer, name))
-                    object.__setattr__(optimizer, name, own)
-                    replaced.append((optimizer, name))
-            yield
-        finally:
-            for optimizer, name in replaced:
-                object.__delattr__(optimizer, name)
+
+    def methods_of(optimizer: Any) -> dict[str, Callable]:
+        return _methods(optimizer, scope, accumulate_parts)
+
+    with shadowed(_alive, methods_of):
+        yield
+
+
+def _alive() -> list[Any]:
+    return [thing for thing in gc.get_objects() if _is_optimizer(thing)]
 
 
 def _is_optimizer(thing: Any) -> bool:
@@ -120,12 +112,3 @@ def _summed_accumulators(next_creator, **kwargs):
         kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
         kwargs["aggregation"] = tf.VariableAggregation.SUM
     return next_creator(**kwargs)
-
-
-def _only_in(thread: int, method: Callable, stock: Callable) -> Callable:
-    def either(*args, **kwargs):
-        if threading.get_ident() == thread:
-            return method(*args, **kwargs)
-        return stock(*args, **kwargs)
-
-    return either

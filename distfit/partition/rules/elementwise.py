@@ -15,7 +15,6 @@ from distfit.partition.layouts import (
     ROWS,
     Layout,
     by_rows,
-    depends_on_rows,
 )
 from distfit.partition.rules import lists
 from distfit.partition.tracing import Node
@@ -193,6 +192,23 @@ def align(
     return result, layout
 
 
+def alike(emitter: Emitter, values: Sequence[Value], layout: Layout) -> Any:
+    """Values by the same rows of the same dimension, in none of which it is broadcast.
+
+    Returns:
+        The values; None where they cannot be proven to have these rows.
+    """
+    laid = []
+    for value in values:
+        if value.layout == layout:
+            laid.append(value)
+        elif emitter.sizes.same(value.dims[layout.dim], layout.size):
+            laid.append(emitter.cut(emitter.whole(value), layout))
+        else:
+            return None
+    return laid
+
+
 @rule("Select")
 def _select(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     """`tf.compat.v1.where`: a condition of one element, or one for each row."""
@@ -254,8 +270,3 @@ def _cross_entropy(
             return None
         laid.append(emitter.to(value, layout))
     return emitter.op(node, laid, layout, ([rows], [rows, logits.dims[1]]))
-
-
-def has_rows_anywhere(value: Value) -> bool:
-    """Whether any dimension of a value depends on the number of rows."""
-    return any(depends_on_rows(d) for d in value.dims or ())

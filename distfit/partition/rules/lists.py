@@ -33,11 +33,6 @@ def of_list(values: list[Value], element: Any) -> list[Value]:
     return values
 
 
-def element_layout(value: Value) -> Layout | None:
-    """The layout of the elements of a list."""
-    return None if value.element is None else value.element.layout
-
-
 def _shape_vector(emitter: Emitter, element: Any, given: Value) -> Value:
     """The shape of an element on a replica, for an operation on a list."""
     if element is None or element.dims is None:

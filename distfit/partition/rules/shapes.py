@@ -19,6 +19,7 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
+from distfit.partition.rules.elementwise import alike
 from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
 
@@ -297,7 +298,7 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
         return emitter.op(node, [*values, where], REPLICATED, dims)
     layout = _lead(values).layout
     if layout.dim != axis:
-        laid = _alike(emitter, values, layout)
+        laid = alike(emitter, values, layout)
         if laid is None:
             return None
         dims[layout.dim] = layout.size
@@ -320,20 +321,6 @@ def _total(emitter: Emitter, along: list[Dim]) -> Dim:
         factor = sum(getattr(n, "factor", 0) for n in numbers)
         return type(first)(factor, first.symbols)
     return unknown()
-
-
-def _alike(emitter: Emitter, values: list[Value], layout: Layout) -> Any:
-    """Values of one shape by the same rows; None if they cannot be proven to have
-    them."""
-    laid = []
-    for value in values:
-        if value.layout == layout:
-            laid.append(value)
-        elif emitter.sizes.same(value.dims[layout.dim], layout.size):
-            laid.append(emitter.cut(emitter.whole(value), layout))
-        else:
-            return None
-    return laid
 
 
 def _blocks(emitter, node, values, where, axis: int, dims) -> list[Value] | None:
@@ -381,7 +368,7 @@ def _pack(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     if not any(v.has_rows for v in values):
         return emitter.op(node, values, REPLICATED, dims)
     lead = _lead(values).layout
-    laid = _alike(emitter, values, lead)
+    laid = alike(emitter, values, lead)
     if laid is None:
         return None
     layout = _inserted(lead, axis)

@@ -18,7 +18,7 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
-from distfit.partition.rules.elementwise import align
+from distfit.partition.rules.elementwise import alike
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
 
@@ -77,13 +77,9 @@ def _batched_gather(emitter, node, inputs, batch: int, dims) -> list[Value] | No
     layout = lead.layout
     if layout.dim >= batch:
         return None
-    laid = []
-    for value in (params, indices):
-        if value.layout != layout:
-            if not emitter.sizes.same(value.dims[layout.dim], layout.size):
-                return None
-            value = emitter.cut(emitter.whole(value), layout)
-        laid.append(value)
+    laid = alike(emitter, [params, indices], layout)
+    if laid is None:
+        return None
     return emitter.op(node, [*laid, where], layout, dims)
 
 
@@ -130,17 +126,7 @@ def _together(emitter: Emitter, keys: Value, data: Value, depth: int):
     rowed = [v for v in (keys, data) if v.has_rows]
     if any(v.layout.dim >= depth for v in rowed) or data.rank < depth:
         return None
-    shortened = Value(keys.layout, keys.dims[:depth], keys.dtype)
-    lead = rowed[0].layout
-    del shortened
-    laid = []
-    for value in (keys, data):
-        if value.layout != lead:
-            if not emitter.sizes.same(value.dims[lead.dim], lead.size):
-                return None
-            value = emitter.cut(emitter.whole(value), lead)
-        laid.append(value)
-    return laid
+    return alike(emitter, [keys, data], rowed[0].layout)
 
 
 @rule("ScatterNd")
@@ -333,13 +319,9 @@ def _in_top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] 
     layout = lead.layout
     if layout.dim != 0:
         return None
-    laid = []
-    for value in values:
-        if not emitter.sizes.same(value.dims[0], layout.size):
-            return None
-        if value.layout != layout:
-            value = emitter.cut(emitter.whole(value), layout)
-        laid.append(value)
+    laid = alike(emitter, values, layout)
+    if laid is None:
+        return None
     given = [*laid, *(emitter.whole(v) for v in k)]
     return emitter.op(node, given, layout, [layout.size])
 
@@ -363,6 +345,3 @@ def _reverse_sequence(
         return None
     given = [emitter.to(value, layout), emitter.to(lengths, layout.moved(0))]
     return emitter.op(node, given, layout, value.dims)
-
-
-_ = align

@@ -1,0 +1,51 @@
+"""Methods of single objects that are replaced for a while, in one thread.
+
+Nothing of a class is patched. Other threads that use the objects meanwhile get the
+methods that these always have.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+# One block at a time: two that shadow the same object would undo each other's work.
+_shadowing = threading.RLock()
+
+
+@contextlib.contextmanager
+def shadowed(
+    find: Callable[[], Sequence[Any]],
+    methods_of: Callable[[Any], Mapping[str, Callable]],
+) -> Iterator[None]:
+    """Replaces methods of objects for the time of the block, in this thread.
+
+    Args:
+        find: Returns the objects.
+        methods_of: Returns the methods of an object that stand in for its own, by name.
+            One that is shadowed already stays as it is.
+    """
+    owner = threading.get_ident()
+    with _shadowing:
+        replaced: list[tuple[Any, str]] = []
+        try:
+            for thing in find():
+                for name, method in methods_of(thing).items():
+                    if name in vars(thing):
+                        continue
+                    own = _only_in(owner, method, getattr(thing, name))
+                    object.__setattr__(thing, name, own)
+                    replaced.append((thing, name))
+            yield
+        finally:
+            for thing, name in replaced:
+                object.__delattr__(thing, name)
+
+
+def _only_in(thread: int, method: Callable, stock: Callable) -> Callable:
+    def either(*args, **kwargs):
+        if threading.get_ident() == thread:
+            return method(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    return either
