@@ -12,13 +12,12 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.distribute import distribute_lib, distribute_utils
 from tensorflow.python.distribute import values as distribute_values
-from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -117,105 +116,6 @@ def _function(graph: Any, name: str) -> Any:
             return found
         graph = getattr(graph, "outer_graph", None)
     raise ValueError(f"The graph calls a function that it lacks. Received: {name!r}.")
-
-
-def definition(graph: Any) -> Any:
-    """The GraphDef of a graph, without its functions."""
-    if graph.captures:
-        captured = [outer for outer, _ in graph.captures]
-        raise AssertionError(f"A stage takes from outside: {captured}.")
-    result = graph.as_graph_def()
-    result.ClearField("library")
-    return result
-
-
-def instance(
-    graph: Any,
-    graph_def: Any,
-    inputs: Mapping[str, tf.Tensor],
-    outputs: Sequence[str],
-    device: str,
-) -> list[tf.Tensor]:
-    """Adds a graph to the current one.
-
-    Args:
-        graph: The graph; its functions are added as well.
-        graph_def: Its `definition()`.
-        inputs: What to use in place of its placeholders, by their names.
-        outputs: Names of tensors.
-        device: The device of its operations.
-
-    Returns:
-        The tensors of these names in the current graph.
-    """
-    current = ops.get_default_graph()
-    for function in graph._functions.values():
-        current._add_function_recursive(function)
-    given = {f"{name}:0": current.capture(tensor) for name, tensor in inputs.items()}
-    _drop(graph_def, inputs)  # XLA compiles no placeholders, not even unused ones.
-    used = {f"{i.partition(':')[0]}:0" for node in graph_def.node for i in node.input}
-    # One context for all operations: devices in the definition would take one for each.
-    with tf.device(device):
-        computed = iter(
-            tf.graph_util.import_graph_def(
-                graph_def,
-                input_map={name: t for name, t in given.items() if name in used},
-                return_elements=[name for name in outputs if name not in given],
-                name="stage",
-            )
-            or ()
-        )
-    return [given[name] if name in given else next(computed) for name in outputs]
-
-
-def _drop(graph_def: Any, names: Container[str]) -> None:
-    """Removes nodes of given names."""
-    found = [i for i, node in enumerate(graph_def.node) if node.name in names]
-    for index in reversed(found):
-        del graph_def.node[index]
-
-
-def instance_of_function(
-    graph: Any, given: Sequence[Any], outputs: Sequence[tf.Tensor], device: str
-) -> list[tf.Tensor]:
-    """Adds the graph of a function to the current one, with its captures given."""
-    result = graph.as_graph_def()
-    result.ClearField("library")
-    inputs = {
-        inner.op.name: tensor for inner, tensor in zip(graph.inputs, given, strict=True)
-    }
-    return instance(graph, result, inputs, [t.name for t in outputs], device)
-
-
-def instance_of_reads(
-    graph: Any, captured: Sequence[Any], outputs: Sequence[tf.Tensor], device: str
-) -> list[tf.Tensor]:
-    """Adds what some outputs of a function depend on, which is captured alone."""
-    if not outputs:
-        return []
-    kept: set[str] = set()
-    stack = [tensor.op for tensor in outputs]
-    while stack:
-        op = stack.pop()
-        if op.name not in kept:
-            kept.add(op.name)
-            stack += [tensor.op for tensor in op.inputs]
-    result = graph.as_graph_def()
-    result.ClearField("library")
-    nodes = [node for node in result.node if node.name in kept]
-    result.ClearField("node")
-    for node in nodes:
-        data = [name for name in node.input if not name.startswith("^")]
-        del node.input[:]
-        node.input.extend(data)
-        result.node.append(node)
-    inner = graph.inputs[len(graph.inputs) - len(captured) :]
-    inputs = {
-        placeholder.op.name: tensor
-        for placeholder, tensor in zip(inner, captured, strict=True)
-        if placeholder.op.name in kept
-    }
-    return instance(graph, result, inputs, [t.name for t in outputs], device)
 
 
 def variable_of(handle: tf.Tensor) -> Any:

@@ -6,7 +6,7 @@ is always right.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from distfit.partition.layouts import (
     Size,
     Sizes,
     by_rows,
+    product,
     unknown,
 )
 from distfit.partition.program import (
@@ -45,6 +46,10 @@ RULES: dict[str, Callable] = {}
 # elements of each output, where None is one that is not known; or None.
 SIZE_RULES: dict[str, Callable] = {}
 
+# For operations that repeat what they are given: given an Emitter, the value of their
+# output, which is replicated, and a layout by rows, its rows; or None.
+CUT_RULES: dict[str, Callable] = {}
+
 
 def rule(*types: str) -> Callable:
     """Registers a rule for types of operations."""
@@ -55,6 +60,11 @@ def rule(*types: str) -> Callable:
 def size_rule(*types: str) -> Callable:
     """Registers what types of operations do with sizes."""
     return _registered(SIZE_RULES, types)
+
+
+def cut_rule(*types: str) -> Callable:
+    """Registers how the rows of what types of operations give are had without all."""
+    return _registered(CUT_RULES, types)
 
 
 def _registered(table: dict[str, Callable], types: Sequence[str]) -> Callable:
@@ -76,11 +86,12 @@ class Resource:
         kind: `"mirrored"`: each replica has its copy. `"summed"`: each replica has a
             part, and the value is their sum. `"single"`: there is one in this process.
         level: The level of the latest operation on it, so that their order is kept.
-        is_read_only: Whether nothing in the graph writes to it.
+        read: What reading it has given, while nothing has written to it since.
     """
 
     kind: str
     level: int = 0
+    read: "Value | None" = None
 
 
 @dataclasses.dataclass
@@ -188,6 +199,12 @@ class Value:
 
     def __repr__(self) -> str:
         return f"<{self.dtype.name}{self.dims} {self.layout}>"
+
+
+def _symbols_of(dims: Iterable[Any]) -> Iterator[str]:
+    for dim in dims:
+        if isinstance(dim, Size):
+            yield from dim.symbols
 
 
 # Linear operations that give the same elements in another shape.
@@ -442,6 +459,7 @@ class Emitter:
         for value in values:
             if value.resource is not None:
                 value.resource.level = max(value.resource.level, level)
+                value.resource.read = None
 
     def static_dims(self, tensor: tf.Tensor, layout: Layout = REPLICATED) -> Any:
         """The shape of a traced tensor: numbers where it tells them, else unknown."""
@@ -491,6 +509,12 @@ class Emitter:
         """A dimension as a scalar; with `local`, for the rows of the replica."""
         if not isinstance(dim, Size):
             return tf.constant(dim, dtype)
+        base = self.levels[self.level_of_sizes([dim])].stage
+        if stage is not base and not stage.once:
+            # Computed once, and not by each stage that asks for it.
+            scalar = self._scalar(dim, dtype, base, local)
+            base.export(scalar)
+            return stage.input(scalar, dtype, ())
         key = (dim, dtype, local)
         if key not in stage.cache:
             result = None
@@ -521,23 +545,15 @@ class Emitter:
 
     def level_of_sizes(self, dims: Iterable[Dim]) -> int:
         """The first level at which dimensions can be computed."""
-        level = 0
-        for dim in dims:
-            for symbol in dim.symbols if isinstance(dim, Size) else ():
-                if symbol != BATCH:
-                    level = max(level, self.symbols[symbol][0].level)
-        return level
+        measured = (s for s in _symbols_of(dims) if s != BATCH)
+        return max((self.symbols[s][0].level for s in measured), default=0)
 
     def can_compute(self, dims: Iterable[Dim | None]) -> bool:
         """Whether dimensions can be computed in this program."""
-        return all(
-            dim is not None
-            and all(
-                s == BATCH or s in self.symbols
-                for s in (dim.symbols if isinstance(dim, Size) else ())
-            )
-            for dim in dims
-        )
+        dims = list(dims)
+        if any(dim is None for dim in dims):
+            return False
+        return all(s == BATCH or s in self.symbols for s in _symbols_of(dims))
 
     def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
         """A vector: the shape of what a replica has of a tensor."""
@@ -561,10 +577,8 @@ class Emitter:
     def _local_size(self, layout: Layout, dtype: tf.DType, stage: Stage) -> Any:
         """The size of the dimension that is cut: what a row has may depend on rows."""
         size = self._scalar(ROWS, dtype, stage, local=True)
-        for factor in (layout.blocks, layout.inner):
-            if factor != 1:
-                size = size * self._scalar(factor, dtype, stage)
-        return size
+        rest = product([layout.blocks, layout.inner])
+        return size if rest == 1 else size * self._scalar(rest, dtype, stage)
 
     def start(self) -> Value:
         """The first row of a replica, an int32 scalar."""
@@ -577,18 +591,29 @@ class Emitter:
         """A value of known sizes, which is computed only where it is used."""
         sizes = np.asarray(sizes, object)
         level = self.level_of_sizes(sizes.flat)
+        # What is measured on a tensor is measured by a stage.
+        ready = level + any(s != BATCH for s in _symbols_of(sizes.flat))
         return Value(
-            REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=level
+            REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=ready
         )
 
-    def known_local_count(self, value: Value, axes: Iterable[int]) -> Value:
-        """The number of elements along axes that a replica has, an int32 scalar."""
-        places = sorted(axes)
-        layout = value.layout
-        if value.has_rows:
-            layout = layout.moved(places.index(layout.dim))
-        shape = self.local_shape([(value.dims or [])[a] for a in places], layout)
-        return self.call(tf.reduce_prod, [shape], REPLICATED, [])
+    def known_local_count(
+        self, value: Value, axes: Iterable[int], dtype: tf.DType
+    ) -> Value:
+        """The number of elements along axes that a replica has, a scalar."""
+        cut_at = value.layout.dim if value.has_rows else None
+        sizes = [value.dims[a] for a in axes if a != cut_at]
+        if not value.has_rows:
+            return self.known(product(sizes), dtype)
+        rest = product([value.layout.blocks, value.layout.inner, *sizes])
+        level = self.level_of_sizes([rest])
+        stage = self.levels[level].stage
+        key = ("local count", rest, dtype)
+        if key not in stage.cache:
+            with stage.graph.as_default():
+                rows = self._scalar(ROWS, dtype, stage, local=True)
+                stage.cache[key] = rows * self._scalar(rest, dtype, stage)
+        return self.value(REPLICATED, [], stage.cache[key], stage, level)
 
     def _bind_symbols(self, value: Value) -> None:
         """Notes where the sizes of a value can be measured, if nowhere else yet."""
@@ -657,6 +682,18 @@ class Emitter:
 
     def cut(self, value: Value, layout: Layout) -> Value:
         """The rows of each replica, of a value that is replicated."""
+        cut = self.cut_before(value, layout)
+        if cut is None:
+            cut = self._sliced(value, layout)
+        cut.whole = value
+        return cut
+
+    def cut_before(self, value: Value, layout: Layout) -> Value | None:
+        """As `cut`, from values that have no rows yet: none are computed in vain."""
+        found = CUT_RULES.get(value.node.type) if value.node is not None else None
+        return found(self, value, layout) if found else None
+
+    def _sliced(self, value: Value, layout: Layout) -> Value:
         dims = list(value.dims or ())
         dims[layout.dim] = layout.size
         stage_level = max(value.level, self.level_of_sizes([layout.size]))
@@ -687,7 +724,6 @@ class Emitter:
 
         cut = self.call(rows_of, [value], layout, dims, stage_level)
         cut.tensor.set_shape(cut.local_shape())
-        cut.whole = value
         return cut
 
     def as_partial(self, value: Value) -> Value:
@@ -722,19 +758,26 @@ class Emitter:
                 tensors are taken as they are.
         """
         count = self.num_replicas
+        own = self._own_slot(1 + value.rank)
 
-        def slotted(tensor):
+        def slotted(tensor, own):
             # Each replica puts its own into zeros, so that it travels with the sums.
-            stage = self.levels[value.level].stage
-            index = stage.input(self.rows.index, tf.int32, ())
             if tensor.dtype == tf.bool:
                 tensor = tf.cast(tensor, tf.int32)
-            own = tf.equal(tf.range(count), index)
-            own = tf.reshape(own, [count] + [1] * len(tensor.shape))
-            return tf.where(own, tensor[tf.newaxis], tf.zeros((), tensor.dtype))
+            return tf.where(own, tf.expand_dims(tensor, 0), tf.zeros((), tensor.dtype))
 
-        dims = [count, *(value.dims or ())]
-        return self.call(slotted, [value], PARTIAL, dims)
+        return self.call(slotted, [value, own], PARTIAL, [count, *value.dims])
+
+    def _own_slot(self, rank: int) -> Value:
+        """Which of all replicas a replica is, as a mask along the first dimension."""
+        stage, shape = self.levels[0].stage, [self.num_replicas] + [1] * (rank - 1)
+        key = ("slot", rank)
+        if key not in stage.cache:
+            index = stage.input(self.rows.index, tf.int32, ())
+            with stage.graph.as_default():
+                own = tf.equal(tf.range(self.num_replicas), index)
+                stage.cache[key] = tf.reshape(own, shape)
+        return self.value(REPLICATED, shape, stage.cache[key], stage, 0)
 
     # --- What one replica does for all.
 

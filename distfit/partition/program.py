@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit._keras import graphs
+from distfit._keras.templates import Template
 from distfit.partition.exchanges import Replicas
 
 
@@ -67,7 +68,7 @@ class Stage:
         self.sources: dict[Any, Any] = {}
         self.exports: dict[Any, tf.Tensor] = {}
         self.cache: dict[Any, Any] = {}
-        self._definition: Any = None
+        self._template: Template | None = None
 
     def input(self, source: Any, dtype: tf.DType, shape: Any) -> tf.Tensor:
         """The placeholder for a port or for a tensor of another stage."""
@@ -93,31 +94,21 @@ class Stage:
         """Adds the stage to the current graph, for every replica."""
         if not self.graph.get_operations():
             return
+        if self._template is None:
+            self._template = Template(
+                self.graph, list(self.inputs.values()), list(self.exports.values())
+            )
+        given = [[placed[key][r] for key in self.inputs] for r in range(replicas.count)]
         if self.once:
-            results = self._place_on(placed, 0, replicas.devices[0], False)
-            for key, tensor in zip(self.exports, results, strict=True):
-                placed[key] = [tensor] * replicas.count
-            return
-        of_replicas = [
-            self._place_on(placed, index, device, jit)
-            for index, device in enumerate(replicas.devices)
-        ]
-        for key, tensors in zip(
-            self.exports, zip(*of_replicas, strict=True), strict=True
-        ):
-            placed[key] = list(tensors)
-
-    def _place_on(self, placed: Placed, index: int, device: str, jit: bool) -> list:
-        given = [placed[key][index] for key in self.inputs]
-        if not jit or not self._compiles():
-            return self._instance(given, device)
-
-        def computation(*tensors):
-            return self._instance(tensors, device)
-
-        with tf.device(device):
-            compiled = tf.function(computation, autograph=False, jit_compile=True)
-            return list(compiled(*given))
+            (results,) = self._template.place(given[:1], replicas.devices[:1])
+            of_replicas = [results] * replicas.count
+        elif jit and self._compiles():
+            pairs = zip(given, replicas.devices, strict=True)
+            of_replicas = [self._template.place_compiled(*pair) for pair in pairs]
+        else:
+            of_replicas = self._template.place(given, replicas.devices)
+        for key, *tensors in zip(self.exports, *of_replicas, strict=True):
+            placed[key] = tensors
 
     def _compiles(self) -> bool:
         """Whether XLA is of use; it cannot take or return lists of tensors."""
@@ -125,18 +116,6 @@ class Stage:
         if any(tensor.dtype in (tf.variant, tf.string) for tensor in crossing):
             return False
         return any(op.type not in _TRIVIAL for op in self.graph.get_operations())
-
-    def _instance(self, given: Sequence[tf.Tensor], device: str) -> list[tf.Tensor]:
-        if self._definition is None:
-            self._definition = graphs.definition(self.graph)
-        names = [tensor.op.name for tensor in self.inputs.values()]
-        return graphs.instance(
-            self.graph,
-            self._definition,
-            dict(zip(names, given, strict=True)),
-            [tensor.name for tensor in self.exports.values()],
-            device,
-        )
 
 
 _TRIVIAL = {"Placeholder", "Const", "Identity", "NoOp"}

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit._keras import graphs
+from distfit._keras.templates import Template
 from distfit.partition import tracing
 from distfit.partition.emission import Emitter, Resource, Value
 from distfit.partition.exchanges import Replicas
@@ -244,15 +245,10 @@ class Step:
         given = [part[0] for part in share.parts]
         given += [copies[0] for _, copies in self._handles]
         wanted = [self._graph.outputs[i] for i in self._now]
-
-        def instance(*tensors):
-            return graphs.instance_of_function(self._graph, tensors, wanted, device)
-
+        template = Template(self._graph, self._graph.inputs, wanted)
         if self.jit:
-            with tf.device(device):
-                instance = tf.function(instance, autograph=False, jit_compile=True)
-                return [[t] for t in instance(*given)]
-        return [[t] for t in instance(*given)]
+            return [[t] for t in template.place_compiled(given, device)]
+        return [[t] for t in template.place([given], [device])[0]]
 
     @property
     def returned(self) -> list[tuple]:
@@ -312,12 +308,11 @@ class Step:
         """Adds the lasting outputs to the current graph: their values, in order."""
         handles = [copies for _, copies in self._handles]
         if self.replicas.num_replicas == 1:
-            return graphs.instance_of_reads(
-                self._graph,
-                [copies[0] for copies in handles],
-                [self._graph.outputs[i] for i in self._last],
-                self.replicas.devices[0],
-            )
+            captured = self._graph.inputs[self._num_leaves :]
+            wanted = [self._graph.outputs[i] for i in self._last]
+            reads = Template(self._graph, captured, wanted, reads_only=True)
+            given = [copies[0] for copies in handles]
+            return reads.place([given], self.replicas.devices[:1])[0]
         nothing = [tf.constant(0)] * self.replicas.count
         given = [nothing] * (2 * self._num_leaves) + handles
         rows = [nothing] * 4

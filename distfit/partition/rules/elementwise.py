@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter, Value, cut_rule, rule
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -110,6 +110,26 @@ def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     if aligned is None:
         return None
     return emitter.op(node, aligned[0], aligned[1], dims)
+
+
+@cut_rule(*(set(_UNARY) | set(_NARY)) - {"Bitcast"})
+def _of_repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
+    """Elements that come from what is repeated: as the gradient of a mean does."""
+    node: Any = value.node
+    laid = []
+    for edge in node.inputs:
+        given: Value | None = emitter.values[edge]
+        if given is None or not given.is_replicated or given.dims is None:
+            return None
+        at = layout.dim - value.rank + given.rank
+        if at >= 0 and not emitter.sizes.is_one(given.dims[at]):
+            given = emitter.cut_before(given, layout.moved(at))
+        if given is None:
+            return None
+        laid.append(given)
+    if not any(given.has_rows for given in laid):
+        return None
+    return emitter.op(node, laid, layout, value.dims)[0]
 
 
 def _exchanged_early(emitter: Emitter, inputs: list[Value]) -> list[Value]:

@@ -133,28 +133,27 @@ def _origin(edge: Edge) -> Edge:
 
 def _variance_of(emitter, node, x: Value, axes: set[int], dims) -> Value:
     at, wide = sorted(axes), _wide(x.dtype)
-    local = emitter.known_local_count(x, axes)
-    total = emitter.known(product([x.dims[a] for a in axes]), tf.int64)
+    local = emitter.known_local_count(x, axes, wide)
+    total = emitter.known(product([x.dims[a] for a in axes]), wide)
 
-    def moments(tensor, count):
-        tensor, n = tf.cast(tensor, wide), tf.cast(count, wide)
+    def moments(tensor, n):
+        tensor = tf.cast(tensor, wide)
         own = tf.math.divide_no_nan(tf.reduce_sum(tensor, at, keepdims=True), n)
-        squares = tf.reduce_sum(tf.math.squared_difference(tensor, own), at)
-        own = tf.squeeze(own, at)
+        squares = tf.math.squared_difference(tensor, own)
+        squares = tf.reduce_sum(squares, at, keepdims=True)
         return tf.stack([own, squares, tf.fill(tf.shape(own), n)])
 
-    kept = [d for i, d in enumerate(x.dims or ()) if i not in axes]
+    kept = [1 if i in axes else d for i, d in enumerate(x.dims)]
     stack = emitter.call(moments, [x, local], REPLICATED, [3, *kept])
     stacked = emitter.whole(emitter.stacked(stack))
 
-    def combined(parts, count):
+    def combined(parts, n):
         means, squares, counts = tf.unstack(parts, num=3, axis=1)
-        n = tf.cast(count, wide)
-        mean = tf.reduce_sum(means * counts, 0) / n
-        between = counts * tf.math.squared_difference(means, mean[tf.newaxis])
+        mean = tf.reduce_sum(means * counts, 0, keepdims=True) / n
+        between = counts * tf.math.squared_difference(means, mean)
         variance = tf.reduce_sum(squares + between, 0) / n
-        for axis in at if node.attr("keep_dims") else ():
-            variance = tf.expand_dims(variance, axis)
+        if not node.attr("keep_dims"):
+            variance = tf.squeeze(variance, at)
         return tf.cast(variance, x.dtype)
 
     return emitter.call(combined, [stacked, total], REPLICATED, dims)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter, Value, cut_rule, rule
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -275,6 +275,27 @@ def _tiled_to_rows(
     given = [value, emitter.known(times, tf.int32)]
     result.whole = emitter.call(tf.tile, given, REPLICATED, dims)
     return [result]
+
+
+@cut_rule("Tile", "BroadcastTo", "Fill")
+def _repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
+    """Repeated as often as there are rows on a replica, and not for all of them.
+
+    The number of rows is an ordinary number where a step knows it, so that the rules
+    above cannot tell that something is repeated for each row.
+    """
+    node: Any = value.node
+    first, second = (emitter.values[edge] for edge in node.inputs)
+    source, times = (second, first) if node.type == "Fill" else (first, second)
+    numbers = elements_of(times)
+    if not source.is_replicated or source.dims is None or numbers is None:
+        return None
+    at = layout.dim - len(numbers) + source.rank
+    if at >= 0 and source.dims[at] != 1 or not emitter.can_compute(numbers):
+        return None
+    local = emitter.local_shape(numbers, layout)
+    repeat = tf.tile if node.type == "Tile" else tf.broadcast_to
+    return emitter.call(repeat, [source, local], layout, value.dims)
 
 
 # --- Joining and taking apart.

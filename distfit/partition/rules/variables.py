@@ -36,9 +36,13 @@ def _no_op(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 @rule("ReadVariableOp")
 def _read(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     (handle,) = inputs
-    if _is_single(handle):
+    resource = handle.resource
+    if resource is None or resource.kind == "single":
         return None
-    return emitter.op(node, inputs, PARTIAL if _is_summed(handle) else REPLICATED)
+    if resource.read is None or resource.read.dtype != node.outputs[0].dtype:
+        layout = PARTIAL if _is_summed(handle) else REPLICATED
+        (resource.read,) = emitter.op(node, inputs, layout)
+    return [resource.read]
 
 
 @rule("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp")

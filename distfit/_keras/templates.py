@@ -1,0 +1,193 @@
+"""A graph that is placed many times: once for each replica of each step.
+
+| names | why |
+|---|---|
+| `_add_function_recursive` | functions that the graph calls come with it |
+| `capture` | tensors of outer graphs are inputs, too |
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework import ops
+
+_REPLICA = re.compile(r"\bstage(?:_\d+)?/r(\d+)/")
+
+
+class Template:
+    """A graph as a definition that is brought into other graphs.
+
+    What the graph computes twice alike, constants above all, is merged, and what
+    nothing needs is left out: the time that TensorFlow takes to prepare a step goes
+    with the number of operations.
+
+    Args:
+        graph: A `FuncGraph`.
+        inputs: Its tensors that are given; all others must be computed in it.
+        outputs: Its tensors that are asked for.
+        reads_only: Whether to take what the outputs depend on by data, and nothing
+            else.
+
+    Raises:
+        AssertionError: if the graph takes from outside what is not given.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        inputs: Sequence[tf.Tensor],
+        outputs: Sequence[tf.Tensor],
+        reads_only: bool = False,
+    ):
+        self._functions = list(graph._functions.values())
+        given = {tensor.op.name for tensor in inputs}
+        whole = graph.as_graph_def()
+        self._versions = whole.versions
+        nodes = {node.name: node for node in whole.node}
+        kept = _needed(graph, [t.op for t in outputs], reads_only)
+        for name in given.union(nodes.keys() - kept):
+            # XLA compiles no placeholders, not even unused ones.
+            nodes.pop(name, None)
+        missing = {t.op.name for _, t in graph.captures if t.op.name in kept} - given
+        if missing:
+            raise AssertionError(f"A graph takes from outside: {sorted(missing)}.")
+        if reads_only:
+            for node in nodes.values():
+                node.input[:] = [n for n in node.input if not n.startswith("^")]
+        first = _merged(graph, nodes.values())
+        self._nodes = [node for name, node in nodes.items() if name not in first]
+        for node in self._nodes:
+            node.input[:] = [_renamed(name, first) for name in node.input]
+        used = {_tensor_name(name) for node in self._nodes for name in node.input}
+        self._inputs = [tensor.name for tensor in inputs]
+        self._used = used.intersection(self._inputs)
+        self._outputs = [_renamed(tensor.name, first) for tensor in outputs]
+
+    def place(
+        self, given: Sequence[Sequence[Any]], devices: Sequence[str]
+    ) -> list[list[tf.Tensor]]:
+        """Adds the graph to the current one, once for each device.
+
+        Args:
+            given: For each device, what to use as the inputs.
+            devices: The devices.
+
+        Returns:
+            For each device, the outputs.
+        """
+        current = ops.get_default_graph()
+        for function in self._functions:
+            current._add_function_recursive(function)
+        # All in one go: bringing in a graph takes as long as the current one is large.
+        definition = tf.compat.v1.GraphDef()
+        definition.versions.CopyFrom(self._versions)
+        feeds: dict[str, tf.Tensor] = {}
+        wanted: list[str] = []
+        for index, tensors in enumerate(given):
+            prefix = f"r{index}/"
+            for node in self._nodes:
+                copy = definition.node.add()
+                copy.CopyFrom(node)
+                copy.name = prefix + node.name
+                copy.input[:] = [_prefixed(name, prefix) for name in node.input]
+                _prefix_colocation(copy, prefix)
+            for name, tensor in zip(self._inputs, tensors, strict=True):
+                if name in self._used:
+                    feeds[prefix + name] = current.capture(tensor)
+            computed = [name for name in self._outputs if name not in self._inputs]
+            wanted += [prefix + name for name in computed]
+
+        def device_of(op: tf.Operation) -> str:
+            replica = _REPLICA.search(op.name)[1]  # type: ignore[index]
+            return op.device or devices[int(replica)]
+
+        # A function, as TensorFlow makes a context for each device of a definition.
+        with tf.compat.v1.device(device_of):
+            found = tf.graph_util.import_graph_def(
+                definition, input_map=feeds, return_elements=wanted, name="stage"
+            )
+        results = iter(found or ())
+        placed = []
+        for tensors in given:
+            by_name = dict(zip(self._inputs, tensors, strict=True))
+            placed.append(
+                [
+                    current.capture(by_name[name]) if name in by_name else next(results)
+                    for name in self._outputs
+                ]
+            )
+        return placed
+
+    def place_compiled(self, given: Sequence[Any], device: str) -> list[tf.Tensor]:
+        """As `place` for one device, as a computation that XLA compiles."""
+
+        def computation(*tensors):
+            return self.place([tensors], [device])[0]
+
+        with tf.device(device):
+            compiled = tf.function(computation, autograph=False, jit_compile=True)
+            return list(compiled(*given))
+
+
+def _merged(graph: Any, nodes: Iterable[Any]) -> dict[str, str]:
+    """The nodes that others do not need to be computed again, with the first alike."""
+    first: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for node in nodes:
+        if graph.get_operation_by_name(node.name).op_def.is_stateful:
+            continue
+        key = (
+            node.op,
+            node.device,
+            tuple(_renamed(name, first) for name in node.input),
+            tuple((k, node.attr[k].SerializeToString()) for k in sorted(node.attr)),
+        )
+        if key in seen:
+            first[node.name] = seen[key]
+        else:
+            seen[key] = node.name
+    return first
+
+
+def _needed(graph: Any, ops: Sequence[tf.Operation], reads_only: bool) -> set[str]:
+    """The names of what operations depend on, and of what has an effect."""
+    stack = list(ops)
+    if not reads_only:
+        stack += [op for op in graph.get_operations() if op.op_def.is_stateful]
+    kept: set[str] = set()
+    while stack:
+        op = stack.pop()
+        if op.name not in kept:
+            kept.add(op.name)
+            stack += [tensor.op for tensor in op.inputs]
+            stack += [] if reads_only else op.control_inputs
+    return kept
+
+
+def _renamed(name: str, first: dict[str, str]) -> str:
+    """The name of an input or of a tensor, with that of its node replaced."""
+    control = "^" if name.startswith("^") else ""
+    node, colon, index = name.removeprefix("^").partition(":")
+    return control + first.get(node, node) + colon + index
+
+
+def _tensor_name(name: str) -> str:
+    return name if ":" in name else f"{name}:0"
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    return f"^{prefix}{name[1:]}" if name.startswith("^") else prefix + name
+
+
+def _prefix_colocation(node: Any, prefix: str) -> None:
+    """Keeps `loc:@name` true where names get a prefix."""
+    if "_class" in node.attr:
+        places = node.attr["_class"].list.s
+        places[:] = [
+            b"loc:@" + prefix.encode() + place.removeprefix(b"loc:@")
+            if place.startswith(b"loc:@")
+            else place
+            for place in places
+        ]
