@@ -158,7 +158,7 @@ ATTENTION = {
         SERIES,
         lambda layer, x: layer(x, x, use_causal_mask=True),
     ),
-    "GroupQueryAttention": Case(
+    "GroupedQueryAttention": Case(
         lambda: layers.GroupQueryAttention(2, 4, 2),
         SERIES,
         lambda layer, x: layer(x, x),
@@ -266,7 +266,7 @@ PREPROCESSING = {
         lambda: layers.STFTSpectrogram(
             frame_length=8, frame_step=4, fft_length=8, window=None
         ),
-        _numbers(32),
+        _numbers(32, 1),
     ),
     "MelSpectrogram": Case(
         lambda: layers.MelSpectrogram(

@@ -99,9 +99,11 @@ class Template:
             computed = [name for name in self._outputs if name not in self._inputs]
             wanted += [prefix + name for name in computed]
 
+        specs = [tf.DeviceSpec.from_string(device) for device in devices]
+
         def device_of(op: tf.Operation) -> str:
             replica = _REPLICA.search(op.name)[1]  # type: ignore[index]
-            return op.device or devices[int(replica)]
+            return op.device or specs[int(replica)].to_string()
 
         # A function, as TensorFlow makes a context for each device of a definition.
         with tf.compat.v1.device(device_of):
