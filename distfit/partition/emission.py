@@ -201,6 +201,11 @@ class Value:
         return f"<{self.dtype.name}{self.dims} {self.layout}>"
 
 
+def _may_be_size(tensor: tf.Tensor) -> bool:
+    """Whether a tensor may hold sizes, or what comes of comparing them."""
+    return tensor.dtype.is_integer or tensor.dtype.is_bool
+
+
 def _symbols_of(dims: Iterable[Any]) -> Iterator[str]:
     for dim in dims:
         if isinstance(dim, Size):
@@ -341,7 +346,7 @@ class Emitter:
         """For each output, its elements as sizes; None where they are no such."""
         evaluate = SIZE_RULES.get(node.type)
         nothing = [None] * len(node.outputs)
-        if evaluate is None or not all(t.dtype.is_integer for t in node.outputs):
+        if evaluate is None or not all(map(_may_be_size, node.outputs)):
             return nothing
         found = evaluate(self, node, inputs)
         return nothing if found is None else [np.asarray(s, object) for s in found]

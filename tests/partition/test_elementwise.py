@@ -44,7 +44,6 @@ OTHER_UNARY = [
     lambda v: RAW.Acosh(x=v + 1.5),
     lambda v: tf.cast(v * 9, tf.int32),
     lambda v: tf.cast(v, tf.float16),
-    lambda v: tf.bitcast(v, tf.int32),
     lambda v: tf.identity(v) + tf.stop_gradient(v),
     lambda v: RAW.PreventGradient(input=v),
     lambda v: RAW.Snapshot(input=v),
@@ -126,6 +125,8 @@ def test_unary_operations_equal_one_device(kind, counts):
         value = LAYOUTS[kind](x)
         results = [operation(x=value) for operation in UNARY.values()]
         results += [operation(features=value) for operation in FEATURES.values()]
+        if kind != "partial":  # The bits of a sum tell in what order it was added.
+            results.append(tf.bitcast(value, tf.int32))
         return results + [operation(value) for operation in OTHER_UNARY]
 
     outcome = check(every, [batch(counts, 3)], counts)

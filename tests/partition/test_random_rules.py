@@ -174,7 +174,8 @@ def test_draws_of_a_fixed_number_of_rows(counts, columns):
         return x + noise, noise, tf.concat([x, x], 0) * double
 
     outcome = same(step, [x], counts, rows=total)
-    assert outcome.layouts[:2] == ["rows", "rows"]
+    if total not in (1, columns):  # There the number does not tell the rows.
+        assert outcome.layouts[:2] == ["rows", "rows"]
 
 
 @given(splits(), st.integers(0, 3))

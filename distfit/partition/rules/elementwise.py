@@ -235,9 +235,14 @@ def _select(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
     condition, x, y = inputs
     if condition.dims is None or x.dims is None or y.dims is None:
         return None
-    if condition.rank not in (0, x.rank):
-        return None
-    return _nary(emitter, node, inputs)
+    if condition.rank in (0, x.rank):
+        return _nary(emitter, node, inputs)
+    laid = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    if not any(v.has_rows for v in laid):
+        return emitter.op(node, laid, REPLICATED, x.dims)
+    lead = next(v.layout for v in laid if v.has_rows)
+    aligned = alike(emitter, laid, lead) if lead.dim == 0 else None
+    return aligned and emitter.op(node, aligned, lead, x.dims)
 
 
 @rule("BiasAdd")

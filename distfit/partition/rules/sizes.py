@@ -3,6 +3,7 @@
 A size rule returns the elements of each output as `Dim`s, None where one is not known.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,10 @@ def _rank(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 
 @size_rule("Identity", "Cast", "StopGradient", "Snapshot", "PreventGradient")
 def _same(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
-    if inputs[0].sizes is None or node.outputs[0].dtype.size < 4:
-        return None
-    return [inputs[0].sizes]
+    to, given = node.outputs[0].dtype, inputs[0].dtype
+    if to != given and min(to.size, given.size) < 4:
+        return None  # It may not fit.
+    return None if inputs[0].sizes is None else [inputs[0].sizes]
 
 
 def _arithmetic(operate: Callable) -> Callable:
@@ -147,6 +149,35 @@ for _types, _operate in (
     (("Minimum",), _minimum),
 ):
     size_rule(*_types)(_arithmetic(_operate))
+
+_COMPARISONS: dict[str, Callable] = {
+    "Equal": operator.eq,
+    "NotEqual": operator.ne,
+    "Less": operator.lt,
+    "LessEqual": operator.le,
+    "Greater": operator.gt,
+    "GreaterEqual": operator.ge,
+}
+
+
+@size_rule(*_COMPARISONS)
+def _compare(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    a, b = (ints(v) for v in inputs)
+    if a is None or b is None:
+        return None
+    shapes = [v.sizes.shape for v in inputs]
+    pair = (np.reshape(n, s) for n, s in zip((a, b), shapes, strict=True))
+    return [np.asarray(_COMPARISONS[node.type](*pair)).astype(object)]
+
+
+@size_rule("Select", "SelectV2")
+def _select(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
+    if any(v.sizes is None for v in inputs) or ints(inputs[0]) is None:
+        return None
+    condition, x, y = (v.sizes for v in inputs)
+    if node.type == "Select" and condition.shape not in ((), x.shape):
+        return None
+    return [np.where(condition.astype(bool), x, y)]
 
 
 @size_rule("Neg")
