@@ -517,7 +517,8 @@ class Emitter:
         base = self.levels[self.level_of_sizes([dim])].stage
         if stage is not base and not stage.once:
             # Computed once, and not by each stage that asks for it.
-            scalar = self._scalar(dim, dtype, base, local)
+            with base.graph.as_default():
+                scalar = self._scalar(dim, dtype, base, local)
             base.export(scalar)
             return stage.input(scalar, dtype, ())
         key = (dim, dtype, local)
