@@ -79,14 +79,17 @@ class Replicas:
         if self.num_replicas == 1:
             return list(parts)
         if self.count == self.num_replicas:
-            return [self._joined(parts, layout, r, count) for r in range(self.count)]
-        own = self._joined(parts, layout, 0, count)
+            if _all_on_cpu(self.devices):
+                joined = self._joined(parts, layout, count, self.devices[0])
+                return [joined] * self.count
+            return [self._joined(parts, layout, count, d) for d in self.devices]
+        own = self._joined(parts, layout, count, self.devices[0])
         whole = self._gather_workers(own, layout, total[0], start[0], count)
         return self._each(lambda t, like: _unwired(t, like.dtype), whole, parts)
 
-    def _joined(self, parts: list, layout: Any, replica: int, count) -> tf.Tensor:
+    def _joined(self, parts: list, layout: Any, count, device: str) -> tf.Tensor:
         dim = layout.dim
-        with tf.device(self.devices[replica]):
+        with tf.device(device):
             if layout.blocks == 1:
                 return tf.concat(parts, dim)
             # Blocks of rows: [blocks, rows, inner] on each replica.
@@ -157,11 +160,14 @@ def _split_like(flat: tf.Tensor, *tensors: tf.Tensor) -> list[tf.Tensor]:
 
 def _opened(tensor: tf.Tensor, dim: int, rows: Any, layout: Any) -> tf.Tensor:
     """Dimension `dim` as three: blocks, rows and what a row has."""
-    shape = tf.shape(tensor)
     blocks = layout.blocks
     if not isinstance(blocks, int):
         raise NotImplementedError("blocks of a size that is not known")
     inner = layout.inner if isinstance(layout.inner, int) else -1
+    before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+    if inner > 0 and _all_known(before, after):
+        return tf.reshape(tensor, [*before, blocks, -1, inner, *after])
+    shape = tf.shape(tensor)
     if inner == -1:
         inner = tf.math.floordiv(shape[dim], tf.maximum(rows * blocks, 1))
     return tf.reshape(
@@ -170,9 +176,17 @@ def _opened(tensor: tf.Tensor, dim: int, rows: Any, layout: Any) -> tf.Tensor:
 
 
 def _closed(tensor: tf.Tensor, dim: int) -> tf.Tensor:
+    before, after = tensor.shape[:dim], tensor.shape[dim + 3 :]
+    if _all_known(before, after):
+        return tf.reshape(tensor, [*before, -1, *after])
     shape = tf.shape(tensor)
     size = tf.reduce_prod(shape[dim : dim + 3])
     return tf.reshape(tensor, tf.concat([shape[:dim], [size], shape[dim + 3 :]], 0))
+
+
+def _all_known(*shapes: tf.TensorShape) -> bool:
+    """Whether one size that is left open follows from the number of elements."""
+    return all(shape.is_fully_defined() and 0 not in shape for shape in shapes)
 
 
 def _wired(tensor: tf.Tensor) -> tf.Tensor:
