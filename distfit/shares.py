@@ -45,6 +45,13 @@ class Layout:
                 )
 
 
+_OTHER_ROWS = (
+    "The tensors of a batch must have the same number of rows where their specs leave "
+    "it open. Give what has no rows a spec of a known size, as in "
+    "tf.TensorSpec((10, 3)) or by tf.ensure_shape in a map."
+)
+
+
 def _has_first_dimension(spec: tf.TypeSpec) -> bool:
     return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
 
@@ -83,9 +90,8 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
         parts = []
         for tensor, rows in zip(tensors, has_rows, strict=True):
             if rows:
-                # A tensor with another number of rows is an error here.
-                pieces = tf.split(tensor, counts, num=every)
-                parts.append(pieces[own])
+                with tf.control_dependencies(_checks(tensor, total)):
+                    parts.append(tf.split(tensor, counts, num=every)[own])
             else:
                 parts.append([tensor] * local)
         starts = tf.unstack(bounds[:-1], num=every)
@@ -97,6 +103,13 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
             tf.unstack(counts, num=every)[own],
             [tf.constant(replicas.first + r) for r in range(local)],
         )
+
+
+def _checks(tensor: tf.Tensor, rows: tf.Tensor) -> list:
+    """Asserts the number of rows of a tensor whose spec does not tell it."""
+    if tensor.shape[0] is not None:
+        return []
+    return [tf.debugging.assert_equal(tf.shape(tensor)[0], rows, _OTHER_ROWS)]
 
 
 def shares_of_shards(

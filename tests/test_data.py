@@ -170,6 +170,30 @@ def test_first_batch_that_splits_unevenly(make_strategy):
     assert np.isfinite(model.fit(x, y, batch_size=7, verbose=0).history["loss"][0])
 
 
+def test_what_has_other_rows_by_an_open_spec(make_strategy):
+    """A table beside the rows: its size tells that it has none, where it is known."""
+    x, table = np.ones((7, 4), "float32"), np.ones((3, 4), "float32")
+
+    class Tabled(distfit.Model):
+        def train_step(self, data):
+            x, table = data
+            return {"sum": tf.reduce_sum(x @ tf.transpose(table))}
+
+    def trained(size):
+        specs = (tf.TensorSpec((None, 4)), tf.TensorSpec((size, 4)))
+        data = tf.data.Dataset.from_generator(
+            lambda: iter([(x, table)]), output_signature=specs
+        )
+        with make_strategy(2).scope():
+            model = Tabled()
+            model.compile()
+        return model.fit(data, verbose=0).history["sum"]
+
+    assert trained(3) == [7 * 3 * 4]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="same number of rows"):
+        trained(None)
+
+
 def test_train_on_batch_splits_the_batch(make_strategy):
     """Stock Keras gives every replica the whole batch."""
     x, y = comparing.regression_data(10)
