@@ -234,20 +234,54 @@ class Exchange(Meeting):
             )
 
 
+class Nested(Meeting):
+    """A meeting that runs programs: a branch or a loop.
+
+    It is one operation for all replicas if its programs meet, and else one for each.
+
+    Attributes:
+        inputs: What it is given.
+        outputs: Ports of what it returns.
+        rows: Ports of the rows.
+    """
+
+    inputs: list[Any]
+    outputs: list[Port]
+    rows: RowPorts
+
+    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
+        inputs = [placed[key_of(source)] for source in self.inputs]
+        rows = [placed[port] for port in self.rows.all()]
+        if any(program.meets for program in self.programs):
+            results = self._placed(inputs, rows, replicas, jit)
+        else:
+            each = []
+            for r in range(replicas.count):
+                one = replicas.only(r)
+                with tf.device(one.devices[0]):
+                    own = [[part[r]] for part in inputs]
+                    own_rows = [[part[r]] for part in rows]
+                    each.append(self._placed(own, own_rows, one, jit))
+            results = [sum(parts, []) for parts in zip(*each, strict=True)]
+        for port, tensors in zip(self.outputs, results, strict=True):
+            placed[port] = tensors
+
+    def _placed(self, inputs, rows, replicas: Replicas, jit: bool) -> list[list]:
+        """The outputs on the given replicas."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass
-class Branch(Meeting):
+class Branch(Nested):
     """A `tf.cond` (or a `tf.switch_case`) whose branches are programs of the same
     inputs and outputs.
 
     Attributes:
-        index: The port or tensor that selects the branch.
         branches: For `tf.cond`, the branch of False and that of True.
-        inputs: What the branches are given.
-        outputs: Ports of what they return.
-        rows: Ports of the rows.
+        inputs: What selects the branch, and then what the branches are given.
+        outputs, rows: As in `Nested`.
     """
 
-    index: Any
     branches: list[Program]
     inputs: list[Any]
     outputs: list[Port]
@@ -257,28 +291,12 @@ class Branch(Meeting):
     def programs(self) -> list[Program]:
         return self.branches
 
-    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
-        index = placed[key_of(self.index)]
-        inputs = [placed[key_of(source)] for source in self.inputs]
-        rows = [placed[port] for port in self.rows.all()]
-        if any(program.meets for program in self.branches):
-            results = self._placed(index[0], inputs, rows, replicas, jit)
-        else:
-            each = []
-            for r in range(replicas.count):
-                one = replicas.only(r)
-                with tf.device(one.devices[0]):
-                    own = [[part[r]] for part in inputs]
-                    own_rows = [[part[r]] for part in rows]
-                    each.append(self._placed(index[r], own, own_rows, one, jit))
-            results = [sum(parts, []) for parts in zip(*each, strict=True)]
-        for port, tensors in zip(self.outputs, results, strict=True):
-            placed[port] = tensors
+    def _placed(self, inputs, rows, replicas, jit) -> list[list]:
+        (index, *_), *given = inputs
 
-    def _placed(self, index, inputs, rows, replicas, jit) -> list[list]:
         def branch(program: Program) -> Callable:
             def run():
-                outputs = program.place(inputs, rows, replicas, jit)
+                outputs = program.place(given, rows, replicas, jit)
                 flat = [tensor for tensors in outputs for tensor in tensors]
                 # TensorFlow wants a branch to return something.
                 return [tf.identity(t) for t in flat] or [tf.constant(0)]
@@ -295,7 +313,7 @@ class Branch(Meeting):
 
 
 @dataclasses.dataclass
-class Loop(Meeting):
+class Loop(Nested):
     """A `tf.while_loop` whose condition and body are programs.
 
     Attributes:
@@ -304,8 +322,7 @@ class Loop(Meeting):
         constant: For each variable, whether the body returns it as it was given.
         inputs: The initial values.
         shapes: The shapes that the variables keep.
-        outputs: Ports of the final values.
-        rows: Ports of the rows.
+        outputs, rows: As in `Nested`.
         parallel_iterations: As in `tf.while_loop`.
     """
 
@@ -321,23 +338,6 @@ class Loop(Meeting):
     @property
     def programs(self) -> list[Program]:
         return [self.condition, self.body]
-
-    def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
-        inputs = [placed[key_of(source)] for source in self.inputs]
-        rows = [placed[port] for port in self.rows.all()]
-        if self.body.meets or self.condition.meets:
-            results = self._placed(inputs, rows, replicas, jit)
-        else:
-            each = []
-            for r in range(replicas.count):
-                one = replicas.only(r)
-                with tf.device(one.devices[0]):
-                    own = [[part[r]] for part in inputs]
-                    own_rows = [[part[r]] for part in rows]
-                    each.append(self._placed(own, own_rows, one, jit))
-            results = [sum(parts, []) for parts in zip(*each, strict=True)]
-        for port, tensors in zip(self.outputs, results, strict=True):
-            placed[port] = tensors
 
     def _placed(self, inputs, rows, replicas, jit) -> list[list]:
         count = replicas.count

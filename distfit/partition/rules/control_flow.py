@@ -69,9 +69,8 @@ def _branches(
     arrived = [emitter.arrived(level, like) for like in outputs]
     emitter.levels[level].meetings.append(
         Branch(
-            keys[0],
             programs,
-            keys[1:],
+            keys,
             [value.tensor for value in arrived],
             emitter.rows,
         )
