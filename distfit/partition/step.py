@@ -315,6 +315,8 @@ class Step:
             return reads.place([given], self.replicas.devices[:1])[0]
         nothing = [tf.constant(0)] * self.replicas.count
         given = [nothing] * (2 * self._num_leaves) + handles
-        rows = [nothing] * 4
+        first = self.replicas.first
+        index = [tf.constant(first + r) for r in range(self.replicas.count)]
+        rows = [nothing, nothing, nothing, index]
         results = self._read_program.place(given, rows, self.replicas)
         return [parts[0] for parts in results]
