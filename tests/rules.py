@@ -69,25 +69,28 @@ def partitioned(
         keep_rows=True,
     )
 
+    every = len(counts)
+
     @tf.function(autograph=False)
-    def run():
+    def run(counts):
+        # Not as constants, which a graph optimizer would follow, where no step does.
         tensors = [tf.constant(a) for a in arrays]
         parts = [
-            tf.split(t, counts) if r else [t] * len(counts)
+            tf.split(t, counts, num=every) if r else [t] * every
             for t, r in zip(tensors, has_rows, strict=True)
         ]
-        starts = np.cumsum([0, *counts[:-1]])
+        each = tf.unstack(counts, num=every)
         share = Share(
             parts,
             tensors,
-            [tf.constant(total)] * len(counts),
-            [tf.constant(int(n)) for n in starts],
-            [tf.constant(n) for n in counts],
-            [tf.constant(i) for i in range(len(counts))],
+            [tf.reduce_sum(counts)] * every,
+            tf.unstack(tf.cumsum(counts, exclusive=True), num=every),
+            each,
+            [tf.constant(i) for i in range(every)],
         )
         return step.results(step.place(share))
 
-    results = [t.numpy() for t in tf.nest.flatten(run())]
+    results = [t.numpy() for t in tf.nest.flatten(run(tf.constant(counts)))]
     program = step._program
     return Outcome(
         results,

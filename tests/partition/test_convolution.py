@@ -188,7 +188,7 @@ def test_images_of_a_size_that_is_not_known(counts, strided):
         short = tf.nn.conv2d(x, v, stride, "SAME")
         x = tf.nn.conv2d(x, w, stride, "SAME") + short
         large = tf.nn.conv2d_transpose(
-            x, v, tf.concat([tf.shape(x)[:1], tf.shape(x)[1:3] * 2, [3]], 0), 2, "SAME"
+            x, w, tf.concat([tf.shape(x)[:1], tf.shape(x)[1:3] * 2, [3]], 0), 2, "SAME"
         )
         return tf.nn.max_pool2d(large, 2, 2, "VALID") + x
 

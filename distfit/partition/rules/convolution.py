@@ -28,11 +28,13 @@ from distfit.partition.rules.shapes import elements_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
 
-# Kernels that fail on no images, on CPU or on GPU, or leave their result unwritten.
-_FAIL_ON_NOTHING = {
-    *("DepthwiseConv2dNativeBackpropFilter", "Conv3DBackpropFilterV2"),
-    *("MaxPool3DGrad", "MaxPool3DGradGrad", "AvgPool3DGrad", "LRN", "LRNGrad"),
-}
+# What is given the shape of its result first.
+_GRADIENTS_OF_IMAGES = (
+    *("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
+    "DepthwiseConv2dNativeBackpropInput",
+)
+_GRADIENTS_OF_AVERAGES = ("AvgPoolGrad", "AvgPool3DGrad")
+_SHAPE_FIRST = _GRADIENTS_OF_IMAGES + _GRADIENTS_OF_AVERAGES
 
 _CONVOLUTIONS = {
     *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
@@ -87,29 +89,44 @@ def _emitted(
         dims = [layout.size, *dims[1:]]
     if dims is not None and _is_grouped(emitter, node, inputs, dims):
         return [_compiled(emitter, node, inputs, layout, dims)]
-    cut = next((i for i, v in enumerate(inputs) if v.has_rows), None)
-    if cut is None or node.type not in _FAIL_ON_NOTHING:
+    always = (emitter.sizes.rows or 0) >= emitter.num_replicas
+    if always or not any(v.has_rows for v in inputs):
         return emitter.op(node, inputs, layout, dims)
-    if dims is None or not emitter.can_compute(dims):
-        return None
-    return [_guarded(emitter, node, inputs, cut, layout, dims)]
+    return [_guarded(emitter, node, inputs, layout, dims)]
 
 
-def _guarded(emitter, node, inputs, cut: int, layout: Layout, dims) -> Value:
-    """An operation that is left out where a replica has no images."""
+def _guarded(emitter, node, inputs: list[Value], layout: Layout, dims) -> Value:
+    """An operation that a replica without images does for an image of zeros.
 
-    def guarded(shape, *tensors):
-        def computed():
+    Kernels are not made for none: some fail, on CPU or on GPU, or leave their result
+    unwritten; those of oneDNN give it the shape of what they are given.
+    """
+
+    def guarded(*tensors):
+        def computed(*tensors):
             graph = tf.compat.v1.get_default_graph()
             return graphs.copy_operation(graph, node.op, tensors)[0]
 
-        def nothing():
-            return tf.zeros(shape, node.outputs[0].dtype)
+        def on_zeros():
+            given = list(map(_one_image, inputs, tensors))
+            if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
+                given[0] = tf.concat([[1], given[0][1:]], 0)
+            result = computed(*given)
+            return result[:0] if layout.kind == "rows" else result
 
-        return tf.cond(tf.shape(tensors[cut])[0] > 0, computed, nothing)
+        images = next(t for v, t in zip(inputs, tensors, strict=True) if v.has_rows)
+        return tf.cond(tf.shape(images)[0] > 0, lambda: computed(*tensors), on_zeros)
 
-    shape = emitter.local_shape(dims, layout)
-    return emitter.call(guarded, [shape, *inputs], layout, dims)
+    if dims is None:
+        dims = emitter.static_dims(*node.outputs, layout)
+    return emitter.call(guarded, inputs, layout, dims)
+
+
+def _one_image(value: Value, tensor: tf.Tensor) -> tf.Tensor:
+    if value.has_rows:
+        shape = tf.concat([[1], tf.shape(tensor)[1:]], 0)
+        return tf.zeros(shape, tensor.dtype)
+    return tensor
 
 
 def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:
@@ -226,10 +243,7 @@ def _is_one_sum(tensors: list[Value]) -> bool:
     )
 
 
-@rule(
-    *("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
-    "DepthwiseConv2dNativeBackpropInput",
-)
+@rule(*_GRADIENTS_OF_IMAGES)
 def _convolution_of_gradient(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
@@ -238,7 +252,7 @@ def _convolution_of_gradient(
     return _to_shape(emitter, node, shape, [filter, gradient])
 
 
-@rule("AvgPoolGrad", "AvgPool3DGrad")
+@rule(*_GRADIENTS_OF_AVERAGES)
 def _average_gradient(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
