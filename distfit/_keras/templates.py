@@ -60,6 +60,7 @@ class Template:
         self._nodes = [node for name, node in nodes.items() if name not in first]
         for node in self._nodes:
             node.input[:] = [_renamed(name, first) for name in node.input]
+            node.attr.pop("_class", None)  # All are on one device, with or without it.
         used = {_tensor_name(name) for node in self._nodes for name in node.input}
         self._inputs = [tensor.name for tensor in inputs]
         self._used = used.intersection(self._inputs)
@@ -92,7 +93,6 @@ class Template:
                 copy.CopyFrom(node)
                 copy.name = prefix + node.name
                 copy.input[:] = [_prefixed(name, prefix) for name in node.input]
-                _prefix_colocation(copy, prefix)
             for name, tensor in zip(self._inputs, tensors, strict=True):
                 if name in self._used:
                     feeds[prefix + name] = current.capture(tensor)
@@ -181,15 +181,3 @@ def _tensor_name(name: str) -> str:
 
 def _prefixed(name: str, prefix: str) -> str:
     return f"^{prefix}{name[1:]}" if name.startswith("^") else prefix + name
-
-
-def _prefix_colocation(node: Any, prefix: str) -> None:
-    """Keeps `loc:@name` true where names get a prefix."""
-    if "_class" in node.attr:
-        places = node.attr["_class"].list.s
-        places[:] = [
-            b"loc:@" + prefix.encode() + place.removeprefix(b"loc:@")
-            if place.startswith(b"loc:@")
-            else place
-            for place in places
-        ]
