@@ -298,3 +298,21 @@ def test_top_k_and_one_hot(counts):
         return [values, indices, *hot, *last, tf.one_hot(classes, 4, 2.0, -1.0)]
 
     check(function, [x], counts)
+
+
+@given(splits(), st.booleans())
+@few
+def test_repeated_for_each_of_a_known_number_of_rows(counts, tiled_twice):
+    """A replica repeats for its own rows, also through what is done in between."""
+    rows, x = sum(counts), batch(counts, 3)
+    numbers = tf.constant([0.5, 2.0, -1.0])
+
+    def function(x):
+        tiled = tf.tile(numbers[tf.newaxis], [rows, 1])
+        tiled = tf.tile(tiled, [1, 2])[:, :3] if tiled_twice else tiled
+        filled = tf.exp(-tf.fill([rows, 3], numbers[1])) + tiled / 3
+        spread = tf.broadcast_to(numbers, [rows, 3]) * tf.broadcast_to(2.0, [rows, 3])
+        mean = tf.reduce_mean(tf.square(x), 0, keepdims=True)
+        return [x * tiled, x + filled, x - spread, tf.reduce_sum(tiled), spread, mean]
+
+    check(both_ways(function), [x], counts, rows=rows)
