@@ -13,6 +13,7 @@ from keras.src.optimizers import base_optimizer
 
 from distfit import _keras
 from distfit._keras import generators, graphs, optimizers, scalars
+from distfit._keras.alive import instances_of
 
 
 def test_every_exported_name_is_there():
@@ -197,3 +198,40 @@ def test_values_of_replicas_are_told_from_sums_over_them(make_strategy):
     assert not _keras.is_summed_on_read(weight) and not _keras.is_summed_on_read(seed)
     assert _keras.local_value(weight).tolist() == [1.0, 2.0]
     assert _keras.local_value(seed).shape == (2,)
+
+
+class Held:
+    pass
+
+
+class HeldToo(Held):
+    __slots__ = ("more",)
+
+
+def test_objects_are_found_wherever_they_are_held():
+    held = {"one": [Held()], "two": lambda own=HeldToo(): own}  # noqa: B008
+    assert len(instances_of(Held)) == 2
+    assert [type(thing) for thing in instances_of(HeldToo)] == [HeldToo]
+    held.clear()
+    assert instances_of(Held) == []
+
+
+def test_looking_for_objects_leaves_tuples_of_other_threads_alone():
+    """A tuple that somebody else holds cannot be finished."""
+    until = threading.Event()
+    failures = []
+
+    def make_tuples():
+        try:
+            while not until.is_set():
+                tuple(object() for _ in range(20))
+        except SystemError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=make_tuples)
+    thread.start()
+    for _ in range(50):
+        instances_of(Held)
+    until.set()
+    thread.join()
+    assert not failures

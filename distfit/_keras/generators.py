@@ -9,12 +9,12 @@ other numbers on each; others stand in for them while a step is traced |
 """
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
+from distfit._keras.alive import instances_of
 from distfit._keras.shadows import shadowed
 
 
@@ -31,8 +31,7 @@ def of_one_device() -> Iterator[None]:
 
 
 def _distributed() -> list[Any]:
-    # Not isinstance(): that asks the object, which may be a lazy module or a proxy.
-    found = [g for g in gc.get_objects() if issubclass(type(g), tf.random.Generator)]
+    found = instances_of(tf.random.Generator)
     return [g for g in found if vars(g).get("_distribution_strategy") is not None]
 
 

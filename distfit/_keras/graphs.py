@@ -11,7 +11,6 @@
 """
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
 from distfit._keras import generators
+from distfit._keras.alive import instances_of
 
 EMISSION_ERRORS = (
     TypeError,
@@ -203,5 +203,4 @@ def own_parts(strategy: Any) -> list[tuple[tf.Variable, tf.Tensor]]:
 
 
 def _variables_of(strategy: Any, kind: type) -> list[Any]:
-    found = [v for v in gc.get_objects() if issubclass(type(v), kind)]
-    return [v for v in found if v._distribute_strategy is strategy]
+    return [v for v in instances_of(kind) if v._distribute_strategy is strategy]

@@ -8,7 +8,6 @@ for tf.distribute; their originals stand in for them while a step is traced |
 """
 
 import contextlib
-import gc
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from distfit._keras import graphs
+from distfit._keras.alive import instances_of
 from distfit._keras.shadows import shadowed
 
 _PLAIN = (
@@ -51,12 +51,7 @@ def of_one_device(scope: Callable, accumulate_parts: bool = True) -> Iterator[No
 
 
 def _alive() -> list[Any]:
-    return [thing for thing in gc.get_objects() if _is_optimizer(thing)]
-
-
-def _is_optimizer(thing: Any) -> bool:
-    # Not isinstance(): that asks the object, which may be a lazy module or a proxy.
-    return issubclass(type(thing), keras.optimizers.Optimizer)
+    return instances_of(keras.optimizers.Optimizer)
 
 
 def _methods(optimizer: Any, scope: Callable, parts: bool) -> dict[str, Callable]:
