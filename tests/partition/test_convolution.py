@@ -10,7 +10,7 @@ from rules import check, splits
 
 generated = [Phase.explicit, Phase.generate]
 quick = settings(deadline=None, max_examples=15, phases=generated)
-few = settings(deadline=None, max_examples=6, phases=generated)
+few = settings(deadline=None, max_examples=4, phases=generated)
 paddings = st.sampled_from(["SAME", "VALID"])
 
 

@@ -14,7 +14,7 @@ from distfit.partition.rules import random
 from distfit.partition.step import Step
 from distfit.shares import replicas_of, shares
 
-few = settings(deadline=None, max_examples=12)
+few = settings(deadline=None, max_examples=6)
 slow = settings(deadline=None, max_examples=5)  # Large graphs.
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")

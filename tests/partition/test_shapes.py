@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rules import check, splits
 from test_elementwise import batch
 
-few = settings(deadline=None, max_examples=6)
+few = settings(deadline=None, max_examples=4)
 
 
 def weighted(value):
