@@ -45,13 +45,6 @@ class Layout:
                 )
 
 
-_OTHER_ROWS = (
-    "The tensors of a batch must have the same number of rows where their specs leave "
-    "it open. Give what has no rows a spec of a known size, as in "
-    "tf.TensorSpec((10, 3)) or by tf.ensure_shape in a map."
-)
-
-
 def _has_first_dimension(spec: tf.TypeSpec) -> bool:
     return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
 
@@ -90,7 +83,9 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
         parts = []
         for tensor, rows in zip(tensors, has_rows, strict=True):
             if rows:
-                with tf.control_dependencies(_checks(tensor, total)):
+                # The first has the number of rows that all others must have.
+                checks = [] if tensor is rowed[0] else _checks(tensor, total)
+                with tf.control_dependencies(checks):
                     parts.append(tf.split(tensor, counts, num=every)[own])
             else:
                 parts.append([tensor] * local)
@@ -103,6 +98,13 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
             tf.unstack(counts, num=every)[own],
             [tf.constant(replicas.first + r) for r in range(local)],
         )
+
+
+_OTHER_ROWS = (
+    "The tensors of a batch must have the same number of rows where their specs leave "
+    "it open. Give what has no rows a spec of a known size, as in "
+    "tf.TensorSpec((10, 3)) or by tf.ensure_shape in a map."
+)
 
 
 def _checks(tensor: tf.Tensor, rows: tf.Tensor) -> list:

@@ -12,11 +12,11 @@ from distfit._keras.templates import Template
 DEVICES = ["CPU:0", "CPU:1"]
 
 
-def template(function, **options):
+def template(function):
     """That of a function of two scalars, whose results are its outputs."""
     spec = (tf.TensorSpec(()), tf.TensorSpec(()))
     graph = graphs.trace(lambda given: tf.nest.flatten(function(*given)), spec)
-    return Template(graph, graph.inputs, graph.outputs, **options)
+    return Template(graph, graph.inputs, graph.outputs)
 
 
 def placed(made):
@@ -62,9 +62,7 @@ def test_draws_and_effects_are_never_merged_or_left_out():
         counter.assign_add(a)
         return tf.random.uniform(()), tf.random.uniform(())
 
-    spec = (tf.TensorSpec(()), tf.TensorSpec(()))
-    graph = graphs.trace(lambda given: function(*given), spec)
-    made = Template(graph, graph.inputs, graph.outputs)
+    made = template(function)
 
     @tf.function(autograph=False)
     def run():

@@ -5,7 +5,7 @@
 | `FuncGraph` | stages are graphs that captures nothing by accident |
 | `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
 | `function_def_to_graph` | the graph of a body that is only there as a definition |
-| `create_op` with attributes, `capture` | an operation with other inputs |
+| `create_op` with attributes | an operation with other inputs |
 | `UpdateContext` | variables act as their first copy while a step is traced |
 | `regroup`, `batch_reduce_to` | a sum over replicas outside of `strategy.run` |
 """

@@ -2,7 +2,7 @@
 
 | names | why |
 |---|---|
-| `_add_function_recursive` | functions that the graph calls come with it |
+| `_functions`, `_add_function_recursive` | what the graph calls comes with it |
 | `capture` | tensors of outer graphs are inputs, too |
 """
 
@@ -65,6 +65,7 @@ class Template:
         self._inputs = [tensor.name for tensor in inputs]
         self._used = used.intersection(self._inputs)
         self._outputs = [_renamed(tensor.name, first) for tensor in outputs]
+        self._computed = [n for n in self._outputs if n not in set(self._inputs)]
 
     def place(
         self, given: Sequence[Sequence[Any]], devices: Sequence[str]
@@ -96,14 +97,13 @@ class Template:
             for name, tensor in zip(self._inputs, tensors, strict=True):
                 if name in self._used:
                     feeds[prefix + name] = current.capture(tensor)
-            computed = [name for name in self._outputs if name not in self._inputs]
-            wanted += [prefix + name for name in computed]
+            wanted += [prefix + name for name in self._computed]
 
-        specs = [tf.DeviceSpec.from_string(device) for device in devices]
+        full = [tf.DeviceSpec.from_string(device).to_string() for device in devices]
 
         def device_of(op: tf.Operation) -> str:
             replica = _REPLICA.search(op.name)[1]  # type: ignore[index]
-            return op.device or specs[int(replica)].to_string()
+            return op.device or full[int(replica)]
 
         # A function, as TensorFlow makes a context for each device of a definition.
         with tf.compat.v1.device(device_of):

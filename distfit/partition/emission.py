@@ -206,10 +206,11 @@ def _may_be_size(tensor: tf.Tensor) -> bool:
     return tensor.dtype.is_integer or tensor.dtype.is_bool
 
 
-def _symbols_of(dims: Iterable[Any]) -> Iterator[str]:
+def _measured(dims: Iterable[Any]) -> Iterator[str]:
+    """The symbols in dimensions that are measured on a tensor: all but the rows."""
     for dim in dims:
         if isinstance(dim, Size):
-            yield from dim.symbols
+            yield from (symbol for symbol in dim.symbols if symbol != BATCH)
 
 
 # Linear operations that give the same elements in another shape.
@@ -551,15 +552,14 @@ class Emitter:
 
     def level_of_sizes(self, dims: Iterable[Dim]) -> int:
         """The first level at which dimensions can be computed."""
-        measured = (s for s in _symbols_of(dims) if s != BATCH)
-        return max((self.symbols[s][0].level for s in measured), default=0)
+        return max((self.symbols[s][0].level for s in _measured(dims)), default=0)
 
     def can_compute(self, dims: Iterable[Dim | None]) -> bool:
         """Whether dimensions can be computed in this program."""
         dims = list(dims)
         if any(dim is None for dim in dims):
             return False
-        return all(s == BATCH or s in self.symbols for s in _symbols_of(dims))
+        return all(symbol in self.symbols for symbol in _measured(dims))
 
     def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
         """A vector: the shape of what a replica has of a tensor."""
@@ -597,8 +597,8 @@ class Emitter:
         """A value of known sizes, which is computed only where it is used."""
         sizes = np.asarray(sizes, object)
         level = self.level_of_sizes(sizes.flat)
-        # What is measured on a tensor is measured by a stage.
-        ready = level + any(s != BATCH for s in _symbols_of(sizes.flat))
+        # What is measured is there after a stage.
+        ready = level + any(True for _ in _measured(sizes.flat))
         return Value(
             REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=ready
         )

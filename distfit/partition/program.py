@@ -234,6 +234,7 @@ class Exchange(Meeting):
             )
 
 
+@dataclasses.dataclass
 class Nested(Meeting):
     """A meeting that runs programs: a branch or a loop.
 
@@ -277,15 +278,12 @@ class Branch(Nested):
     inputs and outputs.
 
     Attributes:
-        branches: For `tf.cond`, the branch of False and that of True.
         inputs: What selects the branch, and then what the branches are given.
         outputs, rows: As in `Nested`.
+        branches: For `tf.cond`, the branch of False and that of True.
     """
 
     branches: list[Program]
-    inputs: list[Any]
-    outputs: list[Port]
-    rows: RowPorts
 
     @property
     def programs(self) -> list[Program]:
@@ -317,22 +315,19 @@ class Loop(Nested):
     """A `tf.while_loop` whose condition and body are programs.
 
     Attributes:
+        inputs: The initial values.
+        outputs, rows: As in `Nested`.
         condition: A program that returns a bool.
         body: A program that returns the loop's variables.
         constant: For each variable, whether the body returns it as it was given.
-        inputs: The initial values.
         shapes: The shapes that the variables keep.
-        outputs, rows: As in `Nested`.
         parallel_iterations: As in `tf.while_loop`.
     """
 
     condition: Program
     body: Program
     constant: list[bool]
-    inputs: list[Any]
     shapes: list[Any]
-    outputs: list[Port]
-    rows: RowPorts
     parallel_iterations: int
 
     @property

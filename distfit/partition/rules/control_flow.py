@@ -69,10 +69,10 @@ def _branches(
     arrived = [emitter.arrived(level, like) for like in outputs]
     emitter.levels[level].meetings.append(
         Branch(
-            programs,
-            keys,
-            [value.tensor for value in arrived],
-            emitter.rows,
+            inputs=keys,
+            outputs=[value.tensor for value in arrived],
+            rows=emitter.rows,
+            branches=programs,
         )
     )
     return arrived
@@ -197,17 +197,17 @@ def _while(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     ]
     emitter.levels[level].meetings.append(
         Loop(
-            test_program,
-            body_program,
-            constant,
-            keys,
-            [value.local_shape() for value in _values(carried)],
-            [
+            inputs=keys,
+            outputs=[
                 emitter.arrived(level, like).tensor if same else value.tensor
                 for value, like, same in zip(arrived, carried, constant, strict=True)
             ],
-            emitter.rows,
-            node.attr("parallel_iterations"),
+            rows=emitter.rows,
+            condition=test_program,
+            body=body_program,
+            constant=constant,
+            shapes=[value.local_shape() for value in _values(carried)],
+            parallel_iterations=node.attr("parallel_iterations"),
         )
     )
     return arrived

@@ -118,8 +118,8 @@ def _of_repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None
     node: Any = value.node
     laid = []
     for edge in node.inputs:
-        given: Value | None = emitter.values[edge]
-        if given is None or not given.is_replicated or given.dims is None:
+        given: Any = emitter.values[edge]
+        if not given.is_replicated or given.dims is None:
             return None
         at = layout.dim - value.rank + given.rank
         if at >= 0 and not emitter.sizes.is_one(given.dims[at]):

@@ -5,6 +5,8 @@ read is partial: a replica adds its part, and nothing is exchanged. Of a variabl
 exists once, the first replica reads and writes for all.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -36,8 +38,8 @@ def _no_op(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 @rule("ReadVariableOp")
 def _read(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     (handle,) = inputs
-    resource = handle.resource
-    if resource is None or resource.kind == "single":
+    resource: Any = handle.resource
+    if _is_single(handle):
         return None
     if resource.read is None or resource.read.dtype != node.outputs[0].dtype:
         layout = PARTIAL if _is_summed(handle) else REPLICATED
