@@ -252,6 +252,41 @@ def test_right_model_passes(name):
     assert "OK" in str(report)
 
 
+class AlmostTied(keras.Model):
+    """The larger of two sums of the batch decides which way the weights go.
+
+    Of 10,000 + 0.0004 float32 keeps nothing, of 1 + 0.0004 it does: whether the first
+    sum is 1 or 1.0004 depends on the order of its terms, and the second lies between.
+    """
+
+    ROWS = np.array([[1e4, 1.0002], [4e-4, 0], [-9999, 0], [4e-4, 0]], "float32")
+
+    def __init__(self):
+        super().__init__()
+        self.gates = self.add_weight(shape=(4,), initializer="ones", name="gates")
+        self.size = self.add_weight(shape=(), initializer="ones", name="size")
+
+    def train_step(self, data):
+        # Rounded, so that they are equal from weights that are off by rounding errors.
+        gates = tf.unstack(tf.round(100 * self.gates))
+        first, second = tf.unstack(tf.reduce_sum(data, 0))
+        first = gates[0] * gates[1] * first
+        sign = tf.where(first > gates[2] * gates[3] * second, 1.0, -1.0)
+        self.optimizer.apply([sign], [self.size.value])
+        return {"size": tf.identity(self.size.value)}
+
+
+def test_a_tie_that_rounding_decides_is_no_difference():
+    def make():
+        model = AlmostTied()
+        model.compile(keras.optimizers.SGD(0.1))
+        return model
+
+    report = verify(make, (AlmostTied.ROWS,), batch_size=4, steps=1)
+    assert not report.problems, str(report)
+    assert report.ok, str(report)
+
+
 class LoopOverRows(mistakes.Right):
     """Needs the number of rows as a Python number."""
 

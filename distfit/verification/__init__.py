@@ -72,7 +72,8 @@ def verify(
         replicas: The numbers of replicas to compare with one device.
         steps: Number of training steps; three, or a multiple, are one of each kind.
         tolerance: The largest relative deviation that passes. What rounding explains is
-            measured for the model, and set aside.
+            measured for the model, and set aside; so is what differs from the weights
+            that `build` makes, and does not from others close to them.
 
     Returns:
         A `Report`: `.ok`, what deviates, what every replica computes in full, and a
@@ -183,17 +184,35 @@ class _Verification:
             "one_device" if number == 1 else "mirrored", devices=self._devices[:number]
         )
         batches = self._source.batches(number)
-        replicas = Replicas(self._make_model, reference, self._source, strategy)
-        many = replicas.record(batches)
-        one = reference.record(batches)
-        off = [reference.record(batches, seed) for seed in (1, 2)]
-        comparison = Comparison(number, one, off, many, self._tolerance)
-        self._deviations += comparison.deviations()
-        failed = {m: e for m, e in many.errors.items() if m not in one.errors}
+        replicas, deviations, failed = self._run(reference, strategy, batches)
+        if not failed and not all(deviation.ok for deviation in deviations):
+            # One rounding error can decide which of two almost equal numbers is the
+            # larger, and so where a gradient flows: not again from other weights.
+            with reference.from_other_weights():
+                _, again, fails = self._run(reference, strategy, batches)
+            if not fails and all(deviation.ok for deviation in again):
+                deviations = again
+        self._deviations += deviations
         for mode, error in failed.items():
             self._problems.append(fails_on_replicas(number, mode, error))
         if "fit" not in failed:
             self._note_in_full(replicas.in_full(batches))
+
+    def _run(
+        self,
+        reference: OneDevice,
+        strategy: tf.distribute.Strategy,
+        batches: list[Batch],
+    ) -> tuple[Replicas, list[Deviation], dict[str, Exception]]:
+        """The replicas, how far they are off, and what fails on them alone, by mode."""
+        replicas = Replicas(self._make_model, reference, self._source, strategy)
+        many = replicas.record(batches)
+        one = reference.record(batches, many)
+        off = [reference.record(batches, many, seed) for seed in (1, 2)]
+        number = strategy.num_replicas_in_sync
+        comparison = Comparison(number, one, off, many, self._tolerance)
+        failed = {m: e for m, e in many.errors.items() if m not in one.errors}
+        return replicas, comparison.deviations(), failed
 
     def _note_in_full(self, entries: list[InFull]) -> None:
         for entry in entries:

@@ -2,8 +2,10 @@
 
 Rounding differs between the two even where the code is right, and an optimizer can make
 much of it: Adam moves a weight whose gradient is nothing but rounding errors by a whole
-step. How much of a deviation rounding explains is measured: the reference runs again,
-from weights that are each off by a few rounding errors.
+step. So each step is compared by itself: the reference starts it from what the steps of
+the replicas before it have left behind. And how much of a deviation rounding explains
+is measured: the reference runs again, from weights that are each off by a few rounding
+errors.
 """
 
 import dataclasses
@@ -62,7 +64,7 @@ class Comparison:
     Args:
         replicas: Number of replicas.
         one: The reference.
-        off: The reference from weights that are off by rounding errors, at least once.
+        off: The reference from weights that are off by rounding errors.
         many: What N replicas did.
         tolerance: The largest deviation that passes.
     """
@@ -85,23 +87,22 @@ class Comparison:
 
     def _fit(self) -> Iterator[Deviation]:
         runs = [self._one, self._many, *self._off]
-        before = [run.initial for run in runs]
         for index, steps in enumerate(zip(*(run.fit for run in runs), strict=False)):
             one = steps[0]
             place = {"step": index, "batch": one.batch}
             yield from self._logs("log", steps, place)
-            for (check, label), value in one.values.items():
-                arrays = [step.values.get((check, label)) for step in steps]
+            for key, value in one.values.items():
+                check, label = key
+                arrays = [step.values.get(key) for step in steps]
                 floor = 0.0
                 if check == "weight":
                     check, floor = "update", _rounding_of(value)
                     arrays = [
-                        None if a is None else _difference(a, b["weight", label])
-                        for a, b in zip(arrays, before, strict=True)
+                        None if a is None else _difference(a, s.before[key])
+                        for a, s in zip(arrays, steps, strict=True)
                     ]
                 yield self._deviation(check, label, arrays, floor, **place)
             yield from self._spread(steps[1], place)
-            before = [step.values for step in steps]
 
     def _logs(self, check, steps: Sequence[Step], place) -> Iterator[Deviation]:
         for name, value in steps[0].logs.items():

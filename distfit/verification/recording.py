@@ -27,12 +27,14 @@ class Step:
     Attributes:
         batch: The global batch.
         logs: The logs after the step.
-        values: The arrays after the step, on the first replica.
+        before: The values before a training step.
+        values: The values after it, on the first replica, and its gradients.
         copies: By the same keys, the arrays of each replica.
     """
 
     batch: Batch
     logs: dict[str, np.ndarray]
+    before: Values = dataclasses.field(default_factory=dict)
     values: Values = dataclasses.field(default_factory=dict)
     copies: dict[tuple[str, str], list[np.ndarray]] = dataclasses.field(
         default_factory=dict
@@ -44,13 +46,11 @@ class Recording:
     """What a run left behind.
 
     Attributes:
-        initial: The values before the first step.
         fit, evaluate: A `Step` for each batch.
         predict: All outputs, flat; None if not run.
         errors: By mode, the exception that ended it.
     """
 
-    initial: Values = dataclasses.field(default_factory=dict)
     fit: list[Step] = dataclasses.field(default_factory=list)
     evaluate: list[Step] = dataclasses.field(default_factory=list)
     predict: list[np.ndarray] | None = None

@@ -4,7 +4,9 @@
 stock Keras calls them.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -31,6 +33,8 @@ from distfit.verification.recording import (
 # Relative errors of the perturbed weights, in rounding errors: they stand for all sums
 # of a step, whose terms N replicas add up in another order.
 _ROUNDINGS = 8
+# Relative change that makes other weights: far more than rounding.
+_ELSEWHERE = 0.01
 _STEPS = {"evaluate": "test_step", "predict": "predict_step", "fit": "train_step"}
 
 
@@ -116,26 +120,51 @@ class OneDevice:
         for variable, value in self._outside:
             variable.assign(value)
 
+    @contextlib.contextmanager
+    def from_other_weights(self) -> Iterator[None]:
+        """Lets every run start from other weights, of about the same size."""
+        own, generator = self.initial, np.random.default_rng(0)
+        self.initial = _perturbed(own, generator, _ELSEWHERE)
+        try:
+            yield
+        finally:
+            self.initial = own
+
     def record(
-        self, batches: list[Batch], perturbation: int | None = None
+        self,
+        batches: list[Batch],
+        other: Recording | None = None,
+        perturbation: int | None = None,
     ) -> Recording:
         """Runs the batches from the initial weights.
 
         Args:
             batches: The global batches.
-            perturbation: If given, the seed of small errors of the initial weights.
+            other: If given, each training step after the first starts from what the
+                steps of this recording have left behind before it, so that what
+                differs after a step was made by this step.
+            perturbation: If given, the seed of small errors of the weights before each
+                training step, and before evaluating and predicting.
         """
-        initial = self.initial
+        starts = [self.initial]
+        if other is not None:
+            starts += [step.values for step in other.fit[: len(batches) - 1]]
         if perturbation is not None:
-            initial = self._perturbed(perturbation)
-        recording = Recording(initial=initial, errors=dict(self._errors))
-        run = {"fit": self._fit, "evaluate": self._evaluate, "predict": self._predict}
+            generator = np.random.default_rng(perturbation)
+            error = _ROUNDINGS * _precision(self.model)
+            starts = [_perturbed(values, generator, error) for values in starts]
+        recording = Recording(errors=dict(self._errors))
+        run: dict[str, Callable] = {
+            "fit": functools.partial(self._fit, starts=starts),
+            "evaluate": self._evaluate,
+            "predict": self._predict,
+        }
         with _keras.global_seed_generator(self._unseeded):
             for mode in ORDER:
                 if mode in recording.errors:
                     continue
                 self.restore_outside()
-                self._variables.restore(initial)
+                self._variables.restore(starts[0])
                 self._unseeded.state.assign([0, 0])
                 self.model.reset_metrics()
                 try:
@@ -150,11 +179,22 @@ class OneDevice:
             return self._functions[mode]
         return self._function(mode)
 
-    def _fit(self, recording: Recording, train: Callable, batches: list[Batch]):
-        for batch in batches:
-            step = Step(batch, log_arrays(train(batch.tensors)))
+    def _fit(
+        self,
+        recording: Recording,
+        train: Callable,
+        batches: list[Batch],
+        starts: list[Values],
+    ) -> None:
+        before = starts[0]
+        for index, batch in enumerate(batches):
+            if 0 < index < len(starts):
+                before = starts[index]
+                self._variables.restore(before)
+            step = Step(batch, log_arrays(train(batch.tensors)), before)
             self._gradients.move_to(step, self.labels)
             step.values |= self._variables.values()
+            before = step.values
             recording.fit.append(step)
 
     def _evaluate(self, recording: Recording, test: Callable, batches: list[Batch]):
@@ -168,19 +208,6 @@ class OneDevice:
             lambda *parts: _keras.to_numpy(_keras.join_batches(list(parts))), *outputs
         )
         recording.predict = flat_arrays(joined)
-
-    def _perturbed(self, seed: int) -> Values:
-        generator = np.random.default_rng(seed)
-        error = _ROUNDINGS * _precision(self.model)
-
-        def off(value):
-            sign = generator.choice([-1.0, 1.0], value.shape)
-            return (value * (1 + error * sign)).astype(value.dtype)
-
-        return {
-            (check, label): off(value) if check == "weight" else value
-            for (check, label), value in self.initial.items()
-        }
 
     def unseeded_draws(self) -> list[str]:
         """The user's lines that draw numbers which nothing can draw again."""
@@ -201,6 +228,19 @@ def check_compiled(model: Any) -> None:
             f"Received: {type(model).__name__}. Call `compile()` on the model, and "
             "return it."
         )
+
+
+def _perturbed(values: Values, generator: np.random.Generator, error: float) -> Values:
+    """The values, each weight larger or smaller by a relative error."""
+
+    def off(value):
+        sign = generator.choice([-1.0, 1.0], value.shape)
+        return (value * (1 + error * sign)).astype(value.dtype)
+
+    return {
+        (check, label): off(value) if check == "weight" else value
+        for (check, label), value in values.items()
+    }
 
 
 def _drawing_operations(graph: Any) -> list[tf.Operation]:

@@ -49,7 +49,7 @@ class Replicas:
 
     def record(self, batches: list[Batch]) -> Recording:
         """Runs the batches from the initial weights of the reference."""
-        recording = Recording(initial=self._reference.initial)
+        recording = Recording()
         dataset = self._source.dataset(batches)
         run = {"fit": self._fit, "evaluate": self._evaluate, "predict": self._predict}
         with _keras.global_seed_generator(self._unseeded):
@@ -88,10 +88,12 @@ class Replicas:
 
     def _fit(self, recording: Recording, dataset, batches: list[Batch]) -> None:
         def keep(step: Step) -> None:
+            fit = recording.fit
+            step.before = fit[-1].values if fit else self._reference.initial
             self._gradients.move_to(step, self._reference.labels)
             step.copies = self._variables().copies()
             step.values |= {key: copies[0] for key, copies in step.copies.items()}
-            recording.fit.append(step)
+            fit.append(step)
 
         keeper = _Keeper(batches, keep)
         distfit_model.fit(self.model, dataset, verbose=0, callbacks=[keeper])
