@@ -148,7 +148,7 @@ class OneDevice:
         """
         starts = [self.initial]
         if other is not None:
-            starts += [step.values for step in other.fit[: len(batches) - 1]]
+            starts += [step.values for step in other.fit[:-1]]
         if perturbation is not None:
             generator = np.random.default_rng(perturbation)
             error = _ROUNDINGS * _precision(self.model)
