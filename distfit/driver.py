@@ -257,6 +257,10 @@ class StepDriver:
 class EagerStep:
     """A step run operation by operation, on the first device, with the whole batch.
 
+    Every worker does the same. What metrics hold, they hold as a sum over replicas:
+    within a step the first replica of each worker has all of it, between steps only the
+    chief has.
+
     Args:
         model: The model.
         step: The bound step.
@@ -270,16 +274,24 @@ class EagerStep:
 
     def __call__(self, batch: Any) -> Any:
         strategy = self._model.distribute_strategy
-        # What is summed on read counts on one worker.
-        kept = [] if workers.of(strategy).is_chief else graphs.own_parts(strategy)
+        summed = self._summed() if strategy.num_replicas_in_sync > 1 else []
+        graphs.gather_parts(strategy, summed)
+        is_chief = workers.of(strategy).is_chief
+        kept = {} if is_chief else graphs.own_parts(strategy, all_but=summed)
         with optimizers.of_one_device(strategy.scope, accumulate_parts=False):
             with tf.device(self._replicas.devices[0] or None):
                 with graphs.as_first_replica():
                     outputs = self._step(data.without_optionals(batch))
         graphs.copy_from_first_replica(strategy)
-        for variable, value in kept:
-            variable.assign(value)
+        if not is_chief:
+            graphs.set_own_parts(strategy, kept)
         return outputs
+
+    def _summed(self) -> list[tf.Variable]:
+        """The summed variables of the model, in an order that all workers share."""
+        held = [v for m in build.metrics_of(self._model) for v in m.variables]
+        attributes = tf.train.TrackableView(self._model).descendants()
+        return graphs.summed_among([*map(_keras.underlying, held), *attributes])
 
 
 def partitioned(

@@ -195,11 +195,46 @@ def copy_from_first_replica(strategy: Any) -> None:
             other.assign(first.value())
 
 
-def own_parts(strategy: Any) -> list[tuple[tf.Variable, tf.Tensor]]:
-    """The first part in this process of each variable that is summed on read."""
+def summed_among(things: list) -> list[tf.Variable]:
+    """Those of some objects that are variables which are summed on read, each once."""
     kind = distribute_values.SyncOnReadVariable
-    parts = [v.values[0] for v in _variables_of(strategy, kind)]
-    return [(part, tf.identity(part.value())) for part in parts]
+    found = {id(thing): thing for thing in things if isinstance(thing, kind)}
+    return [v for v in found.values() if v.aggregation == tf.VariableAggregation.SUM]
+
+
+def gather_parts(strategy: Any, variables: list[tf.Variable]) -> None:
+    """Gives the first replica of each worker what all replicas together have.
+
+    A collective: all workers call it with the same variables in the same order.
+    """
+    for variable in variables:
+        parts = [tf.identity(part.value()) for part in variable.values]
+        total, *_ = sum_over_replicas(strategy, parts)
+        first, *others = variable.values
+        first.assign(total)
+        for other in others:
+            other.assign(tf.zeros_like(other))
+
+
+def own_parts(strategy: Any, all_but: list[tf.Variable]) -> dict[int, tf.Tensor]:
+    """What this process' first replica has of variables that are summed on read."""
+    left_out = {id(variable) for variable in all_but}
+    return {
+        id(variable): tf.identity(variable.values[0].value())
+        for variable in _summed(strategy)
+        if id(variable) not in left_out
+    }
+
+
+def set_own_parts(strategy: Any, values: dict[int, tf.Tensor]) -> None:
+    """Sets what `own_parts` has given, and parts of other variables to zero."""
+    for variable in _summed(strategy):
+        part = variable.values[0]
+        part.assign(values.get(id(variable), tf.zeros_like(part)))
+
+
+def _summed(strategy: Any) -> list[tf.Variable]:
+    return summed_among(_variables_of(strategy, distribute_values.SyncOnReadVariable))
 
 
 def _variables_of(strategy: Any, kind: type) -> list[Any]:
