@@ -285,6 +285,7 @@ def test_a_tie_that_rounding_decides_is_no_difference():
     report = verify(make, (AlmostTied.ROWS,), batch_size=4, steps=1)
     assert not report.problems, str(report)
     assert report.ok, str(report)
+    assert "Set aside" in str(report) and "First to differ" in report.set_aside[0]
 
 
 class LoopOverRows(mistakes.Right):

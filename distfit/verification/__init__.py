@@ -24,7 +24,7 @@ from distfit import _keras
 from distfit import strategy as strategies
 from distfit.partition.findings import InFull
 from distfit.verification.batches import Batch, Source
-from distfit.verification.comparison import Comparison, Deviation, unrepeated
+from distfit.verification.comparison import Comparison, Deviation, describe, unrepeated
 from distfit.verification.problems import (
     Problem,
     does_not_repeat,
@@ -115,6 +115,7 @@ class _Verification:
         self._deviations: list[Deviation] = []
         self._problems: list[Problem] = []
         self._in_full: dict[tuple[str, str], InFull] = {}
+        self._set_aside: list[str] = []
 
     def report(self) -> Report:
         reference, failure = self._reference()
@@ -132,6 +133,7 @@ class _Verification:
             self._deviations,
             self._problems,
             sorted(self._in_full.values(), key=lambda entry: -entry.share),
+            self._set_aside,
         )
 
     def _reference(self) -> tuple[OneDevice, Exception | None]:
@@ -191,6 +193,7 @@ class _Verification:
             with reference.from_other_weights():
                 _, again, fails = self._run(reference, strategy, batches)
             if not fails and all(deviation.ok for deviation in again):
+                self._set_aside.append(describe(deviations))
                 deviations = again
         self._deviations += deviations
         for mode, error in failed.items():

@@ -22,6 +22,10 @@ from distfit.verification.comparison import CHECKS, Deviation, describe
 from distfit.verification.problems import Problem
 
 _MOST_ROWS = 60  # of a table on the screen
+_SET_ASIDE = (
+    "Set aside, since nothing differs from weights that are 1 % away (rounding decides "
+    "which of two almost equal numbers is the larger): "
+)
 
 
 @dataclasses.dataclass
@@ -51,6 +55,9 @@ class Report:
         problems: What kept the model from being compared or from running.
         not_partitioned: What every replica computes in full, the largest first: it is
             right, but more replicas do not make it faster.
+        set_aside: What differs from the weights that the model begins with, and does
+            not from others close to them: rounding decided which of two almost equal
+            numbers is the larger.
     """
 
     model: str
@@ -59,6 +66,7 @@ class Report:
     deviations: list[Deviation]
     problems: list[Problem]
     not_partitioned: list[InFull]
+    set_aside: list[str]
 
     @property
     def ok(self) -> bool:
@@ -81,6 +89,7 @@ class Report:
         parts += [str(problem) for problem in self.problems]
         if self.not_partitioned:
             parts.append(self._table_of_what_is_in_full())
+        parts += [_SET_ASIDE + text for text in self.set_aside]
         return "\n".join([*parts, self.verdict])
 
     @property
@@ -126,6 +135,7 @@ class Report:
             "verdict": self.verdict,
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "not_partitioned": [dataclasses.asdict(e) for e in self.not_partitioned],
+            "set_aside": self.set_aside,
             "deviations": [_deviation_json(d) for d in self.deviations],
         }
 
@@ -137,6 +147,9 @@ class Report:
             verdict=html.escape(self.verdict),
             state="ok" if self.ok else "bad",
             problems="".join(map(_problem_html, self.problems)),
+            set_aside="".join(
+                f"<p>{html.escape(_SET_ASIDE + text)}</p>" for text in self.set_aside
+            ),
             plot=plot.deviations(self.model, self.deviations, self.tolerance),
             rows="".join(map(_row_html, self.rows)),
             in_full=_in_full_html(self.not_partitioned),
@@ -269,6 +282,7 @@ _PAGE = string.Template(
 <h1>$title</h1>
 <p class="verdict $state">$verdict</p>
 $problems
+$set_aside
 $plot
 <table><thead><tr><th>part</th><th>check</th>
 <th>worst deviation</th><th>verdict</th></tr></thead>
