@@ -10,7 +10,7 @@ import functools
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -20,7 +20,7 @@ from keras import tree
 
 from distfit import _keras, workers
 from distfit.partition.exchanges import Replicas
-from distfit.shares import replicas_of
+from distfit.shares import Layout, replicas_of
 
 
 class GlobalBatches:
@@ -33,7 +33,7 @@ class GlobalBatches:
 
     Attributes:
         dataset: A `tf.data.Dataset` of global batches.
-        spec: The `tf.TypeSpec`s of a global batch.
+        layout: The specs of a global batch, and what of it has rows.
         num_batches: Number of batches in the data; None if unknown or infinite.
         epoch_steps: Number of steps of an epoch; None if unknown.
         first_batch: The fingerprint of the first batch that was read of the data in
@@ -62,6 +62,7 @@ class GlobalBatches:
         check_positive("steps_per_epoch", steps_per_epoch)
         check_not_distributed(x)
         steps_per_epoch = _capped_steps(steps_per_epoch)
+        first, x = _look_at(x)
         self._adapter = _keras.get_data_adapter(
             x=x,
             y=y,
@@ -82,9 +83,9 @@ class GlobalBatches:
         self._iterator: Any = None
         self._next: Any = None
         self._seen = 0
-        self.spec = self.dataset.element_spec
         self._arrays = (x, y, sample_weight)
-        check_element_spec(self.spec)
+        check_element_spec(self.dataset.element_spec)
+        self.layout = Layout(self.dataset.element_spec, first)
         if self.num_batches == 0 and not self.others_may_have_rows:
             raise ValueError(_EMPTY)
 
@@ -103,7 +104,8 @@ class GlobalBatches:
             "batch size": getattr(self._adapter, "batch_size", None),
             "number of batches": self.num_batches,
             "steps per epoch": self.steps_per_epoch,
-            "element spec": self.spec,
+            "element spec": self.layout.spec,
+            "tensors with rows": self.layout.has_rows,
             "sample": fingerprint(self._arrays),
         }
         return {f"{fact} of {name}": value for fact, value in facts.items()}
@@ -223,7 +225,7 @@ class Shards(GlobalBatches):
         )
         self.strategy = strategy
         self.dataset = with_stand_ins(self.dataset)
-        self.spec = self.dataset.element_spec[0]
+        self.layout = Layout(self.dataset.element_spec[0])
         self.num_batches = None  # Those of other workers are not known.
         self._never_ends = False
 
@@ -378,6 +380,25 @@ def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Datase
         return batch
 
     return dataset.enumerate().map(look)
+
+
+def _look_at(x: Any) -> tuple[Any, Any]:
+    """The first batch of a PyDataset or a generator, and the data with that batch.
+
+    Keras gives their batches specs that leave the first dimension open. All other data
+    are not looked at: to fill a buffer twice may take long.
+    """
+    if isinstance(x, keras.utils.PyDataset) and x.num_batches != 0:
+        return x[0], x
+    if isinstance(x, types.GeneratorType):
+        for first in x:
+            return first, _with_first(first, x)
+    return None, x
+
+
+def _with_first(first: Any, rest: Iterator) -> Iterator:
+    yield first
+    yield from rest
 
 
 def _capped_steps(steps: int | None) -> int | None:

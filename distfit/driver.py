@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import tree
 
 from distfit import _keras, build, data, workers
 from distfit._keras import graphs, optimizers
@@ -27,7 +26,7 @@ class StepDriver:
     Args:
         model: A compiled `keras.Model`.
         step: The bound `train_step` or `test_step`.
-        spec: Structure of the specs of a global batch.
+        layout: The specs of a global batch, and what of it has rows.
         sharded: Whether each replica brings its own rows.
         watch: Looks for losses that are not finite, if anybody wants to know.
     """
@@ -36,7 +35,7 @@ class StepDriver:
         self,
         model: keras.Model,
         step: Callable,
-        spec: Any,
+        layout: Layout,
         sharded: bool,
         watch: FiniteWatch | None = None,
     ):
@@ -51,7 +50,7 @@ class StepDriver:
             self._eager = EagerStep(model, step, self.replicas)
             return
         self.step = partitioned(
-            model, step, spec, self.replicas, sharded, bool(model.jit_compile)
+            model, step, layout, self.replicas, sharded, bool(model.jit_compile)
         )
         build.check_metrics(model)
         self._say_what_is_in_full()
@@ -297,7 +296,7 @@ class EagerStep:
 def partitioned(
     model: keras.Model,
     step: Callable,
-    spec: Any,
+    layout: Layout,
     replicas: Replicas,
     sharded: bool = False,
     jit: bool = False,
@@ -305,12 +304,10 @@ def partitioned(
 ) -> Step:
     """A step of a model, made for N replicas."""
     strategy = model.distribute_strategy
-    spec = tree.map_structure(_none_if_optional, spec)
-    layout = Layout(spec)
     with optimizers.of_one_device(strategy.scope):
         return Step(
             step,
-            spec,
+            layout.spec,
             has_rows=layout.has_rows,
             rows=None if sharded else layout.rows,
             replicas=replicas,
@@ -319,11 +316,6 @@ def partitioned(
             shared_wholes=not sharded,
             keep_rows=keep_rows,
         )
-
-
-def _none_if_optional(spec: Any) -> Any:
-    absent = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
-    return None if absent else spec
 
 
 def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
@@ -354,11 +346,11 @@ class PredictDriver:
 
     Args:
         model: The model.
-        spec: Structure of the specs of a global batch.
+        layout: The specs of a global batch, and what of it has rows.
         sharded: Whether each replica brings its own rows.
     """
 
-    def __init__(self, model: keras.Model, spec: Any, sharded: bool):
+    def __init__(self, model: keras.Model, layout: Layout, sharded: bool):
         self.model = model
         self.strategy = model.distribute_strategy
         self.replicas = replicas_of(self.strategy)
@@ -368,7 +360,7 @@ class PredictDriver:
         self.step = partitioned(
             model,
             model.predict_step,
-            spec,
+            layout,
             self.replicas,
             sharded,
             bool(model.jit_compile),

@@ -21,6 +21,7 @@ from distfit.data import (
 )
 from distfit.driver import PredictDriver, StepDriver
 from distfit.finite import FiniteWatch
+from distfit.shares import Layout
 
 
 def fit(
@@ -136,7 +137,7 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     team = workers.of(strategy)
     workers.agree_on_randomness(team, "predict()")
     batches = make_batches(strategy, x, batch_size=batch_size, steps_per_epoch=steps)
-    driver = _predict_driver(model, batches.spec, isinstance(batches, Shards))
+    driver = _predict_driver(model, batches.layout, isinstance(batches, Shards))
     agreement.check_alike(model, "predict()", lambda: batches.facts("the data"))
     agreement.agree_on_state(model, "predict()", [])
     model.stop_predicting = False
@@ -172,7 +173,7 @@ def test_on_batch(model, batch) -> dict[str, float]:
 def predict_on_batch(model, x) -> Any:
     """See `Model.predict_on_batch`."""
     batch = (tree.map_structure(tf.convert_to_tensor, x),)
-    outputs = _predict_driver(model, _spec_of(batch)).run_on(batch)
+    outputs = _predict_driver(model, _layout_of(batch)).run_on(batch)
     return predictions.join(workers.of(model.distribute_strategy), [outputs])
 
 
@@ -287,7 +288,7 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     batch = tree.map_structure(_to_tensor, batch)
     check_positive("batch_size", int(num_rows(batch)))
     known = len(_drivers(model, kind))
-    driver = _cached_driver(model, kind, _spec_of(batch))
+    driver = _cached_driver(model, kind, _layout_of(batch))
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
         agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
@@ -308,7 +309,7 @@ def step_driver(
         watched: Whether the steps look for losses that are not finite.
     """
     sharded = isinstance(batches, Shards)
-    return _cached_driver(model, kind, batches.spec, sharded, watched)
+    return _cached_driver(model, kind, batches.layout, sharded, watched)
 
 
 # The compiled steps of models, kept until a model is compiled anew.
@@ -325,28 +326,29 @@ def _drivers(model, kind: str) -> dict[tuple, Any]:
 
 
 def _cached_driver(
-    model, kind: str, spec, sharded: bool = False, watched: bool = False
+    model, kind: str, layout: Layout, sharded: bool = False, watched: bool = False
 ) -> StepDriver:
     drivers = _drivers(model, kind)
-    key = (_signature(spec), sharded, watched, model.run_eagerly)
+    key = (_signature(layout), sharded, watched, model.run_eagerly)
     if key not in drivers:
         step = getattr(model, f"{kind}_step")
         watch = FiniteWatch() if watched else None
-        drivers[key] = StepDriver(model, step, spec, sharded, watch)
+        drivers[key] = StepDriver(model, step, layout, sharded, watch)
     return drivers[key]
 
 
-def _predict_driver(model, spec, sharded: bool = False) -> PredictDriver:
+def _predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDriver:
     drivers = _drivers(model, "predict")
-    key = (_signature(spec), sharded, model.run_eagerly)
+    key = (_signature(layout), sharded, model.run_eagerly)
     if key not in drivers:
-        drivers[key] = PredictDriver(model, spec, sharded)
+        drivers[key] = PredictDriver(model, layout, sharded)
     return drivers[key]
 
 
-def _signature(spec) -> str:
-    """What distinguishes specs for which a step does different things."""
-    return str(tree.map_structure(_rank_and_dtype, spec))
+def _signature(layout: Layout) -> str:
+    """What distinguishes batches for which a step does different things."""
+    specs = tree.map_structure(_rank_and_dtype, layout.spec)
+    return f"{specs} {layout.has_rows}"
 
 
 def _rank_and_dtype(spec) -> str:
@@ -356,11 +358,13 @@ def _rank_and_dtype(spec) -> str:
     return str(spec)
 
 
-def _spec_of(batch) -> Any:
-    return tree.map_structure(
+def _layout_of(batch) -> Layout:
+    """The layout of batches of any number of rows that are like one."""
+    spec = tree.map_structure(
         lambda t: t if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype),
         batch,
     )
+    return Layout(spec, batch)
 
 
 def _to_tensor(value):

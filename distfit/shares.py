@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from keras import tree
 
 from distfit import workers
 from distfit.partition.exchanges import Replicas
@@ -15,37 +16,72 @@ class Layout:
     """Which tensors of a batch have rows.
 
     A tensor has rows if its first dimension is that of the batch. Where the specs tell
-    sizes, most of the tensors agree on that of the batch; a size that is open is taken
-    for it, which is checked when a batch is cut.
+    all sizes, that is the one on which most of the tensors agree. What has a size that
+    is open in its spec has rows if in `batch` it has the size that most of these have;
+    without one it is taken to have rows, which is checked when a batch is cut.
 
     Args:
         spec: The structure of specs of a global batch.
+        batch: A global batch, if one could be looked at.
 
     Attributes:
-        has_rows: For each tensor of the batch, composite ones taken apart, whether it
-            has rows.
+        spec: The structure of specs, None in place of what is None.
+        cut: The same structure, with whether it is a tensor that has rows.
+        has_rows: The same for each tensor of the batch, composite ones taken apart.
         rows: The number of rows of every batch; None if it may change.
     """
 
-    def __init__(self, spec: Any):
-        leaves = [s for s in tf.nest.flatten(spec) if isinstance(s, tf.TypeSpec)]
-        dense = [s for s in leaves if _has_first_dimension(s)]
-        sizes = [s.shape[0] for s in dense]
+    def __init__(self, spec: Any, batch: Any = None):
+        self.spec = tree.map_structure(_none_if_optional, spec)
+        leaves = tf.nest.flatten(self.spec)
+        dense = [leaf for leaf in leaves if _has_first_dimension(leaf)]
+        sizes = [leaf.shape[0] for leaf in dense]
         self.rows: int | None = None
         if sizes and None not in sizes:
-            self.rows = collections.Counter(sizes).most_common(1)[0][0]
+            self.rows = _most_common(sizes)
+        others = set() if batch is None else _of_another_size(leaves, batch)
+        cut = [
+            _has_first_dimension(leaf)
+            and leaf.shape[0] == self.rows
+            and index not in others
+            for index, leaf in enumerate(leaves)
+        ]
+        self.cut = tf.nest.pack_sequence_as(self.spec, cut)
         self.has_rows: list[bool] = []
-        for leaf in leaves:
-            if isinstance(leaf, tf.TensorSpec):
-                takes = _has_first_dimension(leaf) and leaf.shape[0] == self.rows
-                self.has_rows.append(takes)
-            else:
-                self.has_rows += [False] * len(
-                    tf.nest.flatten(leaf, expand_composites=True)
-                )
+        for leaf, is_cut in zip(leaves, cut, strict=True):
+            if leaf is not None:
+                parts = tf.nest.flatten(leaf, expand_composites=True)
+                self.has_rows += [is_cut] * len(parts)
 
 
-def _has_first_dimension(spec: tf.TypeSpec) -> bool:
+def _of_another_size(leaves: list, batch: Any) -> set[int]:
+    """The tensors of open sizes whose size is not that of most of them in a batch."""
+    # A batch may lack weights that are computed from its classes.
+    pairs = enumerate(zip(leaves, tf.nest.flatten(batch), strict=False))
+    sizes = {
+        index: value.shape[0]
+        for index, (leaf, value) in pairs
+        if _has_first_dimension(leaf) and leaf.shape[0] is None and _is_array(value)
+    }
+    rows = _most_common(list(sizes.values())) if sizes else None
+    return {index for index, size in sizes.items() if size != rows}
+
+
+def _is_array(value: Any) -> bool:
+    return bool(getattr(value, "shape", ()))
+
+
+def _most_common(sizes: list[int]) -> int:
+    """The most common of some sizes; of several the first."""
+    return collections.Counter(sizes).most_common(1)[0][0]
+
+
+def _none_if_optional(spec: Any) -> Any:
+    absent = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
+    return None if absent else spec
+
+
+def _has_first_dimension(spec: Any) -> bool:
     return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
 
 
@@ -102,8 +138,8 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
 
 _OTHER_ROWS = (
     "The tensors of a batch must have the same number of rows where their specs leave "
-    "it open. Give what has no rows a spec of a known size, as in "
-    "tf.TensorSpec((10, 3)) or by tf.ensure_shape in a map."
+    "it open. Give what has other rows, or none, a spec of a known size: by "
+    "drop_remainder=True, tf.ensure_shape in a map, or as in tf.TensorSpec((10, 3))."
 )
 
 

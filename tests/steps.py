@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import tree
 
 from distfit.driver import StepDriver
+from distfit.shares import Layout
 
 BATCHES = (7, 5)  # Rows; on 3 replicas 2, 2, 3 and 1, 2, 2.
 
@@ -108,7 +109,7 @@ def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
     with strategy.scope():
         model = build()
     spec = spec_of(batches[0])
-    driver = StepDriver(model, model.train_step, spec, False)
+    driver = StepDriver(model, model.train_step, Layout(spec), False)
     # With a signature: otherwise it is traced anew for another number of rows.
     run = tf.function(driver._run_batch, input_signature=[spec], autograph=False)
     logs = []

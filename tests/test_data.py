@@ -433,6 +433,80 @@ def test_what_has_rows_is_told_from_what_has_none():
     assert free.rows is None and free.has_rows == [True, True]
 
 
+def test_a_batch_tells_which_of_the_open_sizes_are_its_rows():
+    open_sizes = Layout(
+        ((tf.TensorSpec([None, 3]), tf.TensorSpec([None, 3])), tf.TensorSpec([None])),
+        ((np.zeros((5, 3)), np.zeros((8, 3))), np.zeros(8)),
+    )
+    assert open_sizes.has_rows == [False, True, True]
+    assert open_sizes.cut == ((False, True), True)
+    assert open_sizes.rows is None
+
+
+class Beside(distfit.Model):
+    """Rows, and beside them a table and more rows of their own number."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def loss_of(self, data):
+        (x, table, others), y = data
+        distances = self.dense(x)[:, None] - table[None]
+        loss = tf.reduce_mean(tf.square(distances)) + tf.reduce_mean(y)
+        return loss + tf.reduce_mean(tf.square(self.dense(others)))
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(data)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+    def test_step(self, data):
+        return {"loss": self.loss_of(data)}
+
+    def predict_step(self, data):
+        return self.dense(data[0][0])
+
+
+class BesideRows(keras.utils.PyDataset):
+    """Three batches: of 7 rows and 12 others, and the last of 3 and 5."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        generator = np.random.default_rng(index)
+        rows, others = (3, 5) if index == 2 else (7, 12)
+        x, table, more = (
+            generator.random((n, 3), "float32") for n in (rows, 4, others)
+        )
+        return (x, table, more), x[:, :1]
+
+
+@pytest.mark.parametrize("kind", ["pydataset", "generator", "on batch"])
+def test_what_is_beside_the_rows_is_not_cut(make_strategy, kind):
+    found = []
+    for replicas in (1, 3):
+        keras.utils.set_random_seed(0)
+        with make_strategy(replicas).scope():
+            model = Beside()
+            model.compile(keras.optimizers.SGD(0.1))
+        batches = BesideRows()
+        if kind == "on batch":
+            logs = [model.train_on_batch(*batches[i]) for i in (0, 1, 2)]
+            logs.append(model.test_on_batch(*batches[2]))
+            outputs = model.predict_on_batch(batches[2][0])
+        else:
+            data = batches if kind == "pydataset" else (batches[i] for i in range(3))
+            logs = model.fit(data, verbose=0).history["loss"]
+            logs.append(model.evaluate(batches, verbose=0, return_dict=True)["loss"])
+            outputs = model.predict(batches, verbose=0)
+        found.append([*logs, *np.ravel(outputs)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
     model = _records(make_strategy(1))
     with warnings.catch_warnings():

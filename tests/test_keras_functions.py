@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from distfit.driver import StepDriver
+from distfit.shares import Layout
 
 ROWS = 18  # Enough for three steps.
 SIZES = (7, 5, 6)
@@ -300,7 +301,7 @@ def test_values_that_an_optimizer_is_built_with_reach_all_replicas(make_strategy
     with make_strategy(3).scope():
         model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
         model.compile(keras.optimizers.ScheduleFreeAdamW(0.01), "mse")
-    StepDriver(model, model.train_step, steps.spec_of((X, POSITIVE)), False)
+    StepDriver(model, model.train_step, Layout(steps.spec_of((X, POSITIVE))), False)
     for moment, weight in zip(
         model.optimizer._momentums, model.trainable_variables, strict=True
     ):

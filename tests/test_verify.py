@@ -306,7 +306,8 @@ def test_a_step_that_needs_the_number_of_rows_gets_batches_of_that_size():
     assert problem.kind == "fails on one device"
 
 
-def test_a_table_beside_the_rows_is_not_cut():
+@pytest.mark.parametrize("sizes", ["in the specs", "open"])
+def test_a_table_beside_the_rows_is_not_cut(sizes):
     class Centred(mistakes.Right):
         def loss_of(self, x, y):
             x, centres = x
@@ -322,7 +323,8 @@ def test_a_table_beside_the_rows_is_not_cut():
     centres = tf.random.stateless_normal((5, 8), seed=(1, 2))
     dataset = tf.data.Dataset.from_tensor_slices(mistakes.data(24)).batch(8)
     dataset = dataset.map(lambda x, y: ((x, centres), y))
-    report = verify(mistakes.build(Centred), dataset)
+    data = dataset if sizes == "in the specs" else (batch for batch in dataset)
+    report = verify(mistakes.build(Centred), data)
     assert report.ok, str(report)
 
 

@@ -58,16 +58,17 @@ class Source:
         self._batches = [_unpadded(data.without_optionals(batch)) for batch in taken]
         self._steps = steps
         self._is_fixed = False
-        self._given_spec = _unpadded(batches.spec)
-        self.fixed_rows = Layout(self._given_spec).rows
-        self._has_rows = tree.map_structure(self._takes_rows, self._given_spec)
-        self.spec = tree.map_structure(_with_any_rows, self._given_spec, self._has_rows)
-
-    def _takes_rows(self, spec: Any) -> bool:
-        if isinstance(spec, _COMPOSITE):
-            return True
-        is_tensor = isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
-        return is_tensor and spec.shape[0] == self.fixed_rows
+        self._given_spec = _unpadded(batches.layout.spec)
+        layout = Layout(self._given_spec, self._batches[0])
+        self.fixed_rows = layout.rows
+        self._has_rows = tree.map_structure(
+            lambda spec, is_cut: is_cut or isinstance(spec, _COMPOSITE),
+            self._given_spec,
+            layout.cut,
+        )
+        self.spec = tree.map_structure(
+            _spec_like, self._given_spec, self._has_rows, *self._batches
+        )
 
     def fix_rows(self) -> None:
         """Uses batches of the promised size only, and tells their shape to the step."""
@@ -170,14 +171,16 @@ def _is_none(part: Any) -> bool:
     return part is None or isinstance(part, tf.OptionalSpec | tf.NoneTensorSpec)
 
 
-def _with_any_rows(spec: Any, has_rows: bool) -> Any:
-    if not has_rows:
+def _spec_like(spec: Any, has_rows: bool, *tensors: Any) -> Any:
+    """The spec of any number of rows; of what has none, of the size that is seen."""
+    if spec is None:
+        return None
+    sizes = {None} if has_rows else {tensor.shape[0] for tensor in tensors}
+    if len(sizes) > 1:
         return spec
+    shape = [sizes.pop(), *spec.shape[1:]]
     if isinstance(spec, tf.RaggedTensorSpec):
         return tf.RaggedTensorSpec(
-            [None, *spec.shape[1:]],
-            spec.dtype,
-            spec.ragged_rank,
-            spec.row_splits_dtype,
+            shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype
         )
-    return type(spec)([None, *spec.shape[1:]], spec.dtype)
+    return type(spec)(shape, spec.dtype)
