@@ -6,7 +6,7 @@ tensor. The gradient of a filter adds up over the images: its parts are a sum ov
 replicas.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +24,7 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
+from distfit.partition.program import Stage
 from distfit.partition.rules.shapes import elements_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
@@ -99,34 +100,53 @@ def _guarded(emitter, node, inputs: list[Value], layout: Layout, dims) -> Value:
     """An operation that a replica without images does for an image of zeros.
 
     Kernels are not made for none: some fail, on CPU or on GPU, or leave their result
-    unwritten; those of oneDNN give it the shape of what they are given.
+    unwritten; those of oneDNN give it the shape of what they are given. Where there are
+    images, TensorFlow hands on what is padded by nothing and sliced in full as it is.
     """
+    stage = emitter.levels[emitter.level_of(inputs)].stage
 
     def guarded(*tensors):
-        def computed(*tensors):
-            graph = tf.compat.v1.get_default_graph()
-            return graphs.copy_operation(graph, node.op, tensors)[0]
+        lies, images = next(
+            (v.layout, t) for v, t in zip(inputs, tensors, strict=True) if v.has_rows
+        )
+        count = _cached(stage, ("images", lies), lambda: tf.shape(images)[:1])
+        missing = _cached(
+            stage, ("missing images", lies), lambda: tf.cast(count < 1, tf.int32)
+        )
 
-        def on_zeros():
-            given = list(map(_one_image, inputs, tensors))
-            if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
-                given[0] = tf.concat([[1], given[0][1:]], 0)
-            result = computed(*given)
-            return result[:0] if layout.kind == "rows" else result
+        def padded(tensor):
+            paddings = _cached(
+                stage,
+                ("missing images", lies, tensor.shape.rank),
+                lambda: (
+                    missing * tf.constant([[0, 1]] + [[0, 0]] * (tensor.shape.rank - 1))
+                ),
+            )
+            made = tf.pad(tensor, paddings)
+            made.set_shape([None, *tensor.shape[1:]])
+            return made
 
-        images = next(t for v, t in zip(inputs, tensors, strict=True) if v.has_rows)
-        return tf.cond(tf.shape(images)[0] > 0, lambda: computed(*tensors), on_zeros)
+        given = [
+            padded(t) if v.has_rows else t for v, t in zip(inputs, tensors, strict=True)
+        ]
+        if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
+            one = tf.one_hot(0, given[0].shape[0], dtype=given[0].dtype)
+            given[0] += tf.cast(missing, one.dtype) * one
+        graph = tf.compat.v1.get_default_graph()
+        (result,) = graphs.copy_operation(graph, node.op, given)
+        if layout.kind == "rows":
+            return tf.strided_slice(result, [0], count)
+        return result
 
     if dims is None:
         dims = emitter.static_dims(*node.outputs, layout)
     return emitter.call(guarded, inputs, layout, dims)
 
 
-def _one_image(value: Value, tensor: tf.Tensor) -> tf.Tensor:
-    if value.has_rows:
-        shape = tf.concat([[1], tf.shape(tensor)[1:]], 0)
-        return tf.zeros(shape, tensor.dtype)
-    return tensor
+def _cached(stage: Stage, key: Any, make: Callable[[], tf.Tensor]) -> tf.Tensor:
+    if key not in stage.cache:
+        stage.cache[key] = make()
+    return stage.cache[key]
 
 
 def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:
