@@ -15,7 +15,7 @@ from distfit.finite import FiniteWatch
 from distfit.partition.exchanges import Replicas
 from distfit.partition.findings import not_partitioned
 from distfit.partition.step import Share, Step
-from distfit.shares import Layout, replicas_of, shares, shares_of_shards
+from distfit.shares import Layout, replicas_of, rows_of, shares, shares_of_shards
 
 
 class StepDriver:
@@ -55,7 +55,8 @@ class StepDriver:
         build.check_metrics(model)
         self._say_what_is_in_full()
         self._has_rows = self.step.has_rows
-        for name in ("_run_next", "_run_many", "_run_ahead", "_run_shards"):
+        self._sharded = sharded
+        for name in ("_run_next", "_run_many", "_run_ahead"):
             setattr(self, name, compiled(getattr(self, name)))
         self._run_batch_compiled = compiled(self._run_batch)
         self._read_compiled = compiled(self._read)
@@ -72,9 +73,7 @@ class StepDriver:
         if steps > 1 and self.takes_single_steps:
             taken = (self.run(batches, 1) for _ in range(steps) if batches.has_next())
             return sum(taken)
-        if isinstance(batches, data.Shards):
-            return self._run_on_shards(batches, steps)
-        if not batches.length_is_known:
+        if self.step.needs_rows or not batches.length_is_known:
             return self._run_until_end(batches, steps)
         if steps == 1:
             self._latest = self._run_next(batches.iterator())
@@ -96,7 +95,8 @@ class StepDriver:
         if self.model.run_eagerly:
             self._latest = self._eager(batch)
         else:
-            self._latest = self._run_batch_compiled(batch)
+            few_rows = self.step.needs_rows and bool(self._are_few(batch))
+            self._latest = self._run_batch_compiled(batch, few_rows)
 
     def reset(self) -> None:
         """Resets the model's metrics."""
@@ -160,65 +160,90 @@ class StepDriver:
         _, *latest = tf.while_loop(more, body, [tf.constant(0), *self._nothing()])
         return self._packed(latest)
 
-    def _run_ahead(self, iterator, batch, steps):
-        """Runs steps while there are data, always one batch ahead of the step."""
+    def _run_ahead(self, iterator, ahead, steps, few_rows):
+        """Runs steps while there are data, always one batch ahead of the step.
 
-        def body(step, batch, *latest):
-            outputs = _flat(self._run_batch(batch.get_value()))
-            return step + 1, iterator.get_next_as_optional(), *outputs
+        Args:
+            iterator: The iterator of the data.
+            ahead: What `_read_ahead` has read of it.
+            steps: The most steps to run.
+            few_rows: Whether for batches that leave replicas without rows, or for such
+                that do not; of no meaning for a step that does not need rows.
 
-        def more(step, batch, *latest):
-            return tf.logical_and(step < steps, batch.has_value())
+        Returns:
+            How many steps were run, what is ahead then, and the outputs of the step.
+        """
 
-        done, batch, *latest = tf.while_loop(
-            more, body, [tf.constant(0), batch, *self._nothing()]
+        def body(step, ahead, *latest):
+            placed = self.step.place(self._share_of(ahead), few_rows)
+            return step + 1, self._read_ahead(iterator), *_flat(placed)
+
+        def more(step, ahead, *latest):
+            return tf.logical_and(step < steps, self._is_next(ahead, few_rows))
+
+        done, ahead, *latest = tf.while_loop(
+            more, body, [tf.constant(0), ahead, *self._nothing()]
         )
-        return done, batch, self._packed(latest)
+        return done, ahead, self._packed(latest)
 
-    def _run_batch(self, batch):
+    def _read_ahead(self, iterator) -> Any:
+        if self._sharded:  # Counts are exchanged a step ahead.
+            return data.next_shards(iterator, self.replicas)
+        return iterator.get_next_as_optional()
+
+    def _is_next(self, ahead, few_rows: bool) -> tf.Tensor:
+        """Whether there is a batch, and it is one to be run."""
+        if self._sharded:
+            counts = ahead[1]
+            every = self.step.needs_rows and not few_rows
+            return tf.reduce_all(counts > 0) if every else tf.reduce_any(counts > 0)
+        if not self.step.needs_rows:
+            return ahead.has_value()
+        return tf.cond(
+            ahead.has_value(),
+            lambda: tf.equal(self._are_few(ahead.get_value()), few_rows),
+            lambda: False,
+        )
+
+    def _are_few(self, batch) -> tf.Tensor:
+        """Whether a batch leaves a replica without rows."""
+        return rows_of(batch, self._has_rows) < self.replicas.num_replicas
+
+    def _share_of(self, ahead) -> Share:
+        if not self._sharded:
+            return shares(ahead.get_value(), self._has_rows, self.replicas)
+        of_replicas, counts = ahead
+        batches = of_replicas.get_value()
+        return shares_of_shards(batches, counts, self._has_rows, self.replicas)
+
+    def _run_batch(self, batch, few_rows=False):
         share = shares(batch, self._has_rows, self.replicas)
-        return self.step.place(share)
+        return self.step.place(share, few_rows)
 
     def _run_until_end(self, batches: data.GlobalBatches, steps: int) -> int:
-        batch = batches.take_next()
-        done, batch, latest = self._run_ahead(
-            batches.iterator(), batch, tf.constant(steps)
-        )
-        batches.put_next(batch)
-        if done:
-            self._latest = latest
-        return int(done)
-
-    def _run_on_shards(self, batches: data.Shards, steps: int) -> int:
-        shards, counts = batches.take_next()
-        done, shards, counts, latest = self._run_shards(
-            batches.iterator(), shards, counts, tf.constant(steps)
-        )
-        batches.put_next((shards, counts))
-        if done:
-            self._latest = latest
-        return int(done)
-
-    def _run_shards(self, iterator, shards, counts, steps):
-        """Runs steps while one replica has rows. Counts are exchanged a step ahead."""
-
-        def body(step, shards, counts, *latest):
-            share = shares_of_shards(
-                shards.get_value(),
-                counts,
-                self._has_rows,
-                self.replicas,
+        done = 0
+        few_rows = False
+        while done < steps:
+            ran, ahead, latest = self._run_ahead(
+                batches.iterator(),
+                batches.take_next(),
+                tf.constant(steps - done),
+                few_rows,
             )
-            outputs = _flat(self.step.place(share))
-            return step + 1, *data.next_shards(iterator, self.replicas), *outputs
-
-        def more(step, shards, counts, *latest):
-            return tf.logical_and(step < steps, tf.reduce_any(counts > 0))
-
-        done, shards, counts, *latest = tf.while_loop(
-            more, body, [tf.constant(0), shards, counts, *self._nothing()]
-        )
-        return done, shards, counts, self._packed(latest)
+            batches.put_next(ahead)
+            if ran:
+                self._latest = latest
+                done += int(ran)
+            elif few_rows or not self.step.needs_rows:
+                break
+            few_rows = self.step.needs_rows and not few_rows
+        if done < steps and batches.length_is_known:
+            raise ValueError(
+                "The data ended before the number of batches that they promise. "
+                f"Received: {done} of {steps} more batches. Correct the length of the "
+                "dataset."
+            )
+        return done
 
     def _nothing(self) -> list[tf.Tensor]:
         """What stands for the outputs of a step before there is one."""
@@ -352,8 +377,7 @@ class PredictDriver:
 
     def __init__(self, model: keras.Model, layout: Layout, sharded: bool):
         self.model = model
-        self.strategy = model.distribute_strategy
-        self.replicas = replicas_of(self.strategy)
+        self.replicas = replicas_of(model.distribute_strategy)
         if model.run_eagerly:
             self._eager = EagerStep(model, model.predict_step, self.replicas)
             return
@@ -372,41 +396,49 @@ class PredictDriver:
     def run(self, batches: data.GlobalBatches) -> Any:
         """The predictions for this worker's rows of the next batch, in their order."""
         if isinstance(batches, data.Shards):
-            outputs, *ahead = self._run_shards(batches.iterator(), *batches.take_next())
+            shards, counts = batches.take_next()
+            few_rows = self.step.needs_rows and not np.all(counts)
+            outputs, *ahead = self._run_shards(
+                batches.iterator(), shards, counts, few_rows
+            )
             batches.put_next(tuple(ahead))
             return outputs
-        if batches.length_is_known:
-            if self.model.run_eagerly:
-                return self._eager(next(batches.iterator()))
-            return self._run_next(batches.iterator())
-        batch = batches.take_next().get_value()
-        batches.put_next(None)
-        return self.run_on(batch)
+        if not batches.length_is_known:
+            batch = batches.take_next().get_value()
+            batches.put_next(None)
+            return self.run_on(batch)
+        if self.model.run_eagerly or self.step.needs_rows:
+            return self.run_on(next(batches.iterator()))
+        return self._run_next(batches.iterator())
 
     def run_on(self, batch: Any) -> Any:
         """The predictions for this worker's rows of one global batch of tensors."""
         if self.model.run_eagerly:
             return self._eager(batch)
-        return self._run_batch(batch)
+        few_rows = self.step.needs_rows and bool(
+            rows_of(batch, self.step.has_rows) < self.replicas.num_replicas
+        )
+        return self._run_batch(batch, few_rows)
 
-    def _run_batch(self, batch) -> Any:
+    def _run_batch(self, batch, few_rows=False) -> Any:
         share = shares(batch, self.step.has_rows, self.replicas)
-        return self._outputs(share)
+        return self._outputs(share, few_rows)
 
     def _run_next(self, iterator) -> Any:
         return self._run_batch(next(iterator))
 
-    def _run_shards(self, iterator, shards, counts) -> Any:
+    def _run_shards(self, iterator, shards, counts, few_rows) -> Any:
         share = shares_of_shards(
             shards.get_value(),
             counts,
             self.step.has_rows,
             self.replicas,
         )
-        return self._outputs(share), *data.next_shards(iterator, self.replicas)
+        outputs = self._outputs(share, few_rows)
+        return outputs, *data.next_shards(iterator, self.replicas)
 
-    def _outputs(self, share: Share) -> Any:
-        outputs = self.step.results(self.step.place(share))
+    def _outputs(self, share: Share, few_rows: bool) -> Any:
+        outputs = self.step.results(self.step.place(share, few_rows))
         if self.replicas.first == 0:
             return outputs
         # What every worker has in full is given by the first one.

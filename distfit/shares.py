@@ -97,6 +97,12 @@ def tensors_of(batch: Any) -> list[tf.Tensor]:
     return [t for t in flat if tf.is_tensor(t)]
 
 
+def rows_of(batch: Any, has_rows: Sequence[bool]) -> tf.Tensor:
+    """The number of rows of a batch, an int32 scalar; 0 if nothing has rows."""
+    pairs = zip(tensors_of(batch), has_rows, strict=True)
+    return next((tf.shape(t)[0] for t, rows in pairs if rows), tf.constant(0))
+
+
 def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
     """Cuts a global batch for the replicas of this process.
 
@@ -108,19 +114,19 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
     if every == 1:
         return Share([[t] for t in tensors], [None] * len(tensors), [], [], [], [])
     with tf.device("CPU:0"):
-        rowed = [t for t, rows in zip(tensors, has_rows, strict=True) if rows]
-        total = tf.shape(rowed[0])[0] if rowed else tf.constant(0)
+        total = rows_of(batch, has_rows)
         # Never a constant for TensorFlow, whose graph optimizer ends the process when
         # it divides by the size of a tensor that it knows to be empty.
         total = tf.compat.v1.placeholder_with_default(total, ())
         bounds = total * tf.range(every + 1) // every
         counts = bounds[1:] - bounds[:-1]
         own = slice(replicas.first, replicas.first + local)
-        parts = []
-        for tensor, rows in zip(tensors, has_rows, strict=True):
+        parts: list[list] = []
+        first = list(has_rows).index(True) if True in has_rows else 0
+        for i, (tensor, rows) in enumerate(zip(tensors, has_rows, strict=True)):
             if rows:
                 # The first has the number of rows that all others must have.
-                checks = [] if tensor is rowed[0] else _checks(tensor, total)
+                checks = [] if i == first else _checks(tensor, total)
                 with tf.control_dependencies(checks):
                     parts.append(tf.split(tensor, counts, num=every)[own])
             else:

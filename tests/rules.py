@@ -69,7 +69,7 @@ def partitioned(
         keep_rows=True,
     )
 
-    every = len(counts)
+    every, split = len(counts), counts
 
     @tf.function(autograph=False)
     def run(counts):
@@ -88,7 +88,7 @@ def partitioned(
             each,
             [tf.constant(i) for i in range(every)],
         )
-        return step.results(step.place(share))
+        return step.results(step.place(share, step.needs_rows and 0 in split))
 
     results = [t.numpy() for t in tf.nest.flatten(run(tf.constant(counts)))]
     program = step._program

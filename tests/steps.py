@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,10 +112,18 @@ def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
     spec = spec_of(batches[0])
     driver = StepDriver(model, model.train_step, Layout(spec), False)
     # With a signature: otherwise it is traced anew for another number of rows.
-    run = tf.function(driver._run_batch, input_signature=[spec], autograph=False)
+    run = {
+        few_rows: tf.function(
+            functools.partial(driver._run_batch, few_rows=few_rows),
+            input_signature=[spec],
+            autograph=False,
+        )
+        for few_rows in (False, True)
+    }
     logs = []
     for batch in batches:
-        driver._latest = run(batch)
+        few_rows = driver.step.needs_rows and bool(driver._are_few(batch))
+        driver._latest = run[few_rows](batch)
         logs.append(driver.results())
     fallen = [finding.type for finding in driver.step.findings]
     return Trained(_state(model), logs, fallen)

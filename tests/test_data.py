@@ -507,6 +507,76 @@ def test_what_is_beside_the_rows_is_not_cut(make_strategy, kind):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+SIZES = (5, 2, 7, 1, 1, 6, 2)  # On 3 replicas four batches leave one without rows.
+
+
+def _images():
+    """Batches of images of `SIZES`, and labels."""
+    generator = np.random.default_rng(0)
+    for rows in SIZES:
+        yield (
+            generator.random((rows, 6, 6, 1), "float32"),
+            generator.random((rows, 2), "float32"),
+        )
+
+
+def _convolutional(strategy, fused):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = distfit.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                layers.Conv2D(3, 3, activation="relu"),
+                layers.MaxPooling2D(2),
+                layers.Flatten(),
+                layers.Dense(2),
+            ]
+        )
+        model.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9),
+            "mse",
+            metrics=["mae"],
+            steps_per_execution=fused,
+        )
+    return model
+
+
+@pytest.mark.parametrize("fused", [1, 4])
+@pytest.mark.parametrize("length", ["known", "unknown"])
+def test_convolutions_of_batches_that_leave_replicas_without_rows(
+    make_strategy, length, fused
+):
+    """Kernels for images fail or err where there are none."""
+    signature = (
+        tf.TensorSpec((None, 6, 6, 1), tf.float32),
+        tf.TensorSpec((None, 2), tf.float32),
+    )
+    dataset = tf.data.Dataset.from_generator(_images, output_signature=signature)
+    if length == "known":
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(SIZES)))
+    found = []
+    for replicas in (1, 3):
+        model = _convolutional(make_strategy(replicas), fused)
+        history = model.fit(dataset, epochs=2, verbose=0).history
+        evaluated = model.evaluate(dataset, verbose=0)
+        predictions = model.predict(dataset, verbose=0)
+        assert predictions.shape == (sum(SIZES), 2)
+        found.append([*history["loss"], *history["mae"], *evaluated, *predictions.flat])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_dataset_that_ends_before_its_length(make_strategy):
+    signature = (
+        tf.TensorSpec((None, 6, 6, 1), tf.float32),
+        tf.TensorSpec((None, 2), tf.float32),
+    )
+    dataset = tf.data.Dataset.from_generator(_images, output_signature=signature)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(SIZES) + 1))
+    model = _convolutional(make_strategy(3), 1)
+    with pytest.raises(tf.errors.FailedPreconditionError, match="expected to contain"):
+        model.fit(dataset, verbose=0)
+
+
 def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
     model = _records(make_strategy(1))
     with warnings.catch_warnings():

@@ -123,10 +123,24 @@ class Sizes:
 
     Args:
         rows: The number of rows of every global batch, or None if it may change.
+        few_rows: Whether a batch whose number of rows is open may leave a replica
+            without any.
+
+    Attributes:
+        needs_rows: Whether a rule took for granted that no replica is left without.
     """
 
-    def __init__(self, rows: int | None = None):
+    def __init__(self, rows: int | None = None, few_rows: bool = False):
         self.rows = rows
+        self.few_rows = few_rows
+        self.needs_rows = False
+
+    def are_on_all(self, num_replicas: int) -> bool:
+        """Whether each replica has a row: known, or else taken for granted."""
+        if self.rows is not None or self.few_rows:
+            return (self.rows or 0) >= num_replicas
+        self.needs_rows = True
+        return True
 
     def number(self, dim: Dim) -> Dim:
         """A dimension, as a number if it can be one."""

@@ -5,6 +5,7 @@ emitted for all replicas, and placed where a compiled function needs it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ class Step:
         lasting: For each output, whether it is a function of variables alone, as they
             are after the step: then it is computed only when it is asked for.
         findings: What every replica computes in full.
+        needs_rows: Whether each replica must have a row of a batch, unless it is placed
+            as one of few rows.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Step:
             for outer, _ in self._graph.captures
         ]
         self.findings: list[Finding] = []
+        self.needs_rows = False
         self.lasting = self._lasting()
         self._plan()
 
@@ -135,25 +139,41 @@ class Step:
         self._now, self._last = now, last
         if self.replicas.num_replicas == 1:
             return
-        self._program = self._emitted(
-            self._flat.needed([outputs[i] for i in now]), now, True
-        )
+        sizes = Sizes(self._rows)
+        self._program = self._emitted_step(sizes, self.findings)
+        self.needs_rows = sizes.needs_rows
         reached = tracing.reached([outputs[i].node for i in last])
-        self._read_program = self._emitted(
-            [n for n in self._flat.nodes if n in reached], last, False
-        )
+        nodes = [n for n in self._flat.nodes if n in reached]
+        self._read_program = self._emitted(nodes, last, False, sizes, self.findings)
 
-    def _emitted(self, nodes: list[Node], outputs: list[int], keep: bool) -> Program:
+    @functools.cached_property
+    def _program_of_few_rows(self) -> Program:
+        """The program of batches that leave replicas without rows: seldom needed."""
+        with tf.init_scope():
+            return self._emitted_step(Sizes(self._rows, few_rows=True), [])
+
+    def _emitted_step(self, sizes: Sizes, findings: list[Finding]) -> Program:
+        needed = self._flat.needed([self._flat.outputs[i] for i in self._now])
+        return self._emitted(needed, self._now, True, sizes, findings)
+
+    def _emitted(
+        self,
+        nodes: list[Node],
+        outputs: list[int],
+        keep: bool,
+        sizes: Sizes,
+        findings: list[Finding],
+    ) -> Program:
         """The program of some nodes.
 
         Args:
             nodes: The nodes, in order.
             outputs: Which outputs of the step it returns.
             keep: Whether outputs that are sums over replicas stay their parts.
+            sizes: What is known of the number of rows.
+            findings: Gets what every replica computes in full.
         """
-        sizes = Sizes(self._rows)
-        count = self.replicas.num_replicas
-        emitter = Emitter(sizes, count, self.findings, self.jit)
+        emitter = Emitter(sizes, self.replicas.num_replicas, findings, self.jit)
         self._feed(emitter)
         emitter.run(nodes)
         values = []
@@ -223,8 +243,12 @@ class Step:
 
     # --- Placing them.
 
-    def place(self, share: Share) -> list[list]:
+    def place(self, share: Share, few_rows: bool = False) -> list[list]:
         """Adds the step to the current graph.
+
+        Args:
+            share: What the replicas of this process get.
+            few_rows: Whether some replica may have no row, where `needs_rows`.
 
         Returns:
             For each output that is not lasting, what the replicas have of it.
@@ -238,7 +262,8 @@ class Step:
             given.append(alike)
         given += [copies for _, copies in self._handles]
         rows = [share.total, share.start, share.count, share.index]
-        return self._program.place(given, rows, self.replicas, self.jit)
+        program = self._program_of_few_rows if few_rows else self._program
+        return program.place(given, rows, self.replicas, self.jit)
 
     def _place_alone(self, share: Share) -> list[list]:
         device = self.replicas.devices[0]

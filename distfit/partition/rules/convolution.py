@@ -6,7 +6,7 @@ tensor. The gradient of a filter adds up over the images: its parts are a sum ov
 replicas.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,7 +24,6 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
-from distfit.partition.program import Stage
 from distfit.partition.rules.shapes import elements_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
@@ -90,63 +89,44 @@ def _emitted(
         dims = [layout.size, *dims[1:]]
     if dims is not None and _is_grouped(emitter, node, inputs, dims):
         return [_compiled(emitter, node, inputs, layout, dims)]
-    always = (emitter.sizes.rows or 0) >= emitter.num_replicas
-    if always or not any(v.has_rows for v in inputs):
-        return emitter.op(node, inputs, layout, dims)
-    return [_guarded(emitter, node, inputs, layout, dims)]
+    has_rows = any(v.has_rows for v in inputs)
+    if has_rows and not emitter.sizes.are_on_all(emitter.num_replicas):
+        return [_guarded(emitter, node, inputs, layout, dims)]
+    return emitter.op(node, inputs, layout, dims)
 
 
 def _guarded(emitter, node, inputs: list[Value], layout: Layout, dims) -> Value:
     """An operation that a replica without images does for an image of zeros.
 
     Kernels are not made for none: some fail, on CPU or on GPU, or leave their result
-    unwritten; those of oneDNN give it the shape of what they are given. Where there are
-    images, TensorFlow hands on what is padded by nothing and sliced in full as it is.
+    unwritten; those of oneDNN give it the shape of what they are given.
     """
-    stage = emitter.levels[emitter.level_of(inputs)].stage
 
     def guarded(*tensors):
-        lies, images = next(
-            (v.layout, t) for v, t in zip(inputs, tensors, strict=True) if v.has_rows
-        )
-        count = _cached(stage, ("images", lies), lambda: tf.shape(images)[:1])
-        missing = _cached(
-            stage, ("missing images", lies), lambda: tf.cast(count < 1, tf.int32)
-        )
+        def computed(*tensors):
+            graph = tf.compat.v1.get_default_graph()
+            return graphs.copy_operation(graph, node.op, tensors)[0]
 
-        def padded(tensor):
-            paddings = _cached(
-                stage,
-                ("missing images", lies, tensor.shape.rank),
-                lambda: (
-                    missing * tf.constant([[0, 1]] + [[0, 0]] * (tensor.shape.rank - 1))
-                ),
-            )
-            made = tf.pad(tensor, paddings)
-            made.set_shape([None, *tensor.shape[1:]])
-            return made
+        def on_zeros():
+            given = list(map(_one_image, inputs, tensors))
+            if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
+                given[0] = tf.concat([[1], given[0][1:]], 0)
+            result = computed(*given)
+            return result[:0] if layout.kind == "rows" else result
 
-        given = [
-            padded(t) if v.has_rows else t for v, t in zip(inputs, tensors, strict=True)
-        ]
-        if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
-            one = tf.one_hot(0, given[0].shape[0], dtype=given[0].dtype)
-            given[0] += tf.cast(missing, one.dtype) * one
-        graph = tf.compat.v1.get_default_graph()
-        (result,) = graphs.copy_operation(graph, node.op, given)
-        if layout.kind == "rows":
-            return tf.strided_slice(result, [0], count)
-        return result
+        images = next(t for v, t in zip(inputs, tensors, strict=True) if v.has_rows)
+        return tf.cond(tf.shape(images)[0] > 0, lambda: computed(*tensors), on_zeros)
 
     if dims is None:
         dims = emitter.static_dims(*node.outputs, layout)
     return emitter.call(guarded, inputs, layout, dims)
 
 
-def _cached(stage: Stage, key: Any, make: Callable[[], tf.Tensor]) -> tf.Tensor:
-    if key not in stage.cache:
-        stage.cache[key] = make()
-    return stage.cache[key]
+def _one_image(value: Value, tensor: tf.Tensor) -> tf.Tensor:
+    if value.has_rows:
+        shape = tf.concat([[1], tf.shape(tensor)[1:]], 0)
+        return tf.zeros(shape, tensor.dtype)
+    return tensor
 
 
 def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:
