@@ -47,10 +47,23 @@ def shared(team, tmp_path):
     return pathlib.Path(team.from_chief("a folder", str(tmp_path)))
 
 
-def _model(strategy, units=4, optimizer="adam", loss="mse", metrics=("mae",), **more):
+def _model(
+    strategy,
+    units=4,
+    optimizer="adam",
+    loss="mse",
+    metrics=("mae",),
+    convolves=False,
+    **more,
+):
     with strategy.scope():
-        inputs = keras.Input((8,))
-        hidden = layers.Dense(units, activation="tanh")(inputs)
+        hidden = inputs = keras.Input((8,))
+        if convolves:
+            hidden = layers.Conv1D(2, 3, activation="relu")(
+                layers.Reshape((8, 1))(inputs)
+            )
+            hidden = layers.Flatten()(hidden)
+        hidden = layers.Dense(units, activation="tanh")(hidden)
         model = distfit.Model(inputs, layers.Dense(1)(hidden))
         model.compile(optimizer, loss, metrics=list(metrics), **more)
     return model
@@ -730,9 +743,9 @@ def _batches_of_shards(count, batch_size):
     ]
 
 
-@pytest.mark.parametrize("fused", [1, 4])
+@pytest.mark.parametrize("fused, convolves", [(1, False), (4, False), (3, True)])
 def test_shards_of_unequal_length_train_every_row_once(
-    make_strategy, strategy, team, shared, fused
+    make_strategy, strategy, team, shared, fused, convolves
 ):
     x, y, paths = _write_shards(shared, team)
     batch_size = 2 * strategy.num_replicas_in_sync
@@ -751,7 +764,7 @@ def test_shards_of_unequal_length_train_every_row_once(
     ):
 
         def build(chosen=chosen):
-            return _model(chosen, optimizer="adam", steps_per_execution=fused)
+            return _model(chosen, convolves=convolves, steps_per_execution=fused)
 
         def fit(model, rows_of=rows_of):
             return model.fit(rows_of, epochs=3, validation_data=rows_of, verbose=0)
