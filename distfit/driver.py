@@ -95,7 +95,7 @@ class StepDriver:
         if self.model.run_eagerly:
             self._latest = self._eager(batch)
         else:
-            few_rows = self.step.needs_rows and bool(self._are_few(batch))
+            few_rows = is_for_few_rows(self.step, batch)
             self._latest = self._run_batch_compiled(batch, few_rows)
 
     def reset(self) -> None:
@@ -201,13 +201,9 @@ class StepDriver:
             return ahead.has_value()
         return tf.cond(
             ahead.has_value(),
-            lambda: tf.equal(self._are_few(ahead.get_value()), few_rows),
+            lambda: tf.equal(_has_few_rows(self.step, ahead.get_value()), few_rows),
             lambda: False,
         )
-
-    def _are_few(self, batch) -> tf.Tensor:
-        """Whether a batch leaves a replica without rows."""
-        return rows_of(batch, self._has_rows) < self.replicas.num_replicas
 
     def _share_of(self, ahead) -> Share:
         if not self._sharded:
@@ -343,6 +339,16 @@ def partitioned(
         )
 
 
+def _has_few_rows(step: Step, batch: Any) -> tf.Tensor:
+    """Whether a batch leaves a replica without rows."""
+    return rows_of(batch, step.has_rows) < step.replicas.num_replicas
+
+
+def is_for_few_rows(step: Step, batch: Any) -> bool:
+    """Whether a batch takes the program for few rows."""
+    return step.needs_rows and bool(_has_few_rows(step, batch))
+
+
 def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
     """Zeros that a tensor of this shape, open sizes included, may follow in a loop."""
     zeros = tf.zeros([d or 0 for d in shape], dtype)
@@ -390,7 +396,7 @@ class PredictDriver:
             bool(model.jit_compile),
             keep_rows=True,
         )
-        for name in ("_run_next", "_run_shards", "_run_batch"):
+        for name in ("_run_next", "_run_taken", "_run_shards", "_run_batch"):
             setattr(self, name, compiled(getattr(self, name)))
 
     def run(self, batches: data.GlobalBatches) -> Any:
@@ -403,22 +409,22 @@ class PredictDriver:
             )
             batches.put_next(tuple(ahead))
             return outputs
-        if not batches.length_is_known:
-            batch = batches.take_next().get_value()
-            batches.put_next(None)
-            return self.run_on(batch)
-        if self.model.run_eagerly or self.step.needs_rows:
-            return self.run_on(next(batches.iterator()))
-        return self._run_next(batches.iterator())
+        eagerly = self.model.run_eagerly
+        if batches.length_is_known and not eagerly and not self.step.needs_rows:
+            return self._run_next(batches.iterator())
+        taken = batches.take_next()
+        batches.put_next(None)
+        batch = taken.get_value()
+        if eagerly:
+            return self._eager(batch)
+        # The optional, whose spec is that of all batches.
+        return self._run_taken(taken, is_for_few_rows(self.step, batch))
 
     def run_on(self, batch: Any) -> Any:
         """The predictions for this worker's rows of one global batch of tensors."""
         if self.model.run_eagerly:
             return self._eager(batch)
-        few_rows = self.step.needs_rows and bool(
-            rows_of(batch, self.step.has_rows) < self.replicas.num_replicas
-        )
-        return self._run_batch(batch, few_rows)
+        return self._run_batch(batch, is_for_few_rows(self.step, batch))
 
     def _run_batch(self, batch, few_rows=False) -> Any:
         share = shares(batch, self.step.has_rows, self.replicas)
@@ -426,6 +432,9 @@ class PredictDriver:
 
     def _run_next(self, iterator) -> Any:
         return self._run_batch(next(iterator))
+
+    def _run_taken(self, taken, few_rows) -> Any:
+        return self._run_batch(taken.get_value(), few_rows)
 
     def _run_shards(self, iterator, shards, counts, few_rows) -> Any:
         share = shares_of_shards(

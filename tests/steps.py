@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit.driver import StepDriver
+from distfit.driver import StepDriver, is_for_few_rows
 from distfit.shares import Layout
 
 BATCHES = (7, 5)  # Rows; on 3 replicas 2, 2, 3 and 1, 2, 2.
@@ -122,8 +122,7 @@ def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
     }
     logs = []
     for batch in batches:
-        few_rows = driver.step.needs_rows and bool(driver._are_few(batch))
-        driver._latest = run[few_rows](batch)
+        driver._latest = run[is_for_few_rows(driver.step, batch)](batch)
         logs.append(driver.results())
     fallen = [finding.type for finding in driver.step.findings]
     return Trained(_state(model), logs, fallen)

@@ -562,6 +562,9 @@ def test_convolutions_of_batches_that_leave_replicas_without_rows(
         predictions = model.predict(dataset, verbose=0)
         assert predictions.shape == (sum(SIZES), 2)
         found.append([*history["loss"], *history["mae"], *evaluated, *predictions.flat])
+        for x, y in _images():
+            found[-1] += model.train_on_batch(x, y)
+            found[-1] += list(model.predict_on_batch(x).flat)
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
