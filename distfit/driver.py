@@ -223,7 +223,7 @@ class StepDriver:
             ran, ahead, latest = self._run_ahead(
                 batches.iterator(),
                 batches.take_next(),
-                tf.constant(steps - done),
+                tf.constant(1 if few_rows else steps - done),
                 few_rows,
             )
             batches.put_next(ahead)

@@ -123,15 +123,19 @@ def underlying(variable: Any) -> tf.Variable:
     return variable._value if isinstance(variable, keras.Variable) else variable
 
 
-@contextlib.contextmanager
-def fresh_names() -> Iterator[None]:
+def fresh_names() -> contextlib.AbstractContextManager:
     """Numbers the names of new layers, metrics and variables from the start.
 
     A function that makes a model gives its parts the same names each time then.
     """
-    name = "object_name_uids"
+    return _with_global("object_name_uids", None)
+
+
+@contextlib.contextmanager
+def _with_global(name: str, value: Any) -> Iterator[None]:
+    """Sets a global of Keras, which it keeps for each thread, for the time being."""
     before = global_state.get_global_attribute(name)
-    global_state.set_global_attribute(name, None)
+    global_state.set_global_attribute(name, value)
     try:
         yield
     finally:
@@ -154,19 +158,12 @@ def with_inner(optimizer: Any) -> list[keras.optimizers.Optimizer]:
 # --- Randomness.
 
 
-@contextlib.contextmanager
-def global_seed_generator(generator: Any) -> Iterator[None]:
+def global_seed_generator(generator: Any) -> contextlib.AbstractContextManager:
     """Makes `generator`, or none at all, the source of unseeded draws in this thread.
 
     Keras keeps one for each thread, and makes it when it is first asked for.
     """
-    name = GLOBAL_SEED_GENERATOR
-    previous = global_state.get_global_attribute(name)
-    global_state.set_global_attribute(name, generator)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(name, previous)
+    return _with_global(GLOBAL_SEED_GENERATOR, generator)
 
 
 # --- Workers: what TensorFlow does for them on its own, and what it does not tell.

@@ -249,6 +249,16 @@ class Emitter:
         self.symbols: dict[str, tuple[Value, int]] = {}
         self._effects = 0  # The level of the latest effect that needs an order.
 
+    def all_have_rows(self) -> bool:
+        """Whether each replica has a row: known, or else taken for granted and noted.
+
+        A rule whose operation fails without rows asks this, and returns None if not.
+        """
+        if self.sizes.rows is not None or self.sizes.few_rows:
+            return (self.sizes.rows or 0) >= self.num_replicas
+        self.sizes.needs_rows = True
+        return True
+
     # --- Inputs and outputs of the program.
 
     def input(
@@ -335,13 +345,26 @@ class Emitter:
                 self.known(s, t.dtype) for s, t in zip(sizes, node.outputs, strict=True)
             ]
         found = RULES.get(node.type)
-        outputs = found(self, node, inputs) if found else None
+        outputs = self._by_rule(found, node, inputs) if found else None
         if outputs is None:
             outputs = self.in_full(node, inputs)
         for value, known in zip(outputs, sizes, strict=True):
             if known is not None and value.sizes is None and value.is_replicated:
                 value.sizes = known
         return outputs
+
+    def _by_rule(
+        self, found: Callable, node: Node, inputs: list[Value]
+    ) -> list[Value] | None:
+        try:
+            return found(self, node, inputs)
+        except NotImplementedError:
+            # Branches, say, that keep different things in the same place: all of it is
+            # as on one device where all that is given is whole.
+            if all(v.is_replicated for v in inputs):
+                raise
+            self.report(node)
+            return found(self, node, [self.whole(v) for v in inputs])
 
     def _sizes(self, node: Node, inputs: list[Value]) -> list[Any]:
         """For each output, its elements as sizes; None where they are no such."""

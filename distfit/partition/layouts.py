@@ -135,13 +135,6 @@ class Sizes:
         self.few_rows = few_rows
         self.needs_rows = False
 
-    def are_on_all(self, num_replicas: int) -> bool:
-        """Whether each replica has a row: known, or else taken for granted."""
-        if self.rows is not None or self.few_rows:
-            return (self.rows or 0) >= num_replicas
-        self.needs_rows = True
-        return True
-
     def number(self, dim: Dim) -> Dim:
         """A dimension, as a number if it can be one."""
         if self.rows is None or not depends_on_rows(dim):

@@ -179,7 +179,9 @@ class Step:
         values = []
         for i in outputs:
             value = emitter.values[self._flat.outputs[i]]
-            if not (keep and (value.is_partial or self._stays_cut(value))):
+            if sizes.few_rows:
+                value = emitter.to(value, self.layouts[i])
+            elif not (keep and (value.is_partial or self._stays_cut(value))):
                 value = emitter.whole(value)
             self.layouts[i] = value.layout
             values.append(value)

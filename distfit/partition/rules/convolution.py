@@ -34,7 +34,6 @@ _GRADIENTS_OF_IMAGES = (
     "DepthwiseConv2dNativeBackpropInput",
 )
 _GRADIENTS_OF_AVERAGES = ("AvgPoolGrad", "AvgPool3DGrad")
-_SHAPE_FIRST = _GRADIENTS_OF_IMAGES + _GRADIENTS_OF_AVERAGES
 
 _CONVOLUTIONS = {
     *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
@@ -89,44 +88,11 @@ def _emitted(
         dims = [layout.size, *dims[1:]]
     if dims is not None and _is_grouped(emitter, node, inputs, dims):
         return [_compiled(emitter, node, inputs, layout, dims)]
-    has_rows = any(v.has_rows for v in inputs)
-    if has_rows and not emitter.sizes.are_on_all(emitter.num_replicas):
-        return [_guarded(emitter, node, inputs, layout, dims)]
+    # Kernels are not made for no images: some fail, on CPU or on GPU, or leave their
+    # result unwritten; those of oneDNN give it the shape of what they are given.
+    if any(v.has_rows for v in inputs) and not emitter.all_have_rows():
+        return None
     return emitter.op(node, inputs, layout, dims)
-
-
-def _guarded(emitter, node, inputs: list[Value], layout: Layout, dims) -> Value:
-    """An operation that a replica without images does for an image of zeros.
-
-    Kernels are not made for none: some fail, on CPU or on GPU, or leave their result
-    unwritten; those of oneDNN give it the shape of what they are given.
-    """
-
-    def guarded(*tensors):
-        def computed(*tensors):
-            graph = tf.compat.v1.get_default_graph()
-            return graphs.copy_operation(graph, node.op, tensors)[0]
-
-        def on_zeros():
-            given = list(map(_one_image, inputs, tensors))
-            if node.type in _SHAPE_FIRST and inputs[0].dims != [2]:
-                given[0] = tf.concat([[1], given[0][1:]], 0)
-            result = computed(*given)
-            return result[:0] if layout.kind == "rows" else result
-
-        images = next(t for v, t in zip(inputs, tensors, strict=True) if v.has_rows)
-        return tf.cond(tf.shape(images)[0] > 0, lambda: computed(*tensors), on_zeros)
-
-    if dims is None:
-        dims = emitter.static_dims(*node.outputs, layout)
-    return emitter.call(guarded, inputs, layout, dims)
-
-
-def _one_image(value: Value, tensor: tf.Tensor) -> tf.Tensor:
-    if value.has_rows:
-        shape = tf.concat([[1], tf.shape(tensor)[1:]], 0)
-        return tf.zeros(shape, tensor.dtype)
-    return tensor
 
 
 def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:

@@ -1,4 +1,6 @@
-"""Lists of tensors, as loops keep them: their elements have a layout.
+"""Lists and optionals, as loops and branches keep tensors for their gradients.
+
+What they hold has a layout.
 
 `Value.element` tells how they lie; it is None as long as nothing is known of them: a
 list without elements takes the layout of the first that it is given.
@@ -118,6 +120,13 @@ def _put(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     element = several.element
     if is_list(item):
         given = [several, *(emitter.whole(v) for v in index), item]
+        held = [e for e in (element, item.element) if e is not None]
+        if any(e.layout != held[0].layout for e in held):
+            raise NotImplementedError("a list of lists of different layouts")
+        dims = held[0].dims if held else None
+        for other in held[1:]:
+            dims = _joined_dims(emitter, dims, other.dims)
+        element = Element(held[0].layout, dims) if held else None
         return of_list(emitter.op(node, given, REPLICATED, []), element)
     pushed = node.type == "TensorListPushBack"  # Else other elements are zeros.
     if element is None:
@@ -158,23 +167,24 @@ def _joined_dims(emitter: Emitter, a: Any, b: Any) -> list[Dim] | None:
 
 
 @rule("TensorListGetItem")
-def _get(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+def _get(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     several, index, shape = inputs
-    given = [
-        several,
-        emitter.whole(index),
-        _shape_vector(emitter, several.element, shape),
-    ]
-    layout, dims = _lies(several)
     if node.outputs[0].dtype == tf.variant:
+        given = [several, emitter.whole(index), emitter.whole(shape)]
         return of_list(emitter.op(node, given, REPLICATED, []), several.element)
-    values = emitter.op(node, given, layout, dims)
-    return values
+    shape = _shape_vector(emitter, several.element, shape)
+    layout, dims = _lies(several)
+    return emitter.op(node, [several, emitter.whole(index), shape], layout, dims)
 
 
 @rule("TensorListPopBack")
 def _pop(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     several, shape = inputs
+    if node.outputs[1].dtype == tf.variant:
+        given = [several, emitter.whole(shape)]
+        values = emitter.op(node, given, REPLICATED, ([], []))
+        values[1].element = several.element
+        return of_list(values, several.element)
     layout, dims = _lies(several)
     given = [several, _shape_vector(emitter, several.element, shape)]
     static = emitter.static_dims(node.outputs[1], layout) if dims is None else dims
@@ -260,3 +270,50 @@ def same_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] 
     for element in elements[1:]:
         dims = _joined_dims(emitter, dims, element.dims)
     return of_list(values, Element(elements[0].layout, dims))
+
+
+# --- Optionals: what only the branch that was taken has computed.
+
+
+@rule("OptionalFromValue")
+def _optional(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
+    value, *others = inputs
+    if others or value.resource is not None:
+        return None
+    element = value.element
+    if not is_list(value):
+        element = Element(value.layout, value.dims)
+    return of_list(emitter.op(node, inputs, REPLICATED, []), element)
+
+
+@rule("OptionalNone")
+def _no_optional(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    return emitter.op(node, inputs, REPLICATED, [])
+
+
+@rule("OptionalGetValue")
+def _of_optional(
+    emitter: Emitter, node: Node, inputs: list[Value]
+) -> list[Value] | None:
+    (optional,) = inputs
+    traced, *others = node.outputs
+    if traced.dtype == tf.variant and not others:
+        return of_list(emitter.op(node, inputs, REPLICATED, []), optional.element)
+    if optional.element is None or others:
+        return None
+    layout, dims = _lies(optional)
+    rank = traced.shape.rank
+
+    def get(tensor):
+        # The shapes that it is to have are those of one device.
+        (value,) = tf.raw_ops.OptionalGetValue(
+            optional=tensor,
+            output_types=[traced.dtype],
+            output_shapes=[tf.TensorShape(None if rank is None else [None] * rank)],
+        )
+        return value
+
+    value = emitter.call(get, inputs, layout, dims)
+    if (shape := value.local_shape()) is not None:
+        value.tensor.set_shape(shape)
+    return [value]

@@ -4,6 +4,7 @@ Rows that pick elements of a table stay rows. Rows that are put into a table giv
 over replicas.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -95,6 +96,8 @@ def _gather_nd(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
         return None
     dims = [*indices.dims[:-1], *params.dims[depth:]]
     if params.has_rows and params.layout.dim >= depth and indices.is_replicated:
+        if not emitter.all_have_rows():  # TensorFlow refuses to pick from nothing.
+            return None
         layout = params.layout.moved(params.layout.dim - depth + indices.rank - 1)
         return emitter.op(node, [params, indices], layout, dims)
     return emitter.op(node, [emitter.whole(params), indices], indices.layout, dims)
@@ -183,19 +186,11 @@ def _within_rows(
     dims: Any = (target.dims[at], updates.dims[at + further])
     if not all(emitter.sizes.same(dim, layout.size) for dim in dims):
         return None
-    operation = getattr(tf.raw_ops, node.type)
-
-    def put(tensor, indices, updates):
-        # TensorFlow refuses to put anything into nothing.
-        return tf.cond(
-            tf.equal(tf.size(tensor), 0),
-            lambda: tf.identity(tensor),
-            lambda: operation(tensor=tensor, indices=indices, updates=updates),
-        )
-
+    if not emitter.all_have_rows():  # TensorFlow refuses to put anything into nothing.
+        return None
     laid = [emitter.to(target, layout), indices]
     laid.append(emitter.to(updates, layout.moved(at + further)))
-    return [emitter.call(put, laid, layout, target.dims)]
+    return emitter.op(node, laid, layout, target.dims)
 
 
 @rule("TensorScatterAdd", "TensorScatterSub")
@@ -224,17 +219,26 @@ def _tensor_scatter(
     return emitter.op(node, given, PARTIAL, target.dims)
 
 
-@rule("UnsortedSegmentSum")
-def _segment_sum(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> list[Value] | None:
+# How the segments of the replicas are made one; those without rows hold what leaves the
+# others as they are.
+_COMBINATIONS: dict[str, Callable | None] = {
+    "UnsortedSegmentSum": None,
+    "UnsortedSegmentMax": tf.reduce_max,
+    "UnsortedSegmentMin": tf.reduce_min,
+    "UnsortedSegmentProd": tf.reduce_prod,
+}
+
+
+@rule(*_COMBINATIONS)
+def _segments(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
     data, ids, number = inputs
+    combine = _COMBINATIONS[node.type]
     ids = _settled(emitter, ids)
     if data.dims is None or ids.dims is None:
         return None
     dims = [_count(number), *data.dims[ids.rank :]]
     whole = emitter.whole(number)
-    if data.is_partial and ids.is_replicated:
+    if combine is None and data.is_partial and ids.is_replicated:
         return emitter.op(node, [data, ids, whole], PARTIAL, dims)
     data = _settled(emitter, data)
     if not data.has_rows and not ids.has_rows:
@@ -246,41 +250,16 @@ def _segment_sum(
     if laid is None:
         return None
     ids, data = laid
-    return emitter.op(node, [data, ids, whole], PARTIAL, dims)
+    if combine is None:
+        return emitter.op(node, [data, ids, whole], PARTIAL, dims)
+    (own,) = emitter.op(node, [data, ids, whole], REPLICATED, dims)
+    parts = emitter.whole(emitter.stacked(own))
+    return [emitter.call(lambda t: combine(t, 0), [parts], REPLICATED, dims)]
 
 
 def _count(number: Value) -> Dim:
     known = None if number.sizes is None else number.sizes.item()
     return unknown() if known is None else known
-
-
-@rule("UnsortedSegmentMax", "UnsortedSegmentMin", "UnsortedSegmentProd")
-def _segment_of_parts(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> list[Value] | None:
-    """Segments without rows hold what leaves the others as they are."""
-    data, ids, number = inputs
-    data, ids = _settled(emitter, data), _settled(emitter, ids)
-    if data.dims is None or ids.dims is None:
-        return None
-    dims = [_count(number), *data.dims[ids.rank :]]
-    whole = emitter.whole(number)
-    if not data.has_rows and not ids.has_rows:
-        return emitter.op(node, [data, ids, whole], REPLICATED, dims)
-    if data.has_rows and data.layout.dim >= ids.rank:
-        layout = data.layout.moved(data.layout.dim - ids.rank + 1)
-        return emitter.op(node, [data, emitter.whole(ids), whole], layout, dims)
-    laid = _together(emitter, ids, data, ids.rank)
-    if laid is None:
-        return None
-    (own,) = emitter.op(node, [laid[1], laid[0], whole], REPLICATED, dims)
-    combine = {
-        "UnsortedSegmentMax": tf.reduce_max,
-        "UnsortedSegmentMin": tf.reduce_min,
-        "UnsortedSegmentProd": tf.reduce_prod,
-    }[node.type]
-    parts = emitter.whole(emitter.stacked(own))
-    return [emitter.call(lambda t: combine(t, 0), [parts], REPLICATED, dims)]
 
 
 @rule("Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2")
