@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distfit.partition.exchanges import Replicas
 from distfit.partition.step import Share, Step
+from distfit.shares import replicas_of, shares
 
 
 @dataclasses.dataclass
@@ -145,3 +146,25 @@ def check(
     if falls_back is not None:
         assert bool(outcome.fallen) == falls_back, outcome.fallen
     return outcome
+
+
+def compiled_step(function, x, strategy, jit=False):
+    """A function that runs a partitioned step on `x` and returns its outputs."""
+    replicas = replicas_of(strategy)
+    step = Step(
+        lambda batch: function(*batch),
+        (tf.TensorSpec([None, *x.shape[1:]], x.dtype),),
+        has_rows=[True],
+        rows=None,
+        replicas=replicas,
+        scope=strategy.scope,
+        jit=jit,
+        keep_rows=True,
+    )
+
+    @tf.function(autograph=False)
+    def place():
+        return step.place(shares((tf.constant(x),), [True], replicas))
+
+    results = tf.function(step.results, autograph=False)
+    return lambda: tf.nest.flatten(results(place()))

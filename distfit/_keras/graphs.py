@@ -22,6 +22,7 @@ from tensorflow.python.framework.function_def_to_graph import function_def_to_gr
 
 from distfit._keras import generators
 from distfit._keras.alive import instances_of
+from distfit._keras.shadows import shadowed
 
 EMISSION_ERRORS = (
     TypeError,
@@ -160,8 +161,26 @@ def as_first_replica() -> Iterator[None]:
 
     Generators of random numbers then draw as on one device.
     """
-    with generators.of_one_device(), distribute_lib.UpdateContext(0):
+    variables = shadowed(_mirrored, _methods_of_first)
+    with generators.of_one_device(), variables, distribute_lib.UpdateContext(0):
         yield
+
+
+# What variables have, and TensorFlow has not written for mirrored ones.
+_OF_ONE_DEVICE = (
+    *("scatter_nd_add", "scatter_nd_sub", "scatter_nd_update"),
+    *("scatter_nd_max", "scatter_nd_min", "batch_scatter_update"),
+)
+
+
+def _mirrored() -> list[Any]:
+    return instances_of(distribute_values.MirroredVariable)
+
+
+def _methods_of_first(variable: Any) -> dict[str, Callable]:
+    first = variable.values[0]
+    found = {name: getattr(first, name, None) for name in _OF_ONE_DEVICE}
+    return {name: method for name, method in found.items() if method is not None}
 
 
 @contextlib.contextmanager

@@ -74,6 +74,8 @@ class Stage:
         """The placeholder for a port or for a tensor of another stage."""
         key = key_of(source)
         if key not in self.inputs:
+            if dtype == tf.resource:
+                shape = None  # Or it would be taken for the shape of the variable.
             with self.graph.as_default():
                 self.inputs[key] = tf.compat.v1.placeholder(dtype, shape)
             self.sources[key] = source

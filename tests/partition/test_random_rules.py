@@ -8,11 +8,9 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, partitioned, splits
+from rules import check, compiled_step, partitioned, splits
 
 from distfit.partition.rules import random
-from distfit.partition.step import Step
-from distfit.shares import replicas_of, shares
 
 few = settings(deadline=None, max_examples=6)
 slow = settings(deadline=None, max_examples=5)  # Large graphs.
@@ -447,28 +445,6 @@ def test_a_generator_of_the_scope(replicas):
     assert "skip" not in vars(generator)
     with strategy.scope():  # The generator's own way is back.
         assert len(strategy.experimental_local_results(generator.skip(1))) == replicas
-
-
-def compiled_step(function, x, strategy, jit=False):
-    """A function that runs a partitioned step on `x` and returns its outputs."""
-    replicas = replicas_of(strategy)
-    step = Step(
-        lambda batch: function(*batch),
-        (tf.TensorSpec([None, *x.shape[1:]], x.dtype),),
-        has_rows=[True],
-        rows=None,
-        replicas=replicas,
-        scope=strategy.scope,
-        jit=jit,
-        keep_rows=True,
-    )
-
-    @tf.function(autograph=False)
-    def place():
-        return step.place(shares((tf.constant(x),), [True], replicas))
-
-    results = tf.function(step.results, autograph=False)
-    return lambda: tf.nest.flatten(results(place()))
 
 
 # --- Keras.
