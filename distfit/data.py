@@ -7,10 +7,11 @@ a plain iterator on the host, and each replica cuts its rows inside the compiled
 """
 
 import functools
+import itertools
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -85,7 +86,7 @@ class GlobalBatches:
         self._seen = 0
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.dataset.element_spec)
-        self.layout = Layout(self.dataset.element_spec, first)
+        self.layout = Layout(self.dataset.element_spec, *first)
         if self.num_batches == 0 and not self.others_may_have_rows:
             raise ValueError(_EMPTY)
 
@@ -240,6 +241,7 @@ class Shards(GlobalBatches):
         return self._next
 
 
+_LOOKED_AT = 2  # Batches.
 _EMPTY = (
     "The data have no batch at all. Received: an empty dataset. Give at least one row, "
     "and check filters, shards and `drop_remainder`."
@@ -382,22 +384,24 @@ def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Datase
     return dataset.enumerate().map(look)
 
 
-def _look_at(x: Any) -> tuple[Any, Any]:
-    """The first batch of a PyDataset or a generator, and the data with that batch.
+def _look_at(x: Any) -> tuple[list, Any]:
+    """The first two batches of a PyDataset or a generator, and the data with these.
 
-    Keras gives their batches specs that leave the first dimension open. All other data
-    are not looked at: to fill a buffer twice may take long.
+    Keras, which looks at them as well, gives their batches specs that leave the first
+    dimension open. Other data are not looked at: to fill a buffer twice may take long.
     """
-    if isinstance(x, keras.utils.PyDataset) and x.num_batches != 0:
-        return x[0], x
+    if isinstance(x, keras.utils.PyDataset):
+        length = _LOOKED_AT if x.num_batches is None else min(x.num_batches, _LOOKED_AT)
+        return [x[i] for i in range(length)], x
     if isinstance(x, types.GeneratorType):
-        for first in x:
-            return first, _with_first(first, x)
-    return None, x
+        first = list(itertools.islice(x, _LOOKED_AT))
+        return first, _chained(first, x)
+    return [], x
 
 
-def _with_first(first: Any, rest: Iterator) -> Iterator:
-    yield first
+def _chained(first: Iterable, rest: Iterable) -> Iterator:
+    """A generator, as Keras wants one."""
+    yield from first
     yield from rest
 
 

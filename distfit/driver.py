@@ -152,7 +152,7 @@ class StepDriver:
 
     def _run_many(self, iterator, steps):
         def body(step, *latest):
-            return step + 1, *_flat(self._run_batch(next(iterator)))
+            return step + 1, *self._flat(self._run_batch(next(iterator)))
 
         def more(step, *latest):
             return step < steps
@@ -176,7 +176,7 @@ class StepDriver:
 
         def body(step, ahead, *latest):
             placed = self.step.place(self._share_of(ahead), few_rows)
-            return step + 1, self._read_ahead(iterator), *_flat(placed)
+            return step + 1, self._read_ahead(iterator), *self._flat(placed)
 
         def more(step, ahead, *latest):
             return tf.logical_and(step < steps, self._is_next(ahead, few_rows))
@@ -248,6 +248,15 @@ class StepDriver:
             for shape, dtype in self.step.returned
             for _ in range(self.replicas.count)
         ]
+
+    def _flat(self, placed: list[list]) -> list[tf.Tensor]:
+        """The outputs of a step for a loop to carry."""
+        flat = []
+        for tensors, (shape, _) in zip(placed, self.step.returned, strict=True):
+            for tensor in map(tf.identity, tensors):
+                tensor.set_shape(shape)  # What TensorFlow may not infer.
+                flat.append(tensor)
+        return flat
 
     def _packed(self, flat: list) -> list[list]:
         count = self.replicas.count
@@ -355,10 +364,6 @@ def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
     if None not in shape:
         return zeros
     return tf.compat.v1.placeholder_with_default(zeros, shape)
-
-
-def _flat(latest: list[list]) -> list:
-    return [tf.identity(tensor) for tensors in latest for tensor in tensors]
 
 
 def compiled(method: Callable) -> Callable:

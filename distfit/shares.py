@@ -17,12 +17,12 @@ class Layout:
 
     A tensor has rows if its first dimension is that of the batch. Where the specs tell
     all sizes, that is the one on which most of the tensors agree. What has a size that
-    is open in its spec has rows if in `batch` it has the size that most of these have;
-    without one it is taken to have rows, which is checked when a batch is cut.
+    is open in its spec has rows if it has the sizes in `batches` that most of these
+    have; without any it is taken to have rows, which is checked when a batch is cut.
 
     Args:
         spec: The structure of specs of a global batch.
-        batch: A global batch, if one could be looked at.
+        batches: Global batches, if some could be looked at.
 
     Attributes:
         spec: The structure of specs, None in place of what is None.
@@ -31,7 +31,7 @@ class Layout:
         rows: The number of rows of every batch; None if it may change.
     """
 
-    def __init__(self, spec: Any, batch: Any = None):
+    def __init__(self, spec: Any, *batches: Any):
         self.spec = tree.map_structure(_none_if_optional, spec)
         leaves = tf.nest.flatten(self.spec)
         dense = [leaf for leaf in leaves if _has_first_dimension(leaf)]
@@ -39,7 +39,7 @@ class Layout:
         self.rows: int | None = None
         if sizes and None not in sizes:
             self.rows = _most_common(sizes)
-        others = set() if batch is None else _of_another_size(leaves, batch)
+        others = _of_other_sizes(leaves, batches)
         cut = [
             _has_first_dimension(leaf)
             and leaf.shape[0] == self.rows
@@ -54,15 +54,16 @@ class Layout:
                 self.has_rows += [is_cut] * len(parts)
 
 
-def _of_another_size(leaves: list, batch: Any) -> set[int]:
-    """The tensors of open sizes whose size is not that of most of them in a batch."""
-    # A batch may lack weights that are computed from its classes.
-    pairs = enumerate(zip(leaves, tf.nest.flatten(batch), strict=False))
-    sizes = {
-        index: value.shape[0]
-        for index, (leaf, value) in pairs
-        if _has_first_dimension(leaf) and leaf.shape[0] is None and _is_array(value)
-    }
+def _of_other_sizes(leaves: list, batches: Sequence[Any]) -> set[int]:
+    """The tensors of open sizes that have not the sizes that most of them have."""
+    sizes: dict[int, tuple] = {}
+    for batch in batches:
+        # A batch may lack weights that are computed from its classes.
+        pairs = enumerate(zip(leaves, tf.nest.flatten(batch), strict=False))
+        for index, (leaf, value) in pairs:
+            is_open = _has_first_dimension(leaf) and leaf.shape[0] is None
+            if is_open and _is_array(value):
+                sizes[index] = (*sizes.get(index, ()), value.shape[0])
     rows = _most_common(list(sizes.values())) if sizes else None
     return {index for index, size in sizes.items() if size != rows}
 
@@ -71,7 +72,7 @@ def _is_array(value: Any) -> bool:
     return bool(getattr(value, "shape", ()))
 
 
-def _most_common(sizes: list[int]) -> int:
+def _most_common(sizes: list) -> Any:
     """The most common of some sizes; of several the first."""
     return collections.Counter(sizes).most_common(1)[0][0]
 

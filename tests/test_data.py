@@ -471,7 +471,7 @@ class Beside(distfit.Model):
 
 
 class BesideRows(keras.utils.PyDataset):
-    """Three batches: of 7 rows and 12 others, and the last of 3 and 5."""
+    """Three batches: of 7 rows and 12 others, of 6 and 12, and of 3 and 5."""
 
     def __len__(self):
         return 3

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import ops
 
-_REPLICA = re.compile(r"\bstage(?:_\d+)?/r(\d+)/")
+_REPLICA = re.compile(r"\bstage\d+(?:_\d+)?/r(\d+)/")
 
 
 class Template:
@@ -108,7 +108,10 @@ class Template:
         # A function, as TensorFlow makes a context for each device of a definition.
         with tf.compat.v1.device(device_of):
             found = tf.graph_util.import_graph_def(
-                definition, input_map=feeds, return_elements=wanted, name="stage"
+                definition,
+                input_map=feeds,
+                return_elements=wanted,
+                name=f"stage{_depth(current)}",
             )
         results = iter(found or ())
         placed = []
@@ -131,6 +134,16 @@ class Template:
         with tf.device(device):
             compiled = tf.function(computation, autograph=False, jit_compile=True)
             return list(compiled(*given))
+
+
+def _depth(graph: Any) -> int:
+    """How many graphs surround a graph.
+
+    A body names what it takes from outside as it is named there. Operations that were
+    brought in by such a name would have names twice, which TensorFlow does not notice.
+    """
+    outer = getattr(graph, "outer_graph", None)
+    return 0 if outer is None else 1 + _depth(outer)
 
 
 def _merged(graph: Any, nodes: Iterable[Any]) -> dict[str, str]:

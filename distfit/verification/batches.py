@@ -59,7 +59,7 @@ class Source:
         self._steps = steps
         self._is_fixed = False
         self._given_spec = _unpadded(batches.layout.spec)
-        layout = Layout(self._given_spec, self._batches[0])
+        layout = Layout(self._given_spec, *self._batches)
         self.fixed_rows = layout.rows
         self._has_rows = tree.map_structure(
             lambda spec, is_cut: is_cut or isinstance(spec, _COMPOSITE),

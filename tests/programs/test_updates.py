@@ -258,3 +258,34 @@ class Penalized(Regression):
 
 def test_penalty_on_the_slope(assert_same):
     assert_same(compiled(Penalized, "adam", 0.01), *DATA)
+
+
+class PerRow(Regression):
+    """Clips what each row gives, and tells the step's logs row by row."""
+
+    def prepare(self):
+        # A variable of TensorFlow itself, whose elements are set in place.
+        self.bank = tf.Variable(tf.zeros([8]), trainable=False)
+
+    def train_step(self, data):
+        x, y = data
+        weights = self.trainable_variables
+        with tf.GradientTape() as tape:
+            losses = tf.reduce_sum(tf.square(y - self.net(x, training=True)), -1)
+        rows = tape.jacobian(losses, weights, experimental_use_pfor=False)
+        clipped = [tf.reduce_mean(tf.clip_by_value(g, -0.1, 0.1), 0) for g in rows]
+        self.optimizer.apply(clipped, weights)
+        places = tf.range(tf.shape(x)[0])[:, None] % 8
+        self.bank.scatter_nd_update(places, losses)
+        return {"raw": tf.reduce_sum(self.bank), "losses": losses}
+
+
+def test_gradients_of_each_row_that_are_clipped(assert_same):
+    assert_same(compiled(PerRow), *DATA)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_logs_of_each_row(assert_same, size):
+    """Of batches that promise their size, also fewer rows than replicas."""
+    rows = tf.data.Dataset.from_tensor_slices(DATA).batch(size, drop_remainder=True)
+    assert_same(compiled(PerRow, steps_per_execution=3), rows)
