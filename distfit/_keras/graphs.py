@@ -24,6 +24,7 @@ from distfit._keras import generators
 from distfit._keras.alive import instances_of
 from distfit._keras.shadows import shadowed
 
+_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 EMISSION_ERRORS = (
     TypeError,
     ValueError,
@@ -81,25 +82,29 @@ def body_of(op: tf.Operation, attribute: str) -> Any:
     return _graph_of(op.graph, op.get_attr(attribute).name)
 
 
+def called(op: tf.Operation) -> Any:
+    """The graph of the function that an operation calls; None if it calls none."""
+    if op.type in _CALLS:
+        return _graph_of(op.graph, op.get_attr("f").name, len(op.outputs))
+    graph = op.graph
+    while graph is not None:
+        if op.type in graph._functions:
+            return _graph_of(graph, op.type, len(op.outputs))
+        graph = getattr(graph, "outer_graph", None)
+    return None
+
+
 def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
     """The graphs of a list of functions that an operation calls."""
     return [_graph_of(op.graph, f.name) for f in op.node_def.attr[attribute].list.func]
 
 
-def called_by_name(op: tf.Operation) -> Any:
-    """The graph of the function that is the type of an operation; None otherwise."""
-    graph = op.graph
-    while graph is not None:
-        if op.type in graph._functions:
-            return _graph_of(graph, op.type)
-        graph = getattr(graph, "outer_graph", None)
-    return None
-
-
-def _graph_of(graph: Any, name: str) -> Any:
+def _graph_of(graph: Any, name: str, count: int | None = None) -> Any:
     found = _function(graph, name)
-    if hasattr(found, "graph"):
-        return found.graph
+    traced = getattr(found, "graph", None)
+    # TensorFlow may have added outputs to the graph of a function for its derivatives.
+    if traced is not None and count in (None, len(traced.outputs)):
+        return traced
     with graph.as_default():  # Of a `Defun`, as CTC uses it: only its definition.
         return function_def_to_graph(found.definition)
 

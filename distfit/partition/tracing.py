@@ -24,7 +24,6 @@ _READS = {
     *("StatelessIf", "StatelessWhile", "StatelessCase"),
     *("EmptyTensorList", "TensorListReserve"),
 }
-CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 
 
 class Edge(NamedTuple):
@@ -114,9 +113,7 @@ class Flat:
             if op.outputs and op.outputs[0].ref() in edges:
                 continue
             inputs = [edges[t.ref()] for t in op.inputs]
-            if op.type in CALLS:
-                outputs = self._inline(graphs.body_of(op, "f"), inputs)
-            elif (body := graphs.called_by_name(op)) is not None:
+            if (body := graphs.called(op)) is not None:
                 outputs = self._inline(body, inputs)
             else:
                 node = Node(op, inputs)

@@ -55,6 +55,22 @@ def test_conv2d(counts, padding, steps):
 
 
 @few
+@given(splits(3))
+def test_as_many_filters_as_rows(counts):
+    """The images of a batch as filters of the others."""
+
+    def convolved(x):
+        filters = tf.transpose(x[:, :2, :2], [1, 2, 3, 0])
+        pairs = tf.nn.conv2d(x, filters, 1, "SAME")
+        weights = tf.range(tf.size(pairs)) % 7
+        flat = tf.reshape(pairs, [-1]) * tf.cast(weights, tf.float32)
+        single = tf.nn.depthwise_conv2d(x[..., :1], filters[:, :, :1], [1] * 4, "SAME")
+        return tf.reshape(flat, tf.shape(pairs)) + single
+
+    check(with_gradients(convolved), [images(counts, 4, 4, 2)], counts, rtol=1e-4)
+
+
+@few
 @given(splits(3), paddings, st.integers(1, 2))
 def test_conv1d_and_conv3d(counts, padding, stride):
     run = with_gradients(

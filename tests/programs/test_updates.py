@@ -260,6 +260,45 @@ def test_penalty_on_the_slope(assert_same):
     assert_same(compiled(Penalized, "adam", 0.01), *DATA)
 
 
+class Decides(Regression):
+    """Branches and loops of a compiled step, which take what it has computed before."""
+
+    @tf.function
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            predictions = self.net(x, training=True)
+            loss = tf.reduce_mean(tf.square(y - predictions))
+            rounds = 0
+            while loss > 0.3 and rounds < 6:
+                loss = loss * 0.7
+                rounds += 1
+            if tf.reduce_mean(predictions) > 0.0:
+                loss = loss * 2.0
+            for row in x[:2]:
+                loss += 0.01 * tf.reduce_sum(row) * tf.reduce_mean(predictions)
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"raw": loss, "rounds": rounds}
+
+
+class ForwardMode(Regression):
+    """A derivative in the direction of the rows in reverse order."""
+
+    def loss_of(self, x, y):
+        direction = tf.reverse(x, [0])
+        with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+            predictions = self.net(x, training=True)
+        slopes = accumulator.jvp(predictions)
+        return tf.reduce_mean(tf.square(y - predictions) + tf.square(slopes))
+
+
+@pytest.mark.parametrize("program", [Decides, ForwardMode])
+@pytest.mark.parametrize("fused", [1, 3])
+def test_decisions_and_derivatives_in_a_step(assert_same, program, fused):
+    assert_same(compiled(program, steps_per_execution=fused), *DATA)
+
+
 class PerRow(Regression):
     """Clips what each row gives, and tells the step's logs row by row."""
 

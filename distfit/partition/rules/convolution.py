@@ -144,7 +144,7 @@ def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
 def _window_dims(
     emitter: Emitter, node: Node, images: Value, windows: list[Any]
 ) -> list[Dim]:
-    """The shape of what windows over images give, whose channels are known."""
+    """The shape of what windows over images give, which keep their channels."""
     (traced,) = node.outputs
     strides, given = node.attr("strides"), images.dims or []
     padding = node.attr("padding")
@@ -196,6 +196,9 @@ def _convolution(
         return None
     windows = _spread(emitter, node, filter)
     dims = _window_dims(emitter, node, images, windows)
+    channels = 1 if node.attr("data_format").startswith("NC") else len(dims) - 1
+    of_each = filter.dims[-2] if node.type == "DepthwiseConv2dNative" else 1
+    dims[channels] = product([of_each, filter.dims[-1]])
     if _is_one_sum(inputs):
         return _emitted(emitter, node, inputs, PARTIAL, dims)
     found = batched(emitter, inputs, [0])
