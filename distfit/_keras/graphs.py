@@ -25,6 +25,7 @@ from distfit._keras.alive import instances_of
 from distfit._keras.shadows import shadowed
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+_BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
 EMISSION_ERRORS = (
     TypeError,
     ValueError,
@@ -79,32 +80,35 @@ def copy_operation(
 
 def body_of(op: tf.Operation, attribute: str) -> Any:
     """The graph of a function that an operation calls."""
-    return _graph_of(op.graph, op.get_attr(attribute).name)
+    return _graph_of(op, op.graph, op.get_attr(attribute).name)
 
 
 def called(op: tf.Operation) -> Any:
     """The graph of the function that an operation calls; None if it calls none."""
     if op.type in _CALLS:
-        return _graph_of(op.graph, op.get_attr("f").name, len(op.outputs))
+        return _graph_of(op, op.graph, op.get_attr("f").name)
     graph = op.graph
     while graph is not None:
         if op.type in graph._functions:
-            return _graph_of(graph, op.type, len(op.outputs))
+            return _graph_of(op, graph, op.type)
         graph = getattr(graph, "outer_graph", None)
     return None
 
 
 def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
     """The graphs of a list of functions that an operation calls."""
-    return [_graph_of(op.graph, f.name) for f in op.node_def.attr[attribute].list.func]
+    functions = op.node_def.attr[attribute].list.func
+    return [_graph_of(op, op.graph, function.name) for function in functions]
 
 
-def _graph_of(graph: Any, name: str, count: int | None = None) -> Any:
+def _graph_of(op: tf.Operation, graph: Any, name: str) -> Any:
     found = _function(graph, name)
     traced = getattr(found, "graph", None)
-    # TensorFlow may have added outputs to the graph of a function for its derivatives.
-    if traced is not None and count in (None, len(traced.outputs)):
-        return traced
+    # For derivatives TensorFlow adds to the graph of a function that was called before.
+    taken = len(op.inputs) - (op.type in _BRANCHES)
+    if traced is not None and len(traced.inputs) == taken:
+        if len(traced.outputs) in (1, len(op.outputs)):  # A condition has one.
+            return traced
     with graph.as_default():  # Of a `Defun`, as CTC uses it: only its definition.
         return function_def_to_graph(found.definition)
 

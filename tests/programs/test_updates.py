@@ -1,10 +1,13 @@
 """What people do with gradients by hand, on 2 and 3 replicas."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras import optimizers
 from pieces import Program, compiled, mlp, numbers
+
+import distfit
 
 DATA = numbers(5), numbers(1, seed=2)
 
@@ -297,6 +300,35 @@ class ForwardMode(Regression):
 @pytest.mark.parametrize("fused", [1, 3])
 def test_decisions_and_derivatives_in_a_step(assert_same, program, fused):
     assert_same(compiled(program, steps_per_execution=fused), *DATA)
+
+
+class LoopInCall(Regression):
+    """A loop in a compiled `call`, to whose graph a gradient adds."""
+
+    @tf.function
+    def call(self, x, training=None):
+        for _ in tf.range(3):
+            x = tf.tanh(x + self.net(x))
+        return tf.reduce_sum(x, -1, keepdims=True)
+
+    def loss_of(self, x, y):
+        return tf.reduce_mean(tf.square(y - self(x, training=True)))
+
+    def test_step(self, data):
+        return {"raw": self.loss_of(*data)}
+
+
+def test_a_compiled_call_is_trained_evaluated_and_used(make_strategy):
+    results = []
+    for replicas in (1, 2, 3):
+        keras.utils.set_random_seed(7)
+        with make_strategy(replicas).scope():
+            model = compiled(LoopInCall)()
+        history = distfit.fit(model, *DATA, batch_size=8, verbose=0).history
+        loss = distfit.evaluate(model, *DATA, batch_size=8, verbose=0)
+        predictions = distfit.predict(model, DATA[0], batch_size=8, verbose=0)
+        results.append([*history["raw"], loss, *predictions.flat])
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-5, atol=1e-5)
 
 
 class PerRow(Regression):
