@@ -383,7 +383,11 @@ class Emitter:
             raise NotImplementedError("a variable that is summed on read")
         if not all(v.is_replicated for v in inputs):
             self.report(node)
-        return self.op(node, [self.whole(v) for v in inputs])
+        outputs = self.op(node, [self.whole(v) for v in inputs])
+        for value in outputs:
+            if value.dtype == tf.variant:  # Not a list that is still to be filled.
+                value.element = Element(REPLICATED, None)
+        return outputs
 
     def must_happen_once(self, node: Node, inputs: Sequence[Value]) -> bool:
         """Whether an operation has an effect, or a state, that replicas share."""

@@ -200,7 +200,16 @@ def test_lists_and_their_gradients(name, counts):
     check(function, [batch(counts, 3, 4)], counts, falls_back=falls_back, rtol=1e-4)
 
 
+def joined(x):
+    """A list of rows that is joined: as many blocks of rows as it has elements."""
+    each = tf.TensorArray(tf.float32, 3)
+    for i in range(3):
+        each = each.write(i, x * tf.cast(i + 1, tf.float32))
+    return each.concat()
+
+
 BY_ROWS = {
+    "joined": joined,
     "map over rows": lambda x: tf.map_fn(lambda r: tf.reduce_max(r) * r, x),
     "scan over rows": lambda x: tf.scan(lambda a, r: 0.5 * a + r, x, tf.zeros([3])),
     "fold over rows": lambda x: tf.foldl(lambda a, r: tf.tanh(a + r), x, tf.zeros([3])),

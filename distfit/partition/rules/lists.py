@@ -243,19 +243,50 @@ def _element_shape_op(emitter: Emitter, node: Node, inputs: list[Value]) -> list
     return emitter.op(node, inputs, REPLICATED)
 
 
-@rule("TensorListGather", "TensorListConcatV2")
+@rule("TensorListGather")
 def _gather_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    several, *others = inputs
+    several, indices, shape = inputs
     layout, dims = _lies(several)
-    if layout != REPLICATED:
-        if node.type != "TensorListGather" or dims is None:
-            raise NotImplementedError("a list of rows that is joined")
-        indices, shape = others
-        shape = _shape_vector(emitter, several.element, shape)
-        given = [several, emitter.whole(indices), shape]
-        number = (indices.dims or [unknown()])[0]
-        return emitter.op(node, given, layout.moved(layout.dim + 1), [number, *dims])
+    if layout == REPLICATED:
+        return emitter.op(node, [several, emitter.whole(indices), emitter.whole(shape)])
+    if dims is None:
+        raise NotImplementedError("a list of elements of unknown rank")
+    shape = _shape_vector(emitter, several.element, shape)
+    number = (indices.dims or [unknown()])[0]
+    given = [several, emitter.whole(indices), shape]
+    return emitter.op(node, given, layout.moved(layout.dim + 1), [number, *dims])
+
+
+@rule("TensorListConcatV2")
+def _concat_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
+    several, *others = inputs
+    if _lies(several)[0] != REPLICATED:
+        emitter.report(node)
+        several = _whole_list(emitter, several, others[0], node.outputs[0].dtype)
     return emitter.op(node, [several, *(emitter.whole(v) for v in others)])
+
+
+def _whole_list(emitter: Emitter, several: Value, given: Value, dtype: Any) -> Value:
+    """A list whose elements are whole, and of one shape."""
+    layout, dims = _lies(several)
+    if dims is None:
+        raise NotImplementedError("a list of elements of unknown rank")
+
+    def stacked(tensor, shape):
+        return tf.raw_ops.TensorListStack(
+            input_handle=tensor, element_shape=shape, element_dtype=dtype
+        )
+
+    def listed(tensor):
+        open_shape = tf.fill([len(dims)], -1)
+        return tf.raw_ops.TensorListFromTensor(tensor=tensor, element_shape=open_shape)
+
+    shape = _shape_vector(emitter, several.element, given)
+    rows = layout.moved(layout.dim + 1)
+    stack = emitter.call(stacked, [several, shape], rows, [unknown(), *dims])
+    whole = emitter.call(listed, [emitter.whole(stack)], REPLICATED, [])
+    whole.element = Element(REPLICATED, dims)
+    return whole
 
 
 def same_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
