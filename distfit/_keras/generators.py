@@ -8,34 +8,23 @@ other numbers on each; others stand in for them while a step is traced |
 | `_distribution_strategy` | the strategy in whose scope a generator was made |
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
 
-from distfit._keras.alive import instances_of
-from distfit._keras.shadows import shadowed
+def is_of_strategy(generator: Any) -> bool:
+    """Whether a generator was made in the scope of a strategy."""
+    return vars(generator).get("_distribution_strategy") is not None
 
 
-@contextlib.contextmanager
-def of_one_device() -> Iterator[None]:
-    """Lets all generators draw as on one device, in this thread.
+def methods_of_one_device(generator: Any) -> dict[str, Callable]:
+    """Methods by which a generator of a strategy draws as on one device.
 
-    One that was made in the scope of a strategy has a state on each replica. Its own
-    methods would move all of them; in a step that is traced as for one device, the
-    first is moved, and moving it is then done to all alike.
+    It has a state on each replica. Its own methods would move all of them; in a step
+    that is traced as for one device, the first is moved, and moving it is then done to
+    all alike.
     """
-    with shadowed(_distributed, _methods):
-        yield
 
-
-def _distributed() -> list[Any]:
-    found = instances_of(tf.random.Generator)
-    return [g for g in found if vars(g).get("_distribution_strategy") is not None]
-
-
-def _methods(generator: Any) -> dict[str, Callable]:
     def skip(delta):
         return generator._skip_single_var(generator.state, delta)
 

@@ -170,8 +170,7 @@ def as_first_replica() -> Iterator[None]:
 
     Generators of random numbers then draw as on one device.
     """
-    variables = shadowed(_mirrored, _methods_of_first)
-    with generators.of_one_device(), variables, distribute_lib.UpdateContext(0):
+    with shadowed(_of_strategies, _methods), distribute_lib.UpdateContext(0):
         yield
 
 
@@ -182,14 +181,19 @@ _OF_ONE_DEVICE = (
 )
 
 
-def _mirrored() -> list[Any]:
-    return instances_of(distribute_values.MirroredVariable)
+def _of_strategies() -> list[Any]:
+    kinds = (tf.random.Generator, distribute_values.MirroredVariable)
+    return [found for found in instances_of(*kinds) if _methods(found)]
 
 
-def _methods_of_first(variable: Any) -> dict[str, Callable]:
-    first = variable.values[0]
-    found = {name: getattr(first, name, None) for name in _OF_ONE_DEVICE}
-    return {name: method for name, method in found.items() if method is not None}
+def _methods(found: Any) -> dict[str, Callable]:
+    """The methods that stand in for those of a generator or a variable."""
+    if isinstance(found, tf.random.Generator):
+        is_of_strategy = generators.is_of_strategy(found)
+        return generators.methods_of_one_device(found) if is_of_strategy else {}
+    first = found.values[0]
+    methods = {name: getattr(first, name, None) for name in _OF_ONE_DEVICE}
+    return {name: method for name, method in methods.items() if method is not None}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from rules import check, splits
 from test_elementwise import batch
 from test_shapes import rows_at, weighted
 
-few = settings(deadline=None, max_examples=5)
+few = settings(deadline=None, max_examples=3)
 
 
 def whole(x):

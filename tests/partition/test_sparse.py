@@ -9,7 +9,7 @@ from rules import check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at, weighted
 
-few = settings(deadline=None, max_examples=6)
+few = settings(deadline=None, max_examples=4)
 
 TABLE = np.random.default_rng(1).normal(size=(5, 3, 4)).astype("float32")
 

@@ -70,7 +70,7 @@ def run(program, mirrored, summed, x):
     return read
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(programs, st.integers(2, 3))
 def test_programs_of_reads_and_writes(program, replicas):
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
