@@ -123,11 +123,11 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
         counts = bounds[1:] - bounds[:-1]
         own = slice(replicas.first, replicas.first + local)
         parts: list[list] = []
-        first = list(has_rows).index(True) if True in has_rows else 0
         for i, (tensor, rows) in enumerate(zip(tensors, has_rows, strict=True)):
             if rows:
                 # The first has the number of rows that all others must have.
-                checks = [] if i == first else _checks(tensor, total)
+                is_first = i == has_rows.index(True)
+                checks = [] if is_first else _checks(tensor, total)
                 with tf.control_dependencies(checks):
                     parts.append(tf.split(tensor, counts, num=every)[own])
             else:

@@ -230,7 +230,7 @@ def test_looking_for_objects_leaves_tuples_of_other_threads_alone():
 
     thread = threading.Thread(target=make_tuples)
     thread.start()
-    for _ in range(15):
+    for _ in range(50):
         instances_of(Held)
     until.set()
     thread.join()

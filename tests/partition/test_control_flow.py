@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from rules import check, splits
 from test_elementwise import batch
-from test_shapes import rows_at, weighted
+from test_shapes import both_ways, rows_at
 
 few = settings(deadline=None, max_examples=3)
 
@@ -53,24 +53,21 @@ MIXED = ("all rows", "as many blocks of rows", "a branch within", "a loop within
 def test_branches(name, counts):
     one, other = BRANCHES[name]
 
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            taken = [
-                tf.cond(whole(x) > 0.0, lambda: one(x), lambda: other(x)),
-                tf.cond(whole(x) < 0.0, lambda: one(x), lambda: other(x)),
-                tf.cond(tf.shape(x)[0] > 2, lambda: one(x), lambda: other(x)),
-                tf.switch_case(
-                    tf.shape(x)[0] % 3,
-                    [lambda: one(x), lambda: other(x), lambda: one(x) + other(x)],
-                ),
-            ]
-            total = tf.add_n([tf.reduce_sum(weighted(t)) for t in taken])
-        return [*taken, tape.gradient(total, x)]
+    def taken(x):
+        return [
+            tf.cond(whole(x) > 0.0, lambda: one(x), lambda: other(x)),
+            tf.cond(whole(x) < 0.0, lambda: one(x), lambda: other(x)),
+            tf.cond(tf.shape(x)[0] > 2, lambda: one(x), lambda: other(x)),
+            tf.switch_case(
+                tf.shape(x)[0] % 3,
+                [lambda: one(x), lambda: other(x), lambda: one(x) + other(x)],
+            ),
+        ]
 
     # Three branches may keep different things in the same place for their gradients.
     falls_back = None if name in MIXED else False
-    check(function, [batch(counts, 3)], counts, falls_back=falls_back, rtol=1e-4)
+    arrays = [batch(counts, 3)]
+    check(both_ways(taken), arrays, counts, falls_back=falls_back, rtol=1e-4)
 
 
 def rounds(body, *start, times=3):
@@ -131,13 +128,7 @@ LOOPS = {
 @few
 @given(splits())
 def test_loops_and_their_gradients(name, counts):
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            results = tf.nest.flatten(LOOPS[name](x))
-            total = tf.add_n([tf.reduce_sum(weighted(t)) for t in results])
-        return [*results, tape.gradient(total, x)]
-
+    function = both_ways(LOOPS[name])
     falls_back = None if name == "several branches within" else False
     check(function, [batch(counts, 3)], counts, falls_back=falls_back, rtol=1e-4)
 
@@ -188,13 +179,7 @@ LISTS = {
 @few
 @given(splits())
 def test_lists_and_their_gradients(name, counts):
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            results = tf.nest.flatten(LISTS[name](x))
-            total = tf.add_n([tf.reduce_sum(weighted(t)) for t in results])
-        return [*results, tape.gradient(total, x)]
-
+    function = both_ways(LISTS[name])
     # How long the sum of a list of unknown length is cannot be told from rows.
     falls_back = name == "recurrent"
     check(function, [batch(counts, 3, 4)], counts, falls_back=falls_back, rtol=1e-4)
@@ -226,13 +211,7 @@ BY_ROWS = {
 @few
 @given(splits())
 def test_what_goes_through_rows_one_by_one_may_be_computed_in_full(name, counts):
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            result = BY_ROWS[name](x)
-            total = tf.reduce_sum(weighted(result))
-        return [result, tf.convert_to_tensor(tape.gradient(total, x))]
-
+    function = both_ways(BY_ROWS[name])
     check(function, [batch(counts, 3)], counts, falls_back=None, rtol=1e-4)
 
 

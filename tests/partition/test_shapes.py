@@ -24,7 +24,8 @@ def both_ways(function):
             tape.watch(x)
             values = tf.nest.flatten(function(x))
             total = tf.add_n([tf.reduce_sum(weighted(v)) for v in values])
-        return [*values, tape.gradient(total, x, unconnected_gradients="zero")]
+        gradient = tape.gradient(total, x, unconnected_gradients="zero")
+        return [*values, tf.convert_to_tensor(gradient)]
 
     return results
 

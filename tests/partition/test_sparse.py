@@ -45,11 +45,7 @@ def test_gathers_and_their_gradients(name, counts):
     ids = places(counts, 2)
     function = both_ways(lambda x: GATHERS[name](x, tf.constant(ids)))
     check(function, [batch(counts, 3, 4)], counts, falls_back=None)
-
-    def of_rows(x, ids):
-        return GATHERS[name](x, ids)
-
-    check(of_rows, [batch(counts, 3, 4), ids], counts)
+    check(GATHERS[name], [batch(counts, 3, 4), ids], counts)
 
 
 FROM_ALL_ROWS = {

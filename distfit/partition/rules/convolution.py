@@ -104,8 +104,13 @@ def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) ->
         images = dims
     elif "BackpropFilter" in node.type:
         filter = dims
-    channels = 1 if node.attr("data_format").startswith("NC") else len(images) - 1
-    return not emitter.sizes.same(images[channels], filter[-2])
+    channels = images[_channels(node, len(images))]
+    return not emitter.sizes.same(channels, filter[-2])
+
+
+def _channels(node: Node, rank: int) -> int:
+    """Which dimension of images has their channels."""
+    return 1 if node.attr("data_format").startswith("NC") else rank - 1
 
 
 def _compiled(emitter, node, inputs, layout: Layout, dims) -> Value:
@@ -196,9 +201,8 @@ def _convolution(
         return None
     windows = _spread(emitter, node, filter)
     dims = _window_dims(emitter, node, images, windows)
-    channels = 1 if node.attr("data_format").startswith("NC") else len(dims) - 1
     of_each = filter.dims[-2] if node.type == "DepthwiseConv2dNative" else 1
-    dims[channels] = product([of_each, filter.dims[-1]])
+    dims[_channels(node, len(dims))] = product([of_each, filter.dims[-1]])
     if _is_one_sum(inputs):
         return _emitted(emitter, node, inputs, PARTIAL, dims)
     found = batched(emitter, inputs, [0])

@@ -120,13 +120,12 @@ def _put(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     element = several.element
     if is_list(item):
         given = [several, *(emitter.whole(v) for v in index), item]
-        held = [e for e in (element, item.element) if e is not None]
-        if any(e.layout != held[0].layout for e in held):
-            raise NotImplementedError("a list of lists of different layouts")
-        dims = held[0].dims if held else None
-        for other in held[1:]:
-            dims = _joined_dims(emitter, dims, other.dims)
-        element = Element(held[0].layout, dims) if held else None
+        one, other = element or item.element, item.element or element
+        if one is not None and other is not None:
+            if one.layout != other.layout:
+                raise NotImplementedError("a list of lists of different layouts")
+            dims = _joined_dims(emitter, one.dims, other.dims)
+            element = Element(one.layout, dims)
         return of_list(emitter.op(node, given, REPLICATED, []), element)
     pushed = node.type == "TensorListPushBack"  # Else other elements are zeros.
     if element is None:
