@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras, build, data, workers
-from distfit._keras import graphs, optimizers
+from distfit._keras import graphs, optimizers, rewriting
 from distfit.finite import FiniteWatch
 from distfit.partition.exchanges import Replicas
 from distfit.partition.findings import not_partitioned
@@ -57,9 +57,9 @@ class StepDriver:
         self._has_rows = self.step.has_rows
         self._sharded = sharded
         for name in ("_run_next", "_run_many", "_run_ahead"):
-            setattr(self, name, compiled(getattr(self, name)))
-        self._run_batch_compiled = compiled(self._run_batch)
-        self._read_compiled = compiled(self._read)
+            setattr(self, name, compiled(getattr(self, name), self.replicas))
+        self._run_batch_compiled = compiled(self._run_batch, self.replicas)
+        self._read_compiled = compiled(self._read, self.replicas)
 
     def _say_what_is_in_full(self) -> None:
         found = not_partitioned(self.step.findings, self.step.elements)
@@ -366,15 +366,18 @@ def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
     return tf.compat.v1.placeholder_with_default(zeros, shape)
 
 
-def compiled(method: Callable) -> Callable:
-    """A `tf.function` of a bound method.
+def compiled(method: Callable, replicas: Replicas) -> Callable:
+    """A `tf.function` of a bound method, for the replicas.
 
     TensorFlow takes a method for a function of its object, and models that are compared
     with one another for one function that is traced again and again.
     """
-    return tf.function(
+    function = tf.function(
         functools.partial(method), autograph=False, reduce_retracing=True
     )
+    if replicas.num_replicas == 1:
+        return function
+    return rewriting.alike_on_replicas(function)
 
 
 class PredictDriver:
@@ -402,7 +405,7 @@ class PredictDriver:
             keep_rows=True,
         )
         for name in ("_run_next", "_run_taken", "_run_shards", "_run_batch"):
-            setattr(self, name, compiled(getattr(self, name)))
+            setattr(self, name, compiled(getattr(self, name), self.replicas))
 
     def run(self, batches: data.GlobalBatches) -> Any:
         """The predictions for this worker's rows of the next batch, in their order."""

@@ -12,7 +12,7 @@ from keras.src.losses import loss as loss_module
 from keras.src.optimizers import base_optimizer
 
 from distfit import _keras
-from distfit._keras import generators, graphs, optimizers, scalars
+from distfit._keras import generators, graphs, optimizers, rewriting, scalars
 from distfit._keras.alive import instances_of
 
 
@@ -161,6 +161,20 @@ def test_initial_values_are_exchanged_in_a_method_that_can_be_set_aside():
     extended = workers.CollectiveAllReduceExtended
     assert name in vars(extended)
     assert any(name in vars(base) for base in extended.__mro__[1:])
+
+
+def test_sums_are_left_in_their_order_where_replicas_must_round_alike():
+    """TensorFlow still reorders them elsewhere, and later in this thread."""
+
+    @tf.function
+    def total(a, b, c):
+        return a + (b + c)
+
+    terms = [tf.fill([4], value) for value in (1e8, -1e8, 1.0)]
+    assert total(*terms).numpy().tolist() == [1] * 4
+    alike = rewriting.alike_on_replicas(total)
+    assert alike(*terms).numpy().tolist() == [0] * 4
+    assert total(*terms).numpy().tolist() == [1] * 4
 
 
 def test_random_state_of_tensorflow_follows_seeds_and_draws():

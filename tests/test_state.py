@@ -183,3 +183,33 @@ def test_a_variable_made_outside_the_scope_is_counted_once(make_strategy):
         model.compile("sgd", "mse")
     _fit(model)
     assert int(COUNTER.numpy()) == 3 * ROWS
+
+
+class SumsOfRoundedTerms(keras.Model):
+    """Its variable gets a sum whose value depends on the order of the terms."""
+
+    def __init__(self):
+        super().__init__()
+        self.terms = [
+            self.add_weight(shape=(4,), initializer=keras.initializers.Constant(value))
+            for value in (1e8, -1e8, 1.0)
+        ]
+        self.total = self.add_weight(shape=(4,), trainable=False)
+        self.built = True
+
+    def train_step(self, data):
+        large, other, small = map(tf.convert_to_tensor, self.terms)
+        total = large + (other + small)
+        self.total.assign(total)
+        return {"total": tf.reduce_sum(total), "read": total[0] + 1.0}
+
+
+def test_replicas_add_in_the_order_that_the_step_has(make_strategy):
+    """However TensorFlow orders sums, which may depend on who else reads them."""
+    strategy = make_strategy(3)
+    with strategy.scope():
+        model = SumsOfRoundedTerms()
+        model.compile()
+    distfit.fit(model, np.zeros((6, 1), "float32"), batch_size=6, verbose=0)
+    copies = strategy.experimental_local_results(model.total.value)
+    assert [copy.numpy().tolist() for copy in copies] == [[0] * 4] * len(copies)

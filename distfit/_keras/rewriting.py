@@ -1,0 +1,56 @@
+"""How TensorFlow rewrites the graph of a step before it runs.
+
+| names | why |
+|---|---|
+| `context.function_call_options`, `FunctionCallOptions` | the options of one \
+function, for this thread: the public ones are those of the whole process |
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
+from tensorflow.python.eager import context
+
+# These take sums and products apart and put them together in another order, by the
+# names of operations and by who else reads them.
+_BY_NAME = ("arithmetic_optimization", "constant_folding", "remapping")
+
+
+def alike_on_replicas(function: Callable) -> Callable:
+    """A `tf.function`, called so that all replicas round alike.
+
+    What replicas compute in full must be the same on each, bit for bit, or their copies
+    of the variables drift apart. TensorFlow adds the terms of a sum in another order on
+    one replica than on the next, unless it is told to leave them.
+    """
+    options: list[Any] = []
+
+    def call(*args):
+        if not options:
+            options.append(_options())
+        with _as_options(options[0]):
+            return function(*args)
+
+    return call
+
+
+def _options() -> Any:
+    of_thread = context.context().function_call_options
+    config = config_pb2.ConfigProto.FromString(of_thread.config_proto_serialized)
+    rewriting = config.graph_options.rewrite_options
+    for name in _BY_NAME:
+        setattr(rewriting, name, rewriter_config_pb2.RewriterConfig.OFF)
+    return context.FunctionCallOptions(of_thread.executor_type, config)
+
+
+@contextlib.contextmanager
+def _as_options(options: Any) -> Iterator[None]:
+    current = context.context()
+    before = current.function_call_options
+    current.function_call_options = options
+    try:
+        yield
+    finally:
+        current.function_call_options = before
