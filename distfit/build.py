@@ -3,6 +3,7 @@
 import warnings
 
 import keras
+import tensorflow as tf
 
 from distfit import _keras
 
@@ -42,6 +43,49 @@ def check_in_scope(model: keras.Model) -> None:
             f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} "
             "replica(s). Create it inside `with strategy.scope():`."
         )
+
+
+_STEPS = (
+    *("train_step", "test_step", "predict_step"),
+    *("compute_loss", "compute_metrics", "get_metrics_result"),
+)
+
+
+_OPTIMIZERS = {
+    value for value in vars(keras.optimizers).values() if isinstance(value, type)
+}
+
+
+def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
+    """Whether the steps of a model are sure to take the same way a second time.
+
+    That is so for the steps of `keras.Model` itself, if they have made only what
+    `compile()` leaves to be made in a step. A loss scale is another one when it is made.
+
+    Args:
+        model: The model.
+        made: The variables that a step has made, or their copies.
+    """
+    if any(name in vars(model) or _is_overridden(model, name) for name in _STEPS):
+        return False
+    optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return False
+    if type(optimizer) not in _OPTIMIZERS:
+        return False
+    compiled = set(model.metrics).difference(_keras.tracked_metrics(model))
+    variables = [*optimizer.variables]
+    for metric in compiled:
+        variables += metric.variables
+    expected = set()
+    for variable in map(_keras.underlying, variables):
+        copies = model.distribute_strategy.experimental_local_results(variable)
+        expected.update(map(id, [variable, *copies]))
+    return expected.issuperset(map(id, made))
+
+
+def _is_overridden(model: keras.Model, name: str) -> bool:
+    return getattr(type(model), name) is not getattr(keras.Model, name)
 
 
 def check_metrics(model: keras.Model) -> None:

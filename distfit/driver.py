@@ -345,6 +345,7 @@ def partitioned(
             jit=jit,
             shared_wholes=not sharded,
             keep_rows=keep_rows,
+            does_the_same_again=functools.partial(build.does_the_same_again, model),
         )
 
 

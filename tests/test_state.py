@@ -213,3 +213,103 @@ def test_replicas_add_in_the_order_that_the_step_has(make_strategy):
     distfit.fit(model, np.zeros((6, 1), "float32"), batch_size=6, verbose=0)
     copies = strategy.experimental_local_results(model.total.value)
     assert [copy.numpy().tolist() for copy in copies] == [[0] * 4] * len(copies)
+
+
+# What is made in the first step: as with `tf.function`, the step is traced once more.
+
+
+class AverageMadeInStep(keras.Model):
+    """Keeps a moving average of its kernel, made when it is first needed."""
+
+    average = None
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        kernel = tf.convert_to_tensor(self.trainable_variables[0])
+        if self.average is None:
+            self.average = tf.Variable(0.5 * tf.ones(kernel.shape))
+        else:
+            self.average.assign(0.9 * self.average + 0.1 * kernel)
+        return {**logs, "average": tf.reduce_sum(self.average)}
+
+
+class ReadsSlots(keras.Model):
+    """Reads the optimizer's slots before the update that makes them."""
+
+    def train_step(self, data):
+        x, y = data
+        slots = [tf.reduce_sum(v) for v in self.optimizer.variables[2:]]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss, "slots": tf.add_n(slots) if slots else tf.constant(0.0)}
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("Base", [AverageMadeInStep, ReadsSlots])
+def test_what_the_first_step_makes_is_used_by_all(make_strategy, Base, replicas):
+    x, y = comparing.regression_data(40)
+    options = {"batch_size": 10, "epochs": 2, "shuffle": False, "verbose": 0}
+
+    def build():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((8,))
+        model = Base(inputs, layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.Adam(0.1), "mse")
+        return model
+
+    one = build()
+    expected = one.fit(x, y, **options).history
+    with make_strategy(replicas).scope():
+        many = build()
+    comparing.assert_close_logs(
+        expected, distfit.fit(many, x, y, **options).history, 1e-5
+    )
+    if Base is AverageMadeInStep:
+        assert np.abs(one.average.numpy()).sum() > 0.1
+        np.testing.assert_allclose(many.average.numpy(), one.average.numpy(), 1e-5)
+
+
+class MakesVariablesAgain(keras.Model):
+    def train_step(self, data):
+        tf.Variable(1.0)
+        return super().train_step(data)
+
+
+def test_a_variable_made_anew_each_time_is_refused(make_strategy):
+    with make_strategy(2).scope():
+        inputs = keras.Input((8,))
+        model = MakesVariablesAgain(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="only when it is traced for the first time"):
+        distfit.fit(model, *comparing.regression_data(8), verbose=0)
+
+
+class MakesOneOfItsData(keras.Model):
+    made = None
+
+    def train_step(self, data):
+        if self.made is None:
+            self.made = tf.Variable(self.value(data[0]))
+        return super().train_step(data)
+
+
+class OfTheBatch(MakesOneOfItsData):
+    def value(self, x):
+        return tf.reduce_mean(x, 0)
+
+
+class OfAVariable(MakesOneOfItsData):
+    def value(self, x):
+        return 2.0 * self.trainable_variables[0]
+
+
+@pytest.mark.parametrize("Base", [OfTheBatch, OfAVariable])
+def test_a_variable_of_what_the_step_computes_is_refused(make_strategy, Base):
+    with make_strategy(2).scope():
+        inputs = keras.Input((8,))
+        model = Base(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="from a value of the batch or of variables"):
+        distfit.fit(model, *comparing.regression_data(8), verbose=0)

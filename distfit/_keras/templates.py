@@ -136,6 +136,21 @@ class Template:
             return list(compiled(*given))
 
 
+def value_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """The value of a tensor that its graph computes from nothing, as zeros.
+
+    Returns:
+        An eager tensor; None if the value depends on what the graph is given.
+    """
+    kept = _needed(tensor.graph, [tensor.op], reads_only=True)
+    if any(tensor.graph.get_operation_by_name(n).type == "Placeholder" for n in kept):
+        return None
+    template = Template(tensor.graph, [], [tensor], reads_only=True)
+    with tf.init_scope():
+        ((value,),) = tf.function(lambda: template.place([[]], [""]))()
+    return value
+
+
 def _depth(graph: Any) -> int:
     """How many graphs surround a graph.
 

@@ -57,6 +57,8 @@ class Step:
         jit: Whether what lies between exchanges is compiled by XLA.
         shared_wholes: Whether every process has the whole batch.
         keep_rows: Whether outputs that lie by rows are only those of this process.
+        does_the_same_again: Tells for the variables that the function has made whether
+            it is sure to take the same way again.
 
     Attributes:
         outputs: The structure that `function` returns, of tensors of the traced graph.
@@ -80,6 +82,7 @@ class Step:
         jit: bool = False,
         shared_wholes: bool = True,
         keep_rows: bool = False,
+        does_the_same_again: Callable[[list], bool] = lambda made: False,
     ):
         self.replicas = replicas
         self.jit = jit
@@ -87,7 +90,7 @@ class Step:
         self._rows = rows
         self._shared_wholes = shared_wholes
         self._keep_rows = keep_rows
-        self._graph = tracing.trace(function, spec, scope)
+        self._graph = tracing.trace(function, spec, scope, does_the_same_again)
         self.outputs = self._graph.structured_outputs
         self._flat = Flat(self._graph)
         self._num_leaves = len(self._flat.inputs) - len(self._graph.captures)

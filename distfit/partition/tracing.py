@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from distfit._keras import graphs
+from distfit._keras import graphs, templates
 
 # Operations that are marked as stateful and need not happen if nobody uses the result.
 _READS = {
@@ -165,19 +165,55 @@ def _in_order(graph: Any) -> Iterator[tf.Operation]:
                 yield op
 
 
-def trace(function: Callable, spec: Any, scope: Callable) -> Any:
+def trace(
+    function: Callable,
+    spec: Any,
+    scope: Callable,
+    does_the_same_again: Callable[[list], bool] = lambda made: False,
+) -> Any:
     """Traces `function(batch)` as for one device.
+
+    As with `tf.function`, a function that makes variables is traced a second time, and
+    that trace counts: in the first it may have taken its way for what was not there.
 
     Args:
         function: Takes a batch and returns a structure of tensors.
         spec: The structure of the specs of a batch.
         scope: Returns the context in which variables that it makes are created.
+        does_the_same_again: Tells for the variables that it has made whether it is sure
+            to take the same way when they are there, so that one trace is enough.
 
     Returns:
         A `FuncGraph`; its captures are what the function takes from outside.
 
     Raises:
-        ValueError: if the function makes a variable of a value that it computes.
+        ValueError: if the function makes a variable of a value of the batch or of
+            variables, or makes variables each time that it is traced.
+    """
+    made: list[tf.Variable] = []
+    graph = _trace(function, spec, scope, made, made)
+    if not made or does_the_same_again(made):
+        return graph
+    again: list[tf.Variable] = []
+    graph = _trace(function, spec, scope, again, [])
+    if again:
+        raise ValueError(
+            "A step may create variables only when it is traced for the first time. "
+            f"Received: {again[0].name!r}, created again. Create it before, or keep it "
+            "and create it only where it is not there yet."
+        )
+    return graph
+
+
+def _trace(
+    function: Callable, spec: Any, scope: Callable, made: list, lifted: list
+) -> Any:
+    """The graph of a function.
+
+    Args:
+        function, spec, scope: Those of `trace`.
+        made: Gets the variables that the function makes.
+        lifted: Gets those that it makes in a `tf.init_scope`, or their copies.
     """
 
     def create(next_creator, **kwargs):
@@ -185,14 +221,18 @@ def trace(function: Callable, spec: Any, scope: Callable) -> Any:
             return next_creator(**kwargs)
         initial = kwargs.get("initial_value")
         if tf.is_tensor(initial) and not hasattr(initial, "numpy"):
-            raise ValueError(
-                "A variable cannot be created in a step from a value of the step. "
-                f"Received: a variable {kwargs.get('name')!r}. Create it before, or "
-                "give it an initializer."
-            )
+            kwargs["initial_value"] = templates.value_of(initial)
+            if kwargs["initial_value"] is None:
+                raise ValueError(
+                    "A variable cannot be created in a step from a value of the batch "
+                    f"or of variables. Received: a variable {kwargs.get('name')!r}. "
+                    "Create it before, or give it an initializer."
+                )
         kwargs.pop("colocate_with", None)
         with tf.init_scope(), scope():
-            return tf.Variable(**{k: v for k, v in kwargs.items() if v is not None})
+            new = tf.Variable(**{k: v for k, v in kwargs.items() if v is not None})
+        made.append(new)
+        return new
 
     in_scope = False
 
@@ -200,7 +240,9 @@ def trace(function: Callable, spec: Any, scope: Callable) -> Any:
         """For what `tf.init_scope` takes out of the step, as layers do to be built."""
         nonlocal in_scope
         if in_scope or tf.distribute.has_strategy():
-            return next_creator(**kwargs)
+            new = next_creator(**kwargs)
+            lifted.append(new)
+            return new
         in_scope = True
         try:
             with scope():
