@@ -60,7 +60,8 @@ def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
     """Whether the steps of a model are sure to take the same way a second time.
 
     That is so for the steps of `keras.Model` itself, if they have made only what
-    `compile()` leaves to be made in a step. A loss scale is another one when it is made.
+    `compile()` leaves to be made in a step; not with a loss scale, which is another one
+    in the step that makes it.
 
     Args:
         model: The model.
@@ -77,7 +78,7 @@ def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
     variables = [*optimizer.variables]
     for metric in compiled:
         variables += metric.variables
-    expected = set()
+    expected: set[int] = set()
     for variable in map(_keras.underlying, variables):
         copies = model.distribute_strategy.experimental_local_results(variable)
         expected.update(map(id, [variable, *copies]))

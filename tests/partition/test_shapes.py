@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 from test_elementwise import batch
@@ -241,13 +241,17 @@ def test_any_slices(counts, data):
     entry = st.one_of(
         st.builds(slice, border, border, step), st.integers(-3, 2), st.just(None)
     )
-    index = (slice(None), *data.draw(st.lists(entry, min_size=1, max_size=2)))
+    entries = data.draw(st.lists(entry, min_size=1, max_size=2))
+    index = [slice(None), *entries]
+    for new in (None, data.draw(st.sampled_from([None, ..., slice(None)]))):
+        index.insert(data.draw(st.integers(0, len(index))), new)
+    assume(sum(i is not None and i is not ... for i in index) <= 3)
     dim = data.draw(st.integers(0, 2))
     places = data.draw(st.booleans())
 
     def function(x):
         value = tf.concat([x, 2 * x], 0) if places else rows_at(x, dim)
-        return value[index]
+        return value[tuple(index)]
 
     check(both_ways(function), [x], counts, falls_back=None)
 

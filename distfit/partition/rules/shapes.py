@@ -533,10 +533,12 @@ class _Slices:
     row_dim = 0
     only_rows = True
     row_entry = 0
-    _node: Node
+    _traced: tf.TensorShape
 
     @classmethod
     def of(cls, emitter: Emitter, node: Node, value: Value, given: list[Value]):
+        """That of a slice, or of its gradient, whose last input is like the result."""
+        is_slice = node.type == "StridedSlice"
         elements = [elements_of(v) for v in given]
         if value.dims is None or elements[2] is None:
             return None
@@ -549,7 +551,8 @@ class _Slices:
         }
         spec = cls()
         spec.dims = []
-        spec._node = node
+        result = node.outputs[0] if is_slice else node.op.inputs[-1]
+        spec._traced = result.shape
         source = 0
         for i in range(count):
             if masks["ellipsis"] >> i & 1:
@@ -616,8 +619,7 @@ class _Slices:
             self.dims.append(by_rows(source, last - first, layout.inner).size)
             return
         self.only_rows = False
-        traced = self._node.outputs[0].shape
-        number = traced[len(self.dims)] if traced.rank is not None else None
+        number = self._traced[len(self.dims)] if self._traced.rank else None
         length = _length(emitter, size, begin, end, step)
         if length is None:
             length = number
