@@ -21,7 +21,7 @@ from keras import tree
 
 from distfit import _keras, workers
 from distfit.partition.exchanges import Replicas
-from distfit.shares import Layout, replicas_of
+from distfit.shares import Layout, checks_of_rows, replicas_of, tensors_of
 
 
 class GlobalBatches:
@@ -225,6 +225,19 @@ class Shards(GlobalBatches):
             class_weight=class_weight,
         )
         self.strategy = strategy
+        leaves = zip(
+            tf.nest.flatten(self.layout.spec),
+            tf.nest.flatten(self.layout.cut),
+            strict=True,
+        )
+        for leaf, is_cut in leaves:
+            if not is_cut and leaf is not None:
+                raise ValueError(
+                    "Where each replica brings rows of its own, all that it brings "
+                    "must be dense tensors with as many rows. Received: a `dataset_fn` "
+                    f"whose elements have {leaf}. Make them so in a `map`, or give "
+                    "`fit()` a dataset of global batches instead."
+                )
         self.dataset = with_stand_ins(self.dataset)
         self.layout = Layout(self.dataset.element_spec[0])
         self.num_batches = None  # Those of other workers are not known.
@@ -298,10 +311,13 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
     def counted(*batch):
         batch = batch if several else batch[0]
-        return batch, num_rows(batch)
+        rows = num_rows(batch)
+        each = [checks_of_rows(tensor, rows) for tensor in tensors_of(batch)]
+        with tf.control_dependencies(itertools.chain(*each)):
+            return batch, tf.identity(rows)
 
     def stand_in(batch, rows):
-        return tree.map_structure(_first_row, batch), 0
+        return tree.map_structure(lambda tensor: tensor[:1], batch), 0
 
     own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
     first = own.take(1).map(stand_in).cache().repeat()  # The source is read no more.
@@ -311,22 +327,9 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
     )
 
 
-def _first_row(tensor: Any) -> Any:
-    if isinstance(tensor, tf.SparseTensor):
-        size = tf.concat([[1], tensor.dense_shape[1:]], 0)
-        return tf.sparse.slice(tensor, tf.zeros_like(size), size)
-    return tensor[:1]
-
-
-def _blank_row(spec: tf.TypeSpec) -> Any:
-    shape = [1, *(size or 1 for size in spec.shape[1:])]
-    blank = tf.zeros(shape, spec.dtype)  # Empty texts where it holds text.
-    if isinstance(spec, tf.SparseTensorSpec):
-        return tf.sparse.from_dense(blank)
-    if isinstance(spec, tf.RaggedTensorSpec):
-        ragged = tf.RaggedTensor.from_tensor(blank, ragged_rank=spec.ragged_rank)
-        return ragged.with_row_splits_dtype(spec.row_splits_dtype)
-    return blank
+def _blank_row(spec: tf.TensorSpec) -> tf.Tensor:
+    """Empty texts where it holds text."""
+    return tf.zeros([1, *(size or 1 for size in spec.shape[1:])], spec.dtype)
 
 
 def next_shards(iterator, replicas: Replicas) -> tuple:
@@ -436,9 +439,8 @@ def check_element_spec(spec: Any) -> None:
             "An element of the data must be x, (x,), (x, y) or (x, y, sample_weight). "
             f"Received: a tuple of {len(spec)}. Put several inputs into a dict or list."
         )
-    for leaf in tf.nest.flatten(spec):
-        if isinstance(leaf, tf.NoneTensorSpec | tf.OptionalSpec):
-            continue
+    leaves = _given(spec)
+    for leaf in leaves:
         if not isinstance(
             leaf, tf.TensorSpec | tf.RaggedTensorSpec | tf.SparseTensorSpec
         ):
@@ -446,11 +448,24 @@ def check_element_spec(spec: Any) -> None:
                 "An element of the data must be a tensor or a structure "
                 f"(x, y[, sample_weight]) of tensors. Received: {leaf}."
             )
-        if leaf.shape.rank == 0:
-            raise ValueError(
-                "Elements of the data must be batches, with rows first. Received: a "
-                f"scalar, {leaf}. Call `.batch(batch_size)` on the dataset."
-            )
+    targets = _given(spec[1]) if isinstance(spec, tuple) and len(spec) > 1 else []
+    batched = any(leaf.shape.rank is None or None in leaf.shape[:1] for leaf in leaves)
+    if _all_scalars(leaves) or (_all_scalars(targets) and not batched):
+        raise ValueError(
+            "Elements of the data must be batches, with rows first. Received: scalars "
+            f"in place of rows, {spec}. Call `.batch(batch_size)` on the dataset; a "
+            "number that is not of the rows goes into x, beside the tensors that are."
+        )
+
+
+def _given(spec: Any) -> list:
+    """The leaves of a structure of specs, but for those of None."""
+    absent = (tf.NoneTensorSpec, tf.OptionalSpec, type(None))
+    return [leaf for leaf in tf.nest.flatten(spec) if not isinstance(leaf, absent)]
+
+
+def _all_scalars(leaves: list) -> bool:
+    return bool(leaves) and all(leaf.shape.rank == 0 for leaf in leaves)
 
 
 def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -465,8 +480,8 @@ def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def num_rows(batch: Any) -> Any:
-    """The number of rows of a batch: of its first tensor. An int32 scalar."""
-    first = next(t for t in tree.flatten(batch) if t is not None)
+    """The number of rows of a batch: of its first tensor with any. An int32 scalar."""
+    first = next(t for t in tree.flatten(batch) if t is not None and t.shape.rank != 0)
     if isinstance(first, tf.SparseTensor):
         return tf.cast(first.dense_shape[0], tf.int32)
     if isinstance(first, tf.RaggedTensor):

@@ -14,6 +14,7 @@ from distfit.callbacks import CallbackList
 from distfit.data import (
     GlobalBatches,
     Shards,
+    check_element_spec,
     check_positive,
     fingerprint,
     make_batches,
@@ -286,9 +287,10 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     place = f"{kind}_on_batch()"
     workers.check_not_alone(place)
     batch = tree.map_structure(_to_tensor, batch)
+    layout = _layout_of(batch)
     check_positive("batch_size", int(num_rows(batch)))
     known = len(_drivers(model, kind))
-    driver = _cached_driver(model, kind, _layout_of(batch))
+    driver = _cached_driver(model, kind, layout)
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
         agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
@@ -360,10 +362,15 @@ def _rank_and_dtype(spec) -> str:
 
 def _layout_of(batch) -> Layout:
     """The layout of batches of any number of rows that are like one."""
-    spec = tree.map_structure(
-        lambda t: t if t is None else tf.TensorSpec([None, *t.shape[1:]], t.dtype),
-        batch,
-    )
+
+    def like(tensor):
+        if tensor is None:
+            return None
+        rows = [None] if tensor.shape.rank else []
+        return tf.TensorSpec([*rows, *tensor.shape[1:]], tensor.dtype)
+
+    spec = tree.map_structure(like, batch)
+    check_element_spec(spec)
     return Layout(spec, batch)
 
 

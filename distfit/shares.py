@@ -127,7 +127,7 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
             if rows:
                 # The first has the number of rows that all others must have.
                 is_first = i == has_rows.index(True)
-                checks = [] if is_first else _checks(tensor, total)
+                checks = [] if is_first else checks_of_rows(tensor, total)
                 with tf.control_dependencies(checks):
                     parts.append(tf.split(tensor, counts, num=every)[own])
             else:
@@ -150,7 +150,7 @@ _OTHER_ROWS = (
 )
 
 
-def _checks(tensor: tf.Tensor, rows: tf.Tensor) -> list:
+def checks_of_rows(tensor: tf.Tensor, rows: tf.Tensor) -> list:
     """Asserts the number of rows of a tensor whose spec does not tell it."""
     if tensor.shape[0] is not None:
         return []

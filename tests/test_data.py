@@ -406,21 +406,41 @@ def test_a_function_for_data_returns_a_dataset(make_strategy):
         model.fit(lambda context: _x(), _x(), verbose=0)
 
 
-def test_stand_ins_have_every_kind_of_input_in_one_row():
+@pytest.mark.parametrize("kind", ["ragged", "sparse", "table", "scalar"])
+def test_a_function_for_data_gives_nothing_but_rows(make_strategy, kind):
+    """Each replica would bring another table, and nobody could tell."""
+    beside = {
+        "ragged": lambda rows: tf.RaggedTensor.from_tensor(rows),
+        "sparse": lambda rows: tf.sparse.from_dense(rows),
+        "table": lambda rows: tf.zeros((3, 3)),
+        "scalar": lambda rows: tf.constant(1.0),
+    }[kind]
+    dataset = tf.data.Dataset.from_tensor_slices(_x()).batch(2, drop_remainder=True)
+    dataset = dataset.map(lambda rows: ({"x": rows, "z": beside(rows)},))
+    model = _records(make_strategy(2))
+    with pytest.raises(ValueError, match="dense tensors with as many rows"):
+        model.fit(lambda context: dataset, verbose=0)
+
+
+def test_a_table_of_an_open_size_in_a_shard_is_an_error(make_strategy):
+    rows = tf.data.Dataset.from_tensor_slices(_x()).batch(2)
+    tables = tf.data.Dataset.from_tensor_slices(_x()).batch(3).repeat()
+    model = _records(make_strategy(2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the same number of rows"):
+        model.fit(lambda context: tf.data.Dataset.zip(rows, tables), verbose=0)
+
+
+def test_stand_ins_are_one_row_of_the_data_or_of_zeros():
     rows = tf.data.Dataset.from_tensor_slices(
-        {
-            "text": tf.constant(["a", "b", "c"]),
-            "ragged": tf.ragged.constant([[1], [2, 3], []]),
-            "sparse": tf.sparse.from_dense([[0, 1], [2, 0], [0, 3]]),
-        }
+        {"text": ["a", "b", "c"], "x": np.ones((3, 2), "float32")}
     ).batch(2)
-    for dataset, first in ((rows, b"a"), (rows.take(0), b"")):
+    for dataset, first, x in ((rows, b"a", 1), (rows.take(0), b"", 0)):
         full = [2, 1] if first else []
         elements = list(data.with_stand_ins(dataset).take(len(full) + 2))
         assert [int(count) for _, count in elements] == [*full, 0, 0]
         batch = elements[-1][0]
         assert batch["text"].numpy().tolist() == [first]
-        assert batch["ragged"].nrows() == 1 and batch["sparse"].shape == (1, 2)
+        assert batch["x"].numpy().tolist() == [[x, x]]
 
 
 def test_what_has_rows_is_told_from_what_has_none():
@@ -756,6 +776,51 @@ def test_predictions_of_another_width_in_each_batch(make_strategy, replicas, siz
 
 def _as_list(values):
     return values.to_list() if hasattr(values, "to_list") else values.tolist()
+
+
+class Tempered(distfit.Model):
+    """Divides by a temperature that comes with each batch."""
+
+    def build(self, shape):
+        self.dense = layers.Dense(1)
+        self.dense.build((None, 8))
+
+    def call(self, data):
+        return self.dense(data["rows"]) / data["temperature"]
+
+
+@pytest.mark.parametrize("rows", ["open", "fixed"])
+def test_a_scalar_beside_the_rows_is_that_of_all(make_strategy, rows):
+    x, y = comparing.regression_data(22)
+
+    def batches():
+        dataset = tf.data.Dataset.from_tensor_slices((x, y))
+        dataset = dataset.batch(4, drop_remainder=rows == "fixed").enumerate(1)
+        return dataset.map(
+            lambda i, batch: (
+                {"rows": batch[0], "temperature": tf.cast(i, "float32")},
+                batch[1],
+            )
+        )
+
+    def build():
+        model = Tempered()
+        model.build(None)
+        model.compile("sgd", "mse", steps_per_execution=2)
+        return model
+
+    def then(model):
+        given = {"rows": x[:5], "temperature": np.float32(2)}
+        model.train_on_batch(given, y[:5])
+        evaluation = model.evaluate(batches(), verbose=0, return_dict=True)
+        return evaluation, model.predict_on_batch(given)
+
+    def fit(model):
+        return model.fit(batches(), epochs=2, verbose=0)
+
+    one, three = (comparing.run(make_strategy(n), build, fit, then) for n in (1, 3))
+    comparing.assert_same(one, three)
+    assert len(one.predictions) == 5
 
 
 def test_a_table_beside_the_rows_is_not_cut(make_strategy):
