@@ -6,6 +6,7 @@
 | `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
 | `function_def_to_graph` | the graph of a body that is only there as a definition |
 | `create_op` with attributes | an operation with other inputs |
+| `kernels` | which types there are kernels for |
 | `UpdateContext` | variables act as their first copy while a step is traced |
 | `regroup`, `batch_reduce_to` | a sum over replicas outside of `strategy.run` |
 """
@@ -17,6 +18,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.distribute import distribute_lib, distribute_utils
 from tensorflow.python.distribute import values as distribute_values
+from tensorflow.python.framework import kernels
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -53,7 +55,7 @@ def trace(function: Callable, spec: Any) -> Any:
 
 
 def copy_operation(
-    graph: Any, op: tf.Operation, inputs: Sequence[tf.Tensor], **changed: int
+    graph: Any, op: tf.Operation, inputs: Sequence[tf.Tensor], **changed: Any
 ) -> list[tf.Tensor]:
     """Adds an operation like `op` with other inputs, and returns its outputs.
 
@@ -61,7 +63,7 @@ def copy_operation(
         graph: The graph to add it to.
         op: The operation.
         inputs: Its inputs there.
-        **changed: Attributes of integers to set.
+        **changed: Attributes to set: integers, types or lists of types.
     """
     definition = op.node_def
     attributes = {k: v for k, v in definition.attr.items() if not k.startswith("_")}
@@ -69,13 +71,34 @@ def copy_operation(
         functions = [value.func] if value.HasField("func") else value.list.func
         for function in functions:
             graph._add_function_recursive(_function(op.graph, function.name))
-    for name, number in changed.items():
-        attributes[name] = tf.compat.v1.AttrValue(i=number)
-    dtypes = [t.dtype for t in op.outputs]
+    for name, value in changed.items():
+        attributes[name] = _attribute(value)
     made = graph._create_op_internal(
-        op.type, list(inputs), dtypes, attrs=attributes, name=op.type
+        op.type, list(inputs), None, attrs=attributes, name=op.type
     )
     return list(made.outputs)
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, tf.DType):
+        return tf.compat.v1.AttrValue(type=value.as_datatype_enum)
+    if isinstance(value, list):
+        types = [dtype.as_datatype_enum for dtype in value]
+        return tf.compat.v1.AttrValue(list=tf.compat.v1.AttrValue.ListValue(type=types))
+    return tf.compat.v1.AttrValue(i=value)
+
+
+def has_kernel(op: tf.Operation, types: dict[str, Any]) -> bool:
+    """Whether a CPU can do what an operation does, with these attributes of types."""
+
+    def does(kernel: Any) -> bool:
+        return kernel.device_type == "CPU" and all(
+            types[c.name].as_datatype_enum in c.allowed_values.list.type
+            for c in kernel.constraint
+            if isinstance(types.get(c.name), tf.DType)
+        )
+
+    return any(map(does, kernels.get_registered_kernels_for_op(op.type).kernel))
 
 
 def body_of(op: tf.Operation, attribute: str) -> Any:

@@ -4,6 +4,8 @@ The result is a list of `Node`s. What the graph takes from outside are nodes of 
 "Input"; every other node is an operation of the traced graph.
 """
 
+import contextlib
+import contextvars
 import linecache
 import os
 import sysconfig
@@ -109,7 +111,7 @@ class Flat:
 
     def _inline(self, graph: Any, feeds: Sequence[Edge]) -> list[Edge]:
         edges = {t.ref(): edge for t, edge in zip(graph.inputs, feeds, strict=True)}
-        for op in _in_order(graph):
+        for op in in_order(graph):
             if op.outputs and op.outputs[0].ref() in edges:
                 continue
             inputs = [edges[t.ref()] for t in op.inputs]
@@ -144,7 +146,7 @@ def reached(nodes: Iterable[Node]) -> set[Node]:
     return found
 
 
-def _in_order(graph: Any) -> Iterator[tf.Operation]:
+def in_order(graph: Any) -> Iterator[tf.Operation]:
     """Operations in the order in which they were made, and after their inputs.
 
     The first is not enough: the gradient of a loop gives it further inputs later.
@@ -163,6 +165,24 @@ def _in_order(graph: Any) -> Iterator[tf.Operation]:
             else:
                 seen.add(stack.pop())
                 yield op
+
+
+_change: contextvars.ContextVar[Callable] = contextvars.ContextVar("change")
+
+
+@contextlib.contextmanager
+def changed(change: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """Changes what is traced in the block, in this thread.
+
+    Args:
+        change: Takes the graph of a step and the structure of the specs of a batch, and
+            returns another graph that takes and gives the same.
+    """
+    token = _change.set(change)
+    try:
+        yield
+    finally:
+        _change.reset(token)
 
 
 def trace(
@@ -190,6 +210,14 @@ def trace(
         ValueError: if the function makes a variable of a value of the batch or of
             variables, or makes variables each time that it is traced.
     """
+    graph = _settled(function, spec, scope, does_the_same_again)
+    return _change.get(lambda graph, spec: graph)(graph, spec)
+
+
+def _settled(
+    function: Callable, spec: Any, scope: Callable, does_the_same_again: Callable
+) -> Any:
+    """The graph of a function that makes no variables any more."""
     made: list[tf.Variable] = []
     graph = _trace(function, spec, scope, made, made)
     if not made or does_the_same_again(made):

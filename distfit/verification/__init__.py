@@ -6,6 +6,7 @@ reference.py        the model's steps on one device, without distfit
 replicas.py         the same on N replicas, by distfit
 recording.py        what a run leaves behind after each step
 comparison.py       how far two recordings are apart
+precision.py        a step in float64, where rounding is no excuse
 problems.py         what keeps a model from being compared
 report.py, plot.py  the result as a table, JSON and HTML
 """
@@ -22,15 +23,24 @@ import tensorflow as tf
 
 from distfit import _keras
 from distfit import strategy as strategies
+from distfit.partition import tracing
 from distfit.partition.findings import InFull
 from distfit.verification.batches import Batch, Source
-from distfit.verification.comparison import Comparison, Deviation, describe, unrepeated
+from distfit.verification.comparison import (
+    Comparison,
+    Deviation,
+    describe,
+    settle,
+    unrepeated,
+)
+from distfit.verification.precision import doubled
 from distfit.verification.problems import (
     Problem,
     does_not_repeat,
     fails_on_one_device,
     fails_on_replicas,
 )
+from distfit.verification.recording import Recording
 from distfit.verification.reference import OneDevice, check_compiled
 from distfit.verification.replicas import Replicas
 from distfit.verification.report import Report
@@ -72,8 +82,8 @@ def verify(
         replicas: The numbers of replicas to compare with one device.
         steps: Number of training steps; three, or a multiple, are one of each kind.
         tolerance: The largest relative deviation that passes. What rounding explains is
-            measured for the model, and set aside; so is what differs from the weights
-            that `build` makes, and does not from others close to them.
+            measured for the model, and set aside; so is what differs in float32, and
+            not where the same graph is computed in float64.
 
     Returns:
         A `Report`: `.ok`, what deviates, what every replica computes in full, and a
@@ -186,36 +196,61 @@ class _Verification:
             "one_device" if number == 1 else "mirrored", devices=self._devices[:number]
         )
         batches = self._source.batches(number)
-        replicas, deviations, failed = self._run(reference, strategy, batches)
-        if not failed and not all(deviation.ok for deviation in deviations):
+        replicas = self._replicas(reference, strategy)
+        many = replicas.record(batches)
+        one = reference.record(batches, many)
+        off = [reference.record(batches, many, seed) for seed in (1, 2)]
+        deviations = Comparison(number, one, off, many, self._tolerance).deviations()
+        failed = {m: e for m, e in many.errors.items() if m not in one.errors}
+        if number > 1 and not failed and not all(d.ok for d in deviations):
             # One rounding error can decide which of two almost equal numbers is the
-            # larger, and so where a gradient flows: not again from other weights.
-            with reference.from_other_weights():
-                _, again, fails = self._run(reference, strategy, batches)
-            if not fails and all(deviation.ok for deviation in again):
+            # larger, and so where a gradient flows.
+            exact = self._in_double(reference, strategy, batches, one, many)
+            settled = settle(deviations, exact, self._tolerance)
+            if all(d.ok for d in settled):
                 self._set_aside.append(describe(deviations))
-                deviations = again
+                deviations = settled
         self._deviations += deviations
         for mode, error in failed.items():
             self._problems.append(fails_on_replicas(number, mode, error))
         if "fit" not in failed:
             self._note_in_full(replicas.in_full(batches))
 
-    def _run(
+    def _replicas(self, reference: OneDevice, strategy: Any) -> Replicas:
+        return Replicas(self._make_model, reference, self._source, strategy)
+
+    def _in_double(
         self,
         reference: OneDevice,
         strategy: tf.distribute.Strategy,
         batches: list[Batch],
-    ) -> tuple[Replicas, list[Deviation], dict[str, Exception]]:
-        """The replicas, how far they are off, and what fails on them alone, by mode."""
-        replicas = Replicas(self._make_model, reference, self._source, strategy)
-        many = replicas.record(batches)
-        one = reference.record(batches, many)
-        off = [reference.record(batches, many, seed) for seed in (1, 2)]
+        one: Recording,
+        many: Recording,
+    ) -> list[Deviation]:
+        """How far the replicas are off in float64 from one, if that is the reference.
+
+        Args:
+            reference: The model on one device.
+            strategy: That of the replicas.
+            batches: The batches.
+            one: What the reference did in float32, each step from where `many` was.
+            many: What the replicas did in float32.
+        """
+        alone = strategies.create_strategy("one_device", devices=self._devices[:1])
+        starts = [step.before for step in many.fit]
+        single = self._replicas(reference, alone).record(batches, starts)
+        same = Comparison(1, one, [], single, self._tolerance).deviations()
+        if single.errors.keys() != one.errors.keys() or not all(d.ok for d in same):
+            return []
+        with tracing.changed(doubled):
+            runs = [
+                self._replicas(reference, each).record(batches, starts)
+                for each in (alone, strategy)
+            ]
+        if any(run.errors.keys() != one.errors.keys() for run in runs):
+            return []
         number = strategy.num_replicas_in_sync
-        comparison = Comparison(number, one, off, many, self._tolerance)
-        failed = {m: e for m, e in many.errors.items() if m not in one.errors}
-        return replicas, comparison.deviations(), failed
+        return Comparison(number, runs[0], [], runs[1], self._tolerance).deviations()
 
     def _note_in_full(self, entries: list[InFull]) -> None:
         for entry in entries:

@@ -29,6 +29,10 @@ CHECKS = (
 )
 # The largest of some random errors may be a few times that of others.
 _ROUNDING_FACTOR = 8
+# What counts as gone in float64. Variables and results are of float32 there, too, so
+# that a difference may still be one in their last bit.
+_SHRUNK = 1e-3
+_SHRUNK_TOLERANCE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Deviation:
         batch: The global batch of the step; None where it covers all of them.
         value: The largest difference over the largest magnitude, rounding set aside:
             to be held against the tolerance.
+        difference: The largest difference; infinite if there is none to be had.
         ratio: The factor that N replicas are off by, where they are off by a common
             factor; else None.
         ok: Whether the deviation is within the tolerance.
@@ -54,6 +59,7 @@ class Deviation:
     step: int
     batch: Batch | None
     value: float
+    difference: float
     ratio: float | None
     ok: bool
 
@@ -121,6 +127,7 @@ class Comparison:
                 "replicas agree",
                 label,
                 value=value,
+                difference=worst,
                 ratio=None,
                 ok=worst == 0,
                 **place,
@@ -143,7 +150,7 @@ class Comparison:
 
     def _deviation(self, check, label, arrays, floor, **place) -> Deviation:
         one, many, *off = arrays
-        value, ratio = np.inf, None
+        value, worst, ratio = np.inf, np.inf, None
         if many is not None and np.shape(one) == np.shape(many):
             worst = _largest(_difference(many, one))
             measured = [
@@ -159,6 +166,7 @@ class Comparison:
             check,
             label,
             value=value,
+            difference=worst,
             ratio=ratio,
             ok=value <= self._tolerance,
             **place,
@@ -185,6 +193,35 @@ def unrepeated(one: Recording, again: Recording, tolerance: float) -> str | None
             ):
                 return name
     return None
+
+
+def settle(
+    deviations: Sequence[Deviation], exact: Sequence[Deviation], tolerance: float
+) -> list[Deviation]:
+    """The deviations, with those that rounding has made replaced.
+
+    Rounding in float64 is smaller by a factor of 2**29, and a mistake is as large.
+
+    Args:
+        deviations: Those in float32.
+        exact: Those in float64.
+        tolerance: The largest deviation that passes.
+    """
+    found = {(d.check, d.label, d.step): d for d in exact}
+
+    def settled(deviation: Deviation) -> Deviation:
+        other = found.get((deviation.check, deviation.label, deviation.step))
+        if deviation.ok or other is None or deviation.check == "replicas agree":
+            return deviation
+        if not np.isfinite(deviation.difference):
+            return deviation
+        small = other.difference <= _SHRUNK * deviation.difference
+        if not (small or other.value <= _SHRUNK_TOLERANCE * tolerance):
+            return deviation
+        value = min(other.value, tolerance)
+        return dataclasses.replace(deviation, value=value, ratio=None, ok=True)
+
+    return [settled(deviation) for deviation in deviations]
 
 
 def describe(deviations: Sequence[Deviation]) -> str:

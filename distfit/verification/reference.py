@@ -4,9 +4,8 @@
 stock Keras calls them.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -33,8 +32,6 @@ from distfit.verification.recording import (
 # Relative errors of the perturbed weights, in rounding errors: they stand for all sums
 # of a step, whose terms N replicas add up in another order.
 _ROUNDINGS = 8
-# Relative change that makes other weights: far more than rounding.
-_ELSEWHERE = 0.01
 _STEPS = {"evaluate": "test_step", "predict": "predict_step", "fit": "train_step"}
 
 
@@ -119,16 +116,6 @@ class OneDevice:
         """Gives variables that are not the model's their initial values."""
         for variable, value in self._outside:
             variable.assign(value)
-
-    @contextlib.contextmanager
-    def from_other_weights(self) -> Iterator[None]:
-        """Lets every run start from other weights, of about the same size."""
-        own, generator = self.initial, np.random.default_rng(0)
-        self.initial = _perturbed(own, generator, _ELSEWHERE)
-        try:
-            yield
-        finally:
-            self.initial = own
 
     def record(
         self,

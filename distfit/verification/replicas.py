@@ -1,6 +1,7 @@
 """The same model on N replicas, by `distfit.fit`, `evaluate` and `predict`."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -47,11 +48,22 @@ class Replicas:
             self._unseeded = keras.random.SeedGenerator(0)
         self._gradients = Gradients(self.model)
 
-    def record(self, batches: list[Batch]) -> Recording:
-        """Runs the batches from the initial weights of the reference."""
+    def record(
+        self, batches: list[Batch], starts: Sequence[Values] | None = None
+    ) -> Recording:
+        """Runs the batches from the initial weights of the reference.
+
+        Args:
+            batches: The global batches.
+            starts: If given, the values from which each training step starts.
+        """
         recording = Recording()
         dataset = self._source.dataset(batches)
-        run = {"fit": self._fit, "evaluate": self._evaluate, "predict": self._predict}
+        run: dict[str, Callable] = {
+            "fit": functools.partial(self._fit, starts=starts),
+            "evaluate": self._evaluate,
+            "predict": self._predict,
+        }
         with _keras.global_seed_generator(self._unseeded):
             try:
                 self._driver(dataset)  # First the training step: as in `fit()`.
@@ -86,16 +98,28 @@ class Replicas:
     def _variables(self) -> Variables:
         return Variables(self.model, self._reference.labels)
 
-    def _fit(self, recording: Recording, dataset, batches: list[Batch]) -> None:
+    def _fit(
+        self,
+        recording: Recording,
+        dataset,
+        batches: list[Batch],
+        starts: Sequence[Values] | None,
+    ) -> None:
+        def start(index: int) -> None:
+            if starts is not None and index > 0:
+                self._variables().restore(starts[index])
+
         def keep(step: Step) -> None:
             fit = recording.fit
             step.before = fit[-1].values if fit else self._reference.initial
+            if starts is not None:
+                step.before = starts[len(fit)]
             self._gradients.move_to(step, self._reference.labels)
             step.copies = self._variables().copies()
             step.values |= {key: copies[0] for key, copies in step.copies.items()}
             fit.append(step)
 
-        keeper = _Keeper(batches, keep)
+        keeper = _Keeper(batches, keep, start)
         distfit_model.fit(self.model, dataset, verbose=0, callbacks=[keeper])
 
     def _evaluate(self, recording: Recording, dataset, batches: list[Batch]) -> None:
@@ -108,12 +132,22 @@ class Replicas:
 
 
 class _Keeper(keras.callbacks.Callback):
-    """Hands a `Step` with the logs of each batch to `keep`."""
+    """Calls `start` with the index of a batch, and `keep` with a `Step` of its logs."""
 
-    def __init__(self, batches: list[Batch], keep: Callable[[Step], None]):
+    def __init__(
+        self,
+        batches: list[Batch],
+        keep: Callable[[Step], None],
+        start: Callable[[int], None] | None = None,
+    ):
         super().__init__()
         self._batches = batches
         self._keep = keep
+        self._start = start
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._start is not None:
+            self._start(batch)
 
     def on_train_batch_end(self, batch, logs=None):
         self._keep(Step(self._batches[batch], log_arrays(logs)))

@@ -23,8 +23,8 @@ from distfit.verification.problems import Problem
 
 _MOST_ROWS = 60  # of a table on the screen
 _SET_ASIDE = (
-    "Set aside, since nothing differs from weights that are 1 % away (rounding decides "
-    "which of two almost equal numbers is the larger): "
+    "Set aside as rounding, since nothing differs where the same steps are computed in "
+    "float64: "
 )
 
 
@@ -55,9 +55,9 @@ class Report:
         problems: What kept the model from being compared or from running.
         not_partitioned: What every replica computes in full, the largest first: it is
             right, but more replicas do not make it faster.
-        set_aside: What differs from the weights that the model begins with, and does
-            not from others close to them: rounding decided which of two almost equal
-            numbers is the larger.
+        set_aside: What differs in float32, and not where the same steps are computed
+            in float64: rounding decided, say, which of two almost equal numbers is the
+            larger.
     """
 
     model: str
