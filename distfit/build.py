@@ -114,6 +114,12 @@ def check_metrics(model: keras.Model) -> None:
         )
 
 
+def is_of_metric(model: keras.Model, variable: tf.Variable) -> bool:
+    """Whether a variable is the state of a metric, which steps alone change."""
+    states = (v for metric in metrics_of(model) for v in metric.variables)
+    return any(_keras.underlying(state) is variable for state in states)
+
+
 def metrics_of(model: keras.Model) -> list[keras.metrics.Metric]:
     """All metrics of a model, also those that its `metrics` leaves out."""
     return list(dict.fromkeys([*model.metrics, *_keras.tracked_metrics(model)]))

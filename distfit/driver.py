@@ -334,7 +334,8 @@ def partitioned(
 ) -> Step:
     """A step of a model, made for N replicas."""
     strategy = model.distribute_strategy
-    with optimizers.of_one_device(strategy.scope):
+
+    def make() -> Step:
         return Step(
             step,
             layout.spec,
@@ -346,7 +347,18 @@ def partitioned(
             shared_wholes=not sharded,
             keep_rows=keep_rows,
             does_the_same_again=functools.partial(build.does_the_same_again, model),
+            may_wait=functools.partial(build.is_of_metric, model),
         )
+
+    with optimizers.of_one_device(strategy.scope) as has_others:
+        try:
+            return make()
+        except Exception:
+            if not has_others():
+                raise
+    # The step makes an optimizer when it is traced for the first time.
+    with optimizers.of_one_device(strategy.scope):
+        return make()
 
 
 def _has_few_rows(step: Step, batch: Any) -> tf.Tensor:

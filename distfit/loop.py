@@ -1,8 +1,12 @@
 """The epoch loop: what `fit`, `evaluate` and `predict` do around the compiled steps."""
 
+import functools
+import logging
+import operator
 import types
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -23,6 +27,8 @@ from distfit.data import (
 from distfit.driver import PredictDriver, StepDriver
 from distfit.finite import FiniteWatch
 from distfit.shares import Layout
+
+_KINDS = ("train", "test", "predict")
 
 
 def fit(
@@ -174,7 +180,10 @@ def test_on_batch(model, batch) -> dict[str, float]:
 def predict_on_batch(model, x) -> Any:
     """See `Model.predict_on_batch`."""
     batch = (tree.map_structure(tf.convert_to_tensor, x),)
-    outputs = _predict_driver(model, _layout_of(batch)).run_on(batch)
+    driver = _driver_on(
+        model, "predict", batch, functools.partial(_predict_driver, model)
+    )
+    outputs = driver.run_on(batch)
     return predictions.join(workers.of(model.distribute_strategy), [outputs])
 
 
@@ -287,10 +296,12 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     place = f"{kind}_on_batch()"
     workers.check_not_alone(place)
     batch = tree.map_structure(_to_tensor, batch)
-    layout = _layout_of(batch)
+    check_element_spec(_layout_of(batch).spec)
     check_positive("batch_size", int(num_rows(batch)))
     known = len(_drivers(model, kind))
-    driver = _cached_driver(model, kind, layout)
+    driver = _driver_on(
+        model, kind, batch, functools.partial(_cached_driver, model, kind)
+    )
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
         agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
@@ -314,15 +325,17 @@ def step_driver(
     return _cached_driver(model, kind, batches.layout, sharded, watched)
 
 
-# The compiled steps of models, kept until a model is compiled anew.
+# The compiled steps of models, kept until a model is compiled anew, or its functions of
+# stock Keras are made anew.
 _drivers_of: Any = weakref.WeakKeyDictionary()
 
 
 def _drivers(model, kind: str) -> dict[tuple, Any]:
-    compiled = _keras.compilation(model)
+    functions = [getattr(model, f"{kind}_function") for kind in _KINDS]
+    made_for = [_keras.compilation(model), *functions]
     known = _drivers_of.get(model)
-    if known is None or known[0] is not compiled:
-        known = (compiled, {"train": {}, "test": {}, "predict": {}})
+    if known is None or any(map(operator.is_not, known[0], made_for)):
+        known = (made_for, {kind: {} for kind in _KINDS})
         _drivers_of[model] = known
     return known[1][kind]
 
@@ -348,26 +361,46 @@ def _predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDriv
 
 
 def _signature(layout: Layout) -> str:
-    """What distinguishes batches for which a step does different things."""
-    specs = tree.map_structure(_rank_and_dtype, layout.spec)
+    """What distinguishes batches for which a step may do different things.
+
+    A step is traced for these sizes, of which the numbers may be in its graph.
+    """
+    specs = tree.map_structure(_shape_and_dtype, layout.spec)
     return f"{specs} {layout.has_rows}"
 
 
-def _rank_and_dtype(spec) -> str:
-    if isinstance(spec, tf.TensorSpec):
-        rows = spec.shape[:1] if spec.shape.rank else ""
-        return f"{spec.dtype.name}{spec.shape.rank}{rows}"
+def _shape_and_dtype(spec) -> str:
+    if isinstance(spec, tf.TensorSpec):  # Without its name.
+        return f"{spec.dtype.name}{spec.shape}"
     return str(spec)
 
 
-def _layout_of(batch) -> Layout:
-    """The layout of batches of any number of rows that are like one."""
+def _driver_on(model, kind: str, batch, cached: Callable) -> Any:
+    """The compiled steps for batches of any number of rows that are like one.
+
+    Once there were batches of other sizes, those for batches of any sizes, as a
+    `tf.function` relaxes what it takes, if the step can do without knowing them.
+    """
+    exact = _layout_of(batch)
+    known = {signature for signature, *_ in _drivers(model, kind)}
+    if known and _signature(exact) not in known:
+        try:
+            return cached(_layout_of(batch, any_sizes=True))
+        except Exception:
+            logging.getLogger("distfit").debug("A step needs sizes.", exc_info=True)
+    return cached(exact)
+
+
+def _layout_of(batch, any_sizes: bool = False) -> Layout:
+    """The layout of batches like one: of any number of rows, or of any sizes."""
 
     def like(tensor):
         if tensor is None:
             return None
+        sizes = tensor.shape[1:]
         rows = [None] if tensor.shape.rank else []
-        return tf.TensorSpec([*rows, *tensor.shape[1:]], tensor.dtype)
+        inner = [None] * len(sizes) if any_sizes else sizes
+        return tf.TensorSpec([*rows, *inner], tensor.dtype)
 
     spec = tree.map_structure(like, batch)
     check_element_spec(spec)

@@ -1,5 +1,6 @@
 """Every input Keras takes: each global batch is trained once, and cut by rows."""
 
+import contextlib
 import warnings
 
 import comparing
@@ -10,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit import data
+from distfit import data, loop
 from distfit.data import GlobalBatches
 from distfit.partition.exchanges import Replicas
 from distfit.shares import Layout, shares, shares_of_shards
@@ -850,3 +851,69 @@ def test_a_table_beside_the_rows_is_not_cut(make_strategy):
 
     one, two = (comparing.run(make_strategy(n), build, fit) for n in (1, 2))
     comparing.assert_same(one, two)
+
+
+def _convolution(base, strategy, rest=()):
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        inputs = keras.Input((None, None, 1))
+        outputs = layers.Conv2D(1, 3, padding="same")(inputs)
+        for layer in rest:
+            outputs = layer(outputs)
+        model = base(inputs, outputs)
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+    return model
+
+
+def _pictures(*shape):
+    generator = np.random.default_rng(shape)
+    return tuple(generator.random((*shape, 1), "float32") for _ in range(2))
+
+
+def test_data_of_other_sizes_are_not_taken_for_those_before(make_strategy):
+    """Sizes that a step knows are numbers in its graph."""
+
+    def numbers(model, fit, evaluate, predict):
+        found = []
+        for height, width in ((8, 8), (6, 4), (8, 8), (4, 12)):
+            data = _pictures(7, height, width)
+            options = {"batch_size": 3, "verbose": 0}
+            found.append(evaluate(model, *data, **options))
+            history = fit(model, *data, shuffle=False, **options).history
+            found.append(history["loss"][0])
+            found += predict(model, data[0], **options).ravel().tolist()
+        return found
+
+    stock = keras.Model
+    one = numbers(_convolution(stock, None), stock.fit, stock.evaluate, stock.predict)
+    model = _convolution(stock, make_strategy(2))
+    two = numbers(model, distfit.fit, distfit.evaluate, distfit.predict)
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+class NeedsSizes(distfit.Model):
+    def train_step(self, data):
+        x, y = data
+        return super().train_step((x / (x.shape[1] * x.shape[2]), y))
+
+
+@pytest.mark.parametrize("base", [distfit.Model, NeedsSizes])
+def test_batches_may_change_their_sizes(make_strategy, base):
+    """Steps are not compiled for each: as a `tf.function` relaxes what it takes.
+
+    Unless the step needs to know them, which is beyond stock Keras.
+    """
+
+    def losses(base, strategy):
+        model, found = _convolution(base, strategy), []
+        for size in (8, 4, 6, 8, 3, 5):
+            loss = model.train_on_batch(*_pictures(5, size, 4))
+            found.append(float(np.ravel(loss)[0]))
+            model.reset_metrics()
+        return model, found
+
+    alone = make_strategy(1) if base is NeedsSizes else None
+    _, one = losses(base if alone else keras.Model, alone)
+    model, three = losses(base, make_strategy(3))
+    np.testing.assert_allclose(three, one, rtol=1e-5)
+    assert len(loop._drivers(model, "train")) == (5 if base is NeedsSizes else 2)

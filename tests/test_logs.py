@@ -1,5 +1,7 @@
 """What is reported is what one device reports."""
 
+import contextlib
+
 import comparing
 import keras
 import numpy as np
@@ -353,3 +355,37 @@ def test_batches_without_rows_do_what_they_do_in_stock_keras(
         np.testing.assert_allclose(many[2], stock[2], rtol=1e-5, atol=1e-6)
         for a, b in zip(stock[3], many[3], strict=True):
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-6)
+
+
+class ReturnsVariables(keras.Model):
+    def train_step(self, data):
+        logs = super().train_step(data)
+        norm = tf.norm(self.trainable_variables[0])
+        return {**logs, "rate": self.optimizer.learning_rate, "norm": norm}
+
+
+class ChangesVariables(keras.callbacks.Callback):
+    """After each batch, before anybody looks at its logs."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.optimizer.learning_rate = 0.01 * (batch + 1)
+        weight = self.model.trainable_variables[0]
+        weight.assign(0.5 * weight)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_logs_have_the_values_that_variables_had_in_the_step(make_strategy, replicas):
+    x, y = comparing.regression_data(24)
+
+    def history(fit, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            inputs = keras.Input((8,))
+            model = ReturnsVariables(inputs, layers.Dense(1)(inputs))
+            model.compile(keras.optimizers.SGD(0.02), "mse")
+        options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
+        return fit(model, x, y, callbacks=[ChangesVariables()], **options).history
+
+    one = history(keras.Model.fit, None)
+    many = history(distfit.fit, make_strategy(replicas))
+    comparing.assert_close_logs(one, many, 1e-5)

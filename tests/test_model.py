@@ -2,6 +2,7 @@
 
 import comparing
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
@@ -323,3 +324,29 @@ def test_static_number_of_rows(make_strategy, replicas):
 
     one, many = (comparing.run(make_strategy(n), build, fit) for n in (1, replicas))
     comparing.assert_same(one, many)
+
+
+class Scaled(keras.Model):
+    scale = 1.0
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.scale * tf.reduce_mean(tf.square(self(x) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_steps_are_traced_anew_where_functions_are_made_anew(make_strategy):
+    """As in stock Keras, after a change of what a step reads when it is traced."""
+    with make_strategy(2).scope():
+        inputs = keras.Input((8,))
+        model = Scaled(inputs, layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.SGD(0.0))
+    data = comparing.regression_data(8)
+    (before,) = distfit.fit(model, *data, verbose=0).history["loss"]
+    model.scale = 3.0
+    model.make_train_function(force=True)
+    (after,) = distfit.fit(model, *data, verbose=0).history["loss"]
+    np.testing.assert_allclose(after, 3 * before, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Whatever an optimizer does with a gradient, it does with that of the batch."""
 
+import contextlib
 import functools
 import inspect
 
@@ -397,3 +398,33 @@ def test_sparse_gradients_equal_one_device(make_strategy, name, replicas):
     """Rows that several replicas look up are those one device looks up repeatedly."""
     one = _sparse_on_one_device(make_strategy(1), name)
     comparing.assert_same(one, run_sparse(make_strategy(replicas), SPARSE[name]))
+
+
+class MakesItsOptimizer(keras.Model):
+    own = None
+
+    def train_step(self, data):
+        x, y = data
+        if self.own is None:
+            self.own = keras.optimizers.SGD(0.02, momentum=0.9)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x) - y))
+        variables = self.trainable_variables
+        self.own.apply(tape.gradient(loss, variables), variables)
+        return {"error": loss}
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_an_optimizer_made_in_the_first_step(make_strategy, replicas):
+    def train(fit, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            inputs = keras.Input((8,))
+            model = MakesItsOptimizer(inputs, layers.Dense(1)(inputs))
+            model.compile()
+        data = comparing.regression_data(20)
+        options = {"batch_size": 6, "epochs": 2, "shuffle": False, "verbose": 0}
+        return comparing.Run(fit(model, *data, **options).history, model.get_weights())
+
+    one = train(keras.Model.fit, None)
+    comparing.assert_same(one, train(distfit.fit, make_strategy(replicas)))

@@ -30,8 +30,12 @@ _PLAIN = (
 
 
 @contextlib.contextmanager
-def of_one_device(scope: Callable, accumulate_parts: bool = True) -> Iterator[None]:
+def of_one_device(
+    scope: Callable, accumulate_parts: bool = True
+) -> Iterator[Callable[[], bool]]:
     """Lets all optimizers update variables as on one device, in this thread.
+
+    The block gets a function that tells whether there are others since it began.
 
     Keras's own methods would update the copies of all replicas. Methods of single
     objects are replaced, for the time of the block, and act in this thread only: in
@@ -46,8 +50,9 @@ def of_one_device(scope: Callable, accumulate_parts: bool = True) -> Iterator[No
     def methods_of(optimizer: Any) -> dict[str, Callable]:
         return _methods(optimizer, scope, accumulate_parts)
 
-    with shadowed(_alive, methods_of):
-        yield
+    with shadowed(_alive, methods_of) as known:
+        ids = set(map(id, known))
+        yield lambda: not ids.issuperset(map(id, _alive()))
 
 
 def _alive() -> list[Any]:

@@ -17,8 +17,10 @@ _shadowing = threading.RLock()
 def shadowed(
     find: Callable[[], Sequence[Any]],
     methods_of: Callable[[Any], Mapping[str, Callable]],
-) -> Iterator[None]:
+) -> Iterator[Sequence[Any]]:
     """Replaces methods of objects for the time of the block, in this thread.
+
+    The block gets the objects: those that are made in it are not among them.
 
     Args:
         find: Returns the objects.
@@ -29,14 +31,15 @@ def shadowed(
     with _shadowing:
         replaced: list[tuple[Any, str]] = []
         try:
-            for thing in find():
+            found = find()
+            for thing in found:
                 for name, method in methods_of(thing).items():
                     if name in vars(thing):
                         continue
                     own = _only_in(owner, method, getattr(thing, name))
                     object.__setattr__(thing, name, own)
                     replaced.append((thing, name))
-            yield
+            yield found
         finally:
             for thing, name in replaced:
                 object.__delattr__(thing, name)

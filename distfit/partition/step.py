@@ -59,12 +59,14 @@ class Step:
         keep_rows: Whether outputs that lie by rows are only those of this process.
         does_the_same_again: Tells for the variables that the function has made whether
             it is sure to take the same way again.
+        may_wait: Whether the value of a variable that the step returns may be read when
+            somebody asks for it. Others are read in the step: they may change after it.
 
     Attributes:
         outputs: The structure that `function` returns, of tensors of the traced graph.
         layouts: The layout of each output.
-        lasting: For each output, whether it is a function of variables alone, as they
-            are after the step: then it is computed only when it is asked for.
+        lasting: For each output, whether it is a function of variables that may wait,
+            as they are after the step: then it is computed when it is asked for.
         findings: What every replica computes in full.
         needs_rows: Whether each replica must have a row of a batch, unless it is placed
             as one of few rows.
@@ -83,6 +85,7 @@ class Step:
         shared_wholes: bool = True,
         keep_rows: bool = False,
         does_the_same_again: Callable[[list], bool] = lambda made: False,
+        may_wait: Callable[[tf.Variable], bool] = lambda variable: False,
     ):
         self.replicas = replicas
         self.jit = jit
@@ -100,7 +103,7 @@ class Step:
         ]
         self.findings: list[Finding] = []
         self.needs_rows = False
-        self.lasting = self._lasting()
+        self.lasting = self._lasting(may_wait)
         self._plan()
 
     # --- Looking at the traced graph.
@@ -110,23 +113,27 @@ class Step:
         """The elements of all operations, of which `findings` have their share."""
         return sum(map(elements_of, self._flat.nodes))
 
-    def _lasting(self) -> list[bool]:
+    def _lasting(self, may_wait: Callable[[tf.Variable], bool]) -> list[bool]:
         order = {node: i for i, node in enumerate(self._flat.nodes)}
         written: dict[Node, int] = {}
         for node in self._flat.nodes:
             if node.has_effect:
                 for given in node.inputs:
                     written[given.node] = order[node]
-        leaves = set(self._flat.inputs[: self._num_leaves])
+        waiting = set()
+        captured = zip(self._flat.inputs[self._num_leaves :], self._taken, strict=True)
+        for node, variable in captured:
+            if variable is not None and may_wait(variable):
+                waiting.add(node)
 
         def lasts(edge: Edge) -> bool:
             """Whether it depends on nothing but the variables after the step."""
             reached = tracing.reached([edge.node])
             reads = [n for n in reached if n.type == "ReadVariableOp"]
-            if not reads or reached & leaves:
-                return False
-            others = reached.difference(reads)
-            if any(n.type != "Input" and n.op.op_def.is_stateful for n in others):
+            others = reached.difference(reads, waiting)
+            if not reads or any(
+                n.type == "Input" or n.op.op_def.is_stateful for n in others
+            ):
                 return False
             return all(order[n] > written.get(n.inputs[0].node, -1) for n in reads)
 
@@ -239,12 +246,16 @@ class Step:
 
         That order is the same on all workers.
         """
+        return [v for v in self._taken if v is not None]
+
+    @property
+    def _taken(self) -> list[tf.Variable | None]:
+        """What the step takes from outside: for each, the variable that it is."""
         read = {id(v.handle): v for v in self._graph.variables}
-        found = [
+        return [
             graphs.variable_of(handle) or read.get(id(handle))
             for handle, _ in self._graph.captures
         ]
-        return [v for v in found if v is not None]
 
     # --- Placing them.
 
