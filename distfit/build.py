@@ -28,6 +28,16 @@ def check_compiled(model: keras.Model, method: str) -> None:
         )
 
 
+def check_runs_steps(model: keras.Model, kind: str) -> None:
+    """Raises a `ValueError` if what runs the steps of a kind is not that of Keras."""
+    if _is_overridden(model, f"make_{kind}_function"):
+        raise ValueError(
+            f"distfit runs the `{kind}_step` of a model itself, and would leave out a "
+            f"`make_{kind}_function` of its own. Received: {type(model).__name__}, "
+            f"which overrides that. Put what it does into `{kind}_step`."
+        )
+
+
 def check_in_scope(model: keras.Model) -> None:
     """Raises a `ValueError` if a model was built before the scope of its strategy.
 

@@ -157,6 +157,14 @@ class GlobalBatches:
         if held[0] is not None:
             threading.Thread(target=held.clear, daemon=True).start()
 
+    def _skip_an_order(self) -> None:
+        """Makes an iterator in vain, as stock Keras does at the end of counted batches.
+
+        A shuffle with a seed takes another order for each.
+        """
+        if isinstance(self._arrays[0], tf.data.Dataset):
+            iter(self.dataset)
+
     def has_next(self) -> bool:
         """Whether there is another batch, as far as one has to look to know."""
         return self.length_is_known or bool(self.take_next().has_value())
@@ -197,6 +205,8 @@ class GlobalBatches:
             self._last_length = steps
         if exhausted and not self._one_pass:
             self._release_iterator()
+            if not ran_out and self.steps_per_epoch is None:
+                self._skip_an_order()
         self._adapter.on_epoch_end()
 
 
@@ -434,19 +444,14 @@ def check_not_distributed(x: Any) -> None:
 
 def check_element_spec(spec: Any) -> None:
     """Raises a `ValueError` if elements are not batches that a step can take."""
-    if isinstance(spec, tuple) and not 1 <= len(spec) <= 3:
-        raise ValueError(
-            "An element of the data must be x, (x,), (x, y) or (x, y, sample_weight). "
-            f"Received: a tuple of {len(spec)}. Put several inputs into a dict or list."
-        )
     leaves = _given(spec)
     for leaf in leaves:
         if not isinstance(
             leaf, tf.TensorSpec | tf.RaggedTensorSpec | tf.SparseTensorSpec
         ):
             raise ValueError(
-                "An element of the data must be a tensor or a structure "
-                f"(x, y[, sample_weight]) of tensors. Received: {leaf}."
+                "An element of the data must be a tensor or a structure of tensors. "
+                f"Received: {leaf}."
             )
     targets = _given(spec[1]) if isinstance(spec, tuple) and len(spec) > 1 else []
     batched = any(leaf.shape.rank is None or None in leaf.shape[:1] for leaf in leaves)

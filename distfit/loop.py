@@ -67,7 +67,7 @@ def fit(
         sample_weight,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
-        shuffle=shuffle and not isinstance(x, tf.data.Dataset | types.GeneratorType),
+        shuffle=_shuffle_of(x, shuffle),
         class_weight=class_weight,
     )
     validation = _validation_batches(
@@ -185,6 +185,11 @@ def predict_on_batch(model, x) -> Any:
     )
     outputs = driver.run_on(batch)
     return predictions.join(workers.of(model.distribute_strategy), [outputs])
+
+
+def _shuffle_of(x: Any, shuffle: bool | str) -> bool | str:
+    """How to shuffle: as is said, but for what has an order of its own."""
+    return False if isinstance(x, tf.data.Dataset | types.GeneratorType) else shuffle
 
 
 def _capped_epochs(epochs: int) -> int:
@@ -331,6 +336,7 @@ _drivers_of: Any = weakref.WeakKeyDictionary()
 
 
 def _drivers(model, kind: str) -> dict[tuple, Any]:
+    build.check_runs_steps(model, kind)
     functions = [getattr(model, f"{kind}_function") for kind in _KINDS]
     made_for = [_keras.compilation(model), *functions]
     known = _drivers_of.get(model)

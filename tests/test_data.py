@@ -527,6 +527,66 @@ def test_what_is_beside_the_rows_is_not_cut(make_strategy, kind):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+class Quadruples(keras.Model):
+    def train_step(self, data):
+        near, far, target, weight = data
+        with tf.GradientTape() as tape:
+            error = self(near) - self(far) - target
+            error = tf.reduce_mean(weight * tf.square(error))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(error, variables), variables)
+        return {"error": error}
+
+
+def _rows_and_their_order(fit, strategy, **options):
+    """Trains on what tells the order of its rows: the logs of each epoch."""
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+    history = fit(model, epochs=4, verbose=0, **options).history
+    return comparing.Run(history, model.get_weights())
+
+
+@pytest.mark.parametrize("kind", ["dataset", "arrays", "batches of arrays"])
+def test_rows_are_shuffled_as_by_stock_keras(make_strategy, kind):
+    """Also those of a dataset whose seed gives another order for each iterator."""
+
+    def options():
+        keras.utils.set_random_seed(1)  # Which the order of a dataset depends on, too.
+        x, y = comparing.regression_data(22)
+        if kind == "dataset":
+            dataset = tf.data.Dataset.from_tensor_slices((x, y))
+            dataset = dataset.shuffle(22, seed=3).batch(4)
+            other = dataset.map(lambda x, y: (-x, y))
+            return {"x": dataset, "validation_data": other, "shuffle": False}
+        shuffle = "batch" if kind == "batches of arrays" else True
+        return {"x": x, "y": y, "batch_size": 4, "shuffle": shuffle}
+
+    one = _rows_and_their_order(keras.Model.fit, None, **options())
+    two = _rows_and_their_order(distfit.fit, make_strategy(2), **options())
+    comparing.assert_same(one, two)
+
+
+def test_elements_may_have_whatever_the_step_takes(make_strategy):
+    def train(fit, strategy):
+        keras.utils.set_random_seed(1)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            inputs = keras.Input((8,))
+            model = Quadruples(inputs, layers.Dense(1)(inputs))
+            model.compile(keras.optimizers.SGD(0.05))
+        x, y = comparing.regression_data(22)
+        weight = np.linspace(0, 1, 22, dtype="float32")[:, None]
+        dataset = tf.data.Dataset.from_tensor_slices((x, -x[::-1], y, weight))
+        options = {"epochs": 2, "shuffle": False, "verbose": 0}
+        history = fit(model, dataset.batch(5), **options).history
+        return comparing.Run(history, model.get_weights())
+
+    one = train(keras.Model.fit, None)
+    comparing.assert_same(one, train(distfit.fit, make_strategy(3)))
+
+
 SIZES = (5, 2, 7, 1, 1, 6, 2)  # On 3 replicas four batches leave one without rows.
 
 

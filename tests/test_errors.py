@@ -79,7 +79,7 @@ BAD_DATA = {
     ),
     "not batched": ((_dataset(*DATA[:1], np.arange(12)),), "Received: scalars"),
     "not batched, no targets": ((_dataset(np.arange(4.0)),), "Received: scalars"),
-    "four tensors": ((_dataset(*DATA, *DATA).batch(4),), "Received: a tuple of 4"),
+    "four tensors": ((_dataset(*DATA, *DATA).batch(4),), "Data is expected to be in"),
     "datasets of datasets": ((_dataset(DATA[0]).window(2),), "must be a tensor or a"),
     "row counts": ((DATA[0], DATA[1][:5]), "(?s)cardinality.*12.*5"),
 }
@@ -222,3 +222,18 @@ def test_importing_distfit_does_not_initialise_tensorflow():
         "assert distfit.create_strategy().num_replicas_in_sync == 3"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+class MakesItsFunction(distfit.Model):
+    def make_train_function(self, force=False):
+        raise AssertionError("Never called.")
+
+
+def test_a_function_of_its_own_that_runs_steps_is_refused(make_strategy):
+    with make_strategy(2).scope():
+        inputs = keras.Input((8,))
+        model = MakesItsFunction(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Put what it does into `train_step`"):
+        model.fit(*DATA, verbose=0)
+    model.evaluate(*DATA, verbose=0)

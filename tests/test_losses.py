@@ -1,5 +1,7 @@
 """Every loss, reduced in any way by Keras or by hand, equals one device."""
 
+import contextlib
+
 import comparing
 import keras
 import numpy as np
@@ -594,3 +596,47 @@ def test_the_value_of_a_loss_is_there_for_steps_that_read_it(make_strategy, how)
         runs.append(comparing.run(make_strategy(replicas), build, fit))
     comparing.assert_same(*runs)
     np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
+
+
+class OverZero(keras.Model):
+    """Weighs its gradients by a loss over its average, which is 0 at first."""
+
+    def __init__(self, *args, only_first_rows=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.average = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        self.only_first_rows = only_first_rows
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            each = tf.square(self(x) - y)
+            if self.only_first_rows:
+                each *= tf.cast(tf.range(tf.shape(x)[0]) < 2, tf.float32)[:, None]
+            error = tf.reduce_mean(each)
+        variables = self.trainable_variables
+        weight = tf.minimum(error / self.average, 2.0)
+        gradients = [weight * g for g in tape.gradient(error, variables)]
+        self.optimizer.apply(gradients, variables)
+        self.average.assign(0.9 * self.average + 0.1 * error)
+        return {"error": error, "weight": weight}
+
+
+@pytest.mark.parametrize("only_first_rows", [False, True])
+def test_a_part_of_zero_over_zero_is_not_that_of_the_sum(
+    make_strategy, only_first_rows
+):
+    def train(fit, strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            inputs = keras.Input((8,))
+            outputs = layers.Dense(1)(inputs)
+            model = OverZero(inputs, outputs, only_first_rows=only_first_rows)
+            model.compile(keras.optimizers.SGD(0.02))
+        data = comparing.regression_data(12)
+        options = {"batch_size": 7 if only_first_rows else 2, "epochs": 2}
+        history = fit(model, *data, shuffle=False, verbose=0, **options).history
+        return comparing.Run(history, model.get_weights())
+
+    one = train(keras.Model.fit, None)
+    assert np.isfinite(one.history["weight"]).all()
+    comparing.assert_same(one, train(distfit.fit, make_strategy(3)))

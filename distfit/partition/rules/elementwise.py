@@ -6,14 +6,17 @@ A sum over replicas passes through what is linear; for anything else it is excha
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter, Value, cut_rule, rule
 from distfit.partition.layouts import (
+    BATCH,
     PARTIAL,
     REPLICATED,
     ROWS,
     Layout,
+    Size,
     by_rows,
 )
 from distfit.partition.rules import lists
@@ -169,10 +172,31 @@ def _linear_inputs(
         return inputs
     floating = _is_inexact(node.outputs[0].dtype)
     if node.type in ("RealDiv", "Div", "DivNoNan") and partial == [True, False]:
-        return inputs if floating else None
+        # A part of 0 over 0 is no number, where the whole sum over 0 is infinite.
+        is_safe = node.type == "DivNoNan" or _is_never_zero(inputs[1])
+        return inputs if floating and is_safe else None
     if node.type == "SelectV2" and not partial[0]:
         return [inputs[0], *(emitter.as_partial(v) for v in inputs[1:])]
     return None
+
+
+def _is_never_zero(value: Value) -> bool:
+    """Whether a value is known not to be zero: a constant, or a number of rows."""
+    if value.sizes is not None:
+        return all(size != 0 and not _is_measured(size) for size in value.sizes.flat)
+    node = value.node
+    while node is not None and node.type in ("Cast", "Identity", "Sqrt"):
+        node = node.inputs[0].node
+    if node is None or node.type != "Const":
+        return False
+    return bool(np.all(tf.make_ndarray(node.attr("value")) != 0))
+
+
+def _is_measured(size: Any) -> bool:
+    """Whether a size is not known to be positive for any batch that has rows."""
+    if size is None or isinstance(size, Size):
+        return size is None or any(symbol != BATCH for symbol in size.symbols)
+    return False
 
 
 def align(
