@@ -25,6 +25,7 @@ from distfit.partition.layouts import (
     Sizes,
     by_rows,
     product,
+    quotient,
     unknown,
 )
 from distfit.partition.program import (
@@ -247,6 +248,7 @@ class Emitter:
         self.inputs: list[Port] = []
         self.values: dict[Edge, Value] = {}
         self.symbols: dict[str, tuple[Value, int]] = {}
+        self._lain: dict[Dim, Layout] = {}  # For each size, how the latest lies.
         self._effects = 0  # The level of the latest effect that needs an order.
 
     def all_have_rows(self) -> bool:
@@ -412,6 +414,7 @@ class Emitter:
     ) -> Value:
         """The value of a tensor that a stage computes."""
         if layout.kind == "rows" and dims is not None:
+            self._lain[layout.size] = layout
             # Not as a number, even if that is known: a replica has fewer rows.
             dims = [*dims[: layout.dim], layout.size, *dims[layout.dim + 1 :]]
         value = Value(
@@ -425,6 +428,13 @@ class Emitter:
         )
         self._bind_symbols(value)
         return value
+
+    def usual(self, size: Dim) -> Layout:
+        """How a dimension of a multiple of the rows lies, as far as one may choose.
+
+        As others of this size do, whose rows it will probably meet.
+        """
+        return self._lain.get(size) or by_rows(0, 1, quotient(size, ROWS) or 1)
 
     def op(
         self,

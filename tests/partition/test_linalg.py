@@ -102,6 +102,34 @@ PAIRS = {
 
 @few
 @given(splits())
+def test_pairs_of_two_views(counts):
+    """A row has two of them: the mask of its own ones is that of one device."""
+
+    def loss(x):
+        rows = tf.shape(x)[0]
+        views = tf.concat([x, 1.1 * x], 0)
+        scores = tf.matmul(views, views, transpose_b=True)
+        own = tf.eye(2 * rows)
+        labels = tf.concat([rows + tf.range(rows), tf.range(rows)], 0)
+        return (
+            scores * own,
+            tf.where(tf.cast(own, tf.bool), -1.0, scores),
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels, scores - own * 1e9),
+            tf.linalg.diag(tf.range(2 * rows) % 3),
+        )
+
+    def results(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            values = loss(x)
+            total = tf.reduce_sum(values[0] ** 2) + tf.reduce_sum(values[2])
+        return [*values, tape.gradient(total, x)]
+
+    check(results, [batch(counts, 3)], counts, rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(splits())
 def test_diagonals_that_are_set(counts):
     """Of their gradient, a size comes from a branch."""
 

@@ -217,7 +217,11 @@ def align(
     if not cut:
         return list(inputs), REPLICATED
     # Where rows meet along two dimensions, as in x[:, None] - x[None], the first stays.
-    lead = min(cut, key=lambda v: (v.layout.dim - v.rank, v.whole is not None))
+    # Of those that lie by blocks of other sizes, the largest stays as it is.
+    lead = min(
+        cut,
+        key=lambda v: (v.layout.dim - v.rank, v.whole is not None, v.dims.count(1)),
+    )
     layout = lead.layout.moved(lead.layout.dim - lead.rank + rank)
     result = []
     for value in inputs:

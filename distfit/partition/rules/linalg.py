@@ -5,10 +5,11 @@ operation works on fall back.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter, Value, cut_rule, rule
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -100,10 +101,18 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     if value.dims is None or result is None:
         return None
     core = value.rank - (result - 2)
-    if not _is_last(value) or core != 1:
-        return batched(emitter, node, inputs, 1, core)
+    if core != 1:
+        return batched(emitter, node, [value, *others], 1, core)
     size = value.dims[-1]
-    if ints(others[0]) != [0] or not _are_size(emitter, others[1:3], size):
+    is_square = ints(others[0]) == [0] and _are_size(emitter, others[1:3], size)
+    if not _is_last(value):
+        if value.has_rows and value.layout.dim == value.rank - 1:  # Blocks of rows.
+            value = emitter.whole(value)
+        if value.is_replicated and is_square:
+            given = [value, *map(emitter.whole, others)]
+            return emitter.op(node, given, REPLICATED, [*value.dims, size])
+        return batched(emitter, node, [value, *others], 1, core)
+    if not is_square:
         return None
 
     def diag(tensor, padding, total, start):
@@ -113,6 +122,30 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     given = [value, emitter.whole(others[3]), emitter.known(size, tf.int32)]
     dims = [*value.dims, size]
     return [emitter.call(diag, [*given, emitter.start()], value.layout, dims)]
+
+
+@cut_rule("MatrixDiagV2", "MatrixDiagV3")
+def _rows_of_diag(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
+    """Rows of square matrices of which all replicas have the diagonals."""
+    node: Any = value.node
+    diagonal, where, *_, padding = (emitter.values[edge] for edge in node.inputs)
+    if not diagonal.is_replicated or diagonal.dims is None:
+        return None
+    size = diagonal.dims[-1]
+    if ints(where) != [0] or list(value.dims or ())[diagonal.rank - 1 :] != [size] * 2:
+        return None
+    if layout.dim != value.rank - 2:
+        return None
+    number = emitter.known(size, tf.int32)
+    every = emitter.call(tf.range, [number], REPLICATED, [size])
+    rows = [emitter.cut(v, layout.moved(v.rank - 1)) for v in (diagonal, every)]
+
+    def diag(tensor, own, padding, total):
+        on = own[:, tf.newaxis] == tf.range(total)
+        return tf.where(on, tensor[..., tf.newaxis], padding)
+
+    given = [*rows, emitter.whole(padding), number]
+    return emitter.call(diag, given, layout, value.dims)
 
 
 def _are_size(emitter: Emitter, values: Sequence[Value], size: Dim) -> bool:

@@ -219,7 +219,7 @@ def _spread(
             shape = emitter.whole(shape)
             inputs = [shape, value] if node.type == "Fill" else [value, shape]
             return emitter.op(node, inputs, value.layout, dims)
-        layout = by_rows(at, 1, quotient(dims[at], ROWS) or 1)
+        layout = emitter.usual(dims[at]).moved(at)
         own = at - len(dims) + value.rank
         if own >= 0 and not emitter.sizes.is_one(value.dims[own]):
             if not emitter.sizes.same(value.dims[own], layout.size):
@@ -264,13 +264,18 @@ def _tile(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
 def _tiled_to_rows(
     emitter: Emitter, value: Value, times: list[Any], at: int, dims: list[Dim]
 ) -> list[Value] | None:
-    """`tf.tile(x, [n, 1])`: what is repeated for each row becomes its inner part."""
+    """`tf.tile(x, [n, 1])`: what is repeated for each row becomes its inner part.
+
+    A single element may as well be repeated for each block.
+    """
     each = quotient(times[at], ROWS)
     size = (value.dims or [])[at]
     if each is None or 0 in (each, size):
         return None
     local = emitter.local_shape(times, by_rows(at, 1, each))
     layout = by_rows(at, 1, product([each, size]))
+    if size == 1:
+        layout = emitter.usual(dims[at]).moved(at)
     result = emitter.call(tf.tile, [value, local], layout, dims)
     given = [value, emitter.known(times, tf.int32)]
     result.whole = emitter.call(tf.tile, given, REPLICATED, dims)
