@@ -244,7 +244,7 @@ def test_looking_for_objects_leaves_tuples_of_other_threads_alone():
 
     thread = threading.Thread(target=make_tuples)
     thread.start()
-    for _ in range(50):
+    for _ in range(12):
         instances_of(Held)
     until.set()
     thread.join()
