@@ -5,7 +5,6 @@ import logging
 import operator
 import types
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -330,19 +329,24 @@ def step_driver(
     return _cached_driver(model, kind, batches.layout, sharded, watched)
 
 
-# The compiled steps of models, kept until a model is compiled anew, or its functions of
-# stock Keras are made anew.
-_drivers_of: Any = weakref.WeakKeyDictionary()
+# Where a model has its compiled steps. They refer to the model: a table of models, even
+# with weak keys, would keep all of them for ever.
+_DRIVERS = "_distfit_drivers"
 
 
 def _drivers(model, kind: str) -> dict[tuple, Any]:
+    """The compiled steps of a kind.
+
+    They are kept until a model is compiled anew, or its functions of stock Keras are
+    made anew.
+    """
     build.check_runs_steps(model, kind)
     functions = [getattr(model, f"{kind}_function") for kind in _KINDS]
     made_for = [_keras.compilation(model), *functions]
-    known = _drivers_of.get(model)
+    known = vars(model).get(_DRIVERS)
     if known is None or any(map(operator.is_not, known[0], made_for)):
         known = (made_for, {kind: {} for kind in _KINDS})
-        _drivers_of[model] = known
+        object.__setattr__(model, _DRIVERS, known)  # Nothing for Keras to track.
     return known[1][kind]
 
 

@@ -1,5 +1,8 @@
 """Sequential, functional and subclassed models live together; stock behaviour stays."""
 
+import gc
+import weakref
+
 import comparing
 import keras
 import numpy as np
@@ -350,3 +353,21 @@ def test_steps_are_traced_anew_where_functions_are_made_anew(make_strategy):
     model.make_train_function(force=True)
     (after,) = distfit.fit(model, *data, verbose=0).history["loss"]
     np.testing.assert_allclose(after, 3 * before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_nothing_keeps_a_model_that_was_trained(make_strategy, replicas):
+    """Of many that are tried out in a process, only those are there that are held."""
+    strategy = make_strategy(replicas)
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    data = comparing.regression_data(8)
+    distfit.fit(model, *data, validation_data=data, verbose=0)
+    distfit.predict(model, data[0], verbose=0)
+    held = weakref.ref(model)
+    del inputs, model
+    keras.backend.clear_session()
+    gc.collect()
+    assert held() is None
