@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from distfit._keras import rewriting
 from distfit.partition.exchanges import Replicas
 from distfit.partition.step import Share, Step
 from distfit.shares import replicas_of, shares
@@ -92,7 +91,6 @@ def partitioned(
         )
         return step.results(step.place(share, step.needs_rows and 0 in split))
 
-    run = rewriting.alike_on_replicas(run)
     results = [t.numpy() for t in tf.nest.flatten(run(tf.constant(counts)))]
     program = step._program
     return Outcome(

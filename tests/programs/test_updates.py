@@ -8,6 +8,8 @@ from keras import optimizers
 from pieces import Program, compiled, mlp, numbers
 
 import distfit
+from distfit.partition import tracing
+from distfit.verification.precision import doubled
 
 DATA = numbers(5), numbers(1, seed=2)
 
@@ -319,16 +321,18 @@ class LoopInCall(Regression):
 
 
 def test_a_compiled_call_is_trained_evaluated_and_used(make_strategy):
+    """In float64: Adam makes much of what rounding leaves of small gradients."""
     results = []
     for replicas in (1, 2, 3):
         keras.utils.set_random_seed(7)
         with make_strategy(replicas).scope():
             model = compiled(LoopInCall)()
-        history = distfit.fit(model, *DATA, batch_size=8, verbose=0).history
-        loss = distfit.evaluate(model, *DATA, batch_size=8, verbose=0)
-        predictions = distfit.predict(model, DATA[0], batch_size=8, verbose=0)
+        with tracing.changed(doubled):
+            history = distfit.fit(model, *DATA, batch_size=8, verbose=0).history
+            loss = distfit.evaluate(model, *DATA, batch_size=8, verbose=0)
+            predictions = distfit.predict(model, DATA[0], batch_size=8, verbose=0)
         results.append([*history["raw"], loss, *predictions.flat])
-    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-6, atol=1e-6)
 
 
 class PerRow(Regression):
