@@ -593,7 +593,7 @@ def _exchanges_of_a_step(model):
     driver = loop.step_driver(model, "train", _batches(model))
     x, y = comparing.regression_data(16)
     iterator = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(8))
-    step = driver._run_next.get_concrete_function(iterator)
+    step = driver._run_next.__wrapped__.get_concrete_function(iterator)
     return sum(
         op.type.startswith("CollectiveReduce") for op in step.graph.get_operations()
     )

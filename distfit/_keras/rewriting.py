@@ -33,6 +33,7 @@ def alike_on_replicas(function: Callable) -> Callable:
         with _as_options(options[0]):
             return function(*args)
 
+    call.__wrapped__ = function  # type: ignore[attr-defined]
     return call
 
 
