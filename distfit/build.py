@@ -61,17 +61,17 @@ _STEPS = (
 )
 
 
+# Without the one whose first step differs: it scales a loss before it has a scale.
 _OPTIMIZERS = {
     value for value in vars(keras.optimizers).values() if isinstance(value, type)
-}
+}.difference([keras.optimizers.LossScaleOptimizer])
 
 
 def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
     """Whether the steps of a model are sure to take the same way a second time.
 
     That is so for the steps of `keras.Model` itself, if they have made only what
-    `compile()` leaves to be made in a step; not with a loss scale, which is another one
-    in the step that makes it.
+    `compile()` leaves to be made in a step.
 
     Args:
         model: The model.
@@ -80,8 +80,6 @@ def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
     if any(name in vars(model) or _is_overridden(model, name) for name in _STEPS):
         return False
     optimizer = model.optimizer
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return False
     if type(optimizer) not in _OPTIMIZERS:
         return False
     compiled = set(model.metrics).difference(_keras.tracked_metrics(model))
@@ -124,10 +122,10 @@ def check_metrics(model: keras.Model) -> None:
         )
 
 
-def is_of_metric(model: keras.Model, variable: tf.Variable) -> bool:
-    """Whether a variable is the state of a metric, which steps alone change."""
-    states = (v for metric in metrics_of(model) for v in metric.variables)
-    return any(_keras.underlying(state) is variable for state in states)
+def states_of_metrics(model: keras.Model) -> list[tf.Variable]:
+    """The variables of all metrics of a model, which steps alone change."""
+    states = [v for metric in metrics_of(model) for v in metric.variables]
+    return [_keras.underlying(state) for state in states]
 
 
 def metrics_of(model: keras.Model) -> list[keras.metrics.Metric]:

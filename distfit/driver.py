@@ -347,7 +347,7 @@ def partitioned(
             shared_wholes=not sharded,
             keep_rows=keep_rows,
             does_the_same_again=functools.partial(build.does_the_same_again, model),
-            may_wait=functools.partial(build.is_of_metric, model),
+            may_wait=functools.partial(build.states_of_metrics, model),
         )
 
     with optimizers.of_one_device(strategy.scope) as has_others:

@@ -179,9 +179,8 @@ def test_on_batch(model, batch) -> dict[str, float]:
 def predict_on_batch(model, x) -> Any:
     """See `Model.predict_on_batch`."""
     batch = (tree.map_structure(tf.convert_to_tensor, x),)
-    driver = _driver_on(
-        model, "predict", batch, functools.partial(_predict_driver, model)
-    )
+    cached = functools.partial(_predict_driver, model)
+    driver = _driver_on(model, "predict", batch, _layout_of(batch), cached)
     outputs = driver.run_on(batch)
     return predictions.join(workers.of(model.distribute_strategy), [outputs])
 
@@ -300,12 +299,11 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     place = f"{kind}_on_batch()"
     workers.check_not_alone(place)
     batch = tree.map_structure(_to_tensor, batch)
-    check_element_spec(_layout_of(batch).spec)
+    layout = _layout_of(batch)
     check_positive("batch_size", int(num_rows(batch)))
     known = len(_drivers(model, kind))
-    driver = _driver_on(
-        model, kind, batch, functools.partial(_cached_driver, model, kind)
-    )
+    cached = functools.partial(_cached_driver, model, kind)
+    driver = _driver_on(model, kind, batch, layout, cached)
     if len(_drivers(model, kind)) > known:  # Not at each call: it reads all weights.
         agreement.check_alike(model, place, lambda: {"batch": fingerprint(batch)})
         agreement.agree_on_state(model, place, [driver])
@@ -385,13 +383,12 @@ def _shape_and_dtype(spec) -> str:
     return str(spec)
 
 
-def _driver_on(model, kind: str, batch, cached: Callable) -> Any:
-    """The compiled steps for batches of any number of rows that are like one.
+def _driver_on(model, kind: str, batch, exact: Layout, cached: Callable) -> Any:
+    """The compiled steps for batches like one, of which `exact` is the layout.
 
     Once there were batches of other sizes, those for batches of any sizes, as a
     `tf.function` relaxes what it takes, if the step can do without knowing them.
     """
-    exact = _layout_of(batch)
     known = {signature for signature, *_ in _drivers(model, kind)}
     if known and _signature(exact) not in known:
         try:

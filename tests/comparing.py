@@ -1,5 +1,6 @@
 """Trains the same model on one device and on N replicas, and compares the numbers."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -38,6 +39,11 @@ def run(strategy, build: Callable, fit: Callable, then: Callable | None = None) 
     evaluation, predictions = then(model) if then else (None, None)
     check_replicas_agree(strategy, model)
     return Run(history, model.get_weights(), evaluation, predictions)
+
+
+def scope_of(strategy) -> contextlib.AbstractContextManager:
+    """The scope of a strategy; without one, that of stock Keras on one device."""
+    return strategy.scope() if strategy else contextlib.nullcontext()
 
 
 def check_replicas_agree(strategy, model) -> None:

@@ -1,6 +1,5 @@
 """Every input Keras takes: each global batch is trained once, and cut by rows."""
 
-import contextlib
 import warnings
 
 import comparing
@@ -541,7 +540,7 @@ class Quadruples(keras.Model):
 def _rows_and_their_order(fit, strategy, **options):
     """Trains on what tells the order of its rows: the logs of each epoch."""
     keras.utils.set_random_seed(1)
-    with strategy.scope() if strategy else contextlib.nullcontext():
+    with comparing.scope_of(strategy):
         inputs = keras.Input((8,))
         model = keras.Model(inputs, layers.Dense(1)(inputs))
         model.compile(keras.optimizers.SGD(0.05), "mse")
@@ -572,7 +571,7 @@ def test_rows_are_shuffled_as_by_stock_keras(make_strategy, kind):
 def test_elements_may_have_whatever_the_step_takes(make_strategy):
     def train(fit, strategy):
         keras.utils.set_random_seed(1)
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with comparing.scope_of(strategy):
             inputs = keras.Input((8,))
             model = Quadruples(inputs, layers.Dense(1)(inputs))
             model.compile(keras.optimizers.SGD(0.05))
@@ -916,7 +915,7 @@ def test_a_table_beside_the_rows_is_not_cut(make_strategy):
 
 def _convolution(base, strategy, rest=()):
     keras.utils.set_random_seed(1)
-    with strategy.scope() if strategy else contextlib.nullcontext():
+    with comparing.scope_of(strategy):
         inputs = keras.Input((None, None, 1))
         outputs = layers.Conv2D(1, 3, padding="same")(inputs)
         for layer in rest:

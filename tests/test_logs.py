@@ -1,7 +1,5 @@
 """What is reported is what one device reports."""
 
-import contextlib
-
 import comparing
 import keras
 import numpy as np
@@ -379,7 +377,7 @@ def test_logs_have_the_values_that_variables_had_in_the_step(make_strategy, repl
 
     def history(fit, strategy):
         keras.utils.set_random_seed(0)
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with comparing.scope_of(strategy):
             inputs = keras.Input((8,))
             model = ReturnsVariables(inputs, layers.Dense(1)(inputs))
             model.compile(keras.optimizers.SGD(0.02), "mse")

@@ -1,7 +1,5 @@
 """Every loss, reduced in any way by Keras or by hand, equals one device."""
 
-import contextlib
-
 import comparing
 import keras
 import numpy as np
@@ -627,7 +625,7 @@ def test_a_part_of_zero_over_zero_is_not_that_of_the_sum(
 ):
     def train(fit, strategy):
         keras.utils.set_random_seed(0)
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with comparing.scope_of(strategy):
             inputs = keras.Input((8,))
             outputs = layers.Dense(1)(inputs)
             model = OverZero(inputs, outputs, only_first_rows=only_first_rows)

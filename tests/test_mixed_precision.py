@@ -4,7 +4,6 @@ Low precision rounds the sums of a batch differently when it is cut into parts, 
 numbers agree within the rounding of the type and not better.
 """
 
-import contextlib
 import functools
 
 import comparing
@@ -41,7 +40,7 @@ def _train(strategy, optimizer, x, y, batch_size):
     state = KeepsState()
     keras.utils.set_random_seed(0)
     base = keras.Model if strategy is None else distfit.Model
-    with strategy.scope() if strategy else contextlib.nullcontext():
+    with comparing.scope_of(strategy):
         inputs = keras.Input((8,))
         hidden = layers.Dense(4)(inputs)
         model = base(inputs, layers.Dense(1, dtype="float32")(hidden))
@@ -129,7 +128,7 @@ def test_the_scale_that_the_policy_makes_is_that_of_one_device(
 
     def run(strategy):
         keras.utils.set_random_seed(0)
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with comparing.scope_of(strategy):
             inputs = keras.Input((8,))
             outputs = layers.Dense(1, dtype="float32")(layers.Dense(4)(inputs))
             model = keras.Model(inputs, outputs)

@@ -1,6 +1,5 @@
 """Whatever an optimizer does with a gradient, it does with that of the batch."""
 
-import contextlib
 import functools
 import inspect
 
@@ -418,7 +417,7 @@ class MakesItsOptimizer(keras.Model):
 def test_an_optimizer_made_in_the_first_step(make_strategy, replicas):
     def train(fit, strategy):
         keras.utils.set_random_seed(0)
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with comparing.scope_of(strategy):
             inputs = keras.Input((8,))
             model = MakesItsOptimizer(inputs, layers.Dense(1)(inputs))
             model.compile()

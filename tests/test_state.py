@@ -271,6 +271,15 @@ def test_what_the_first_step_makes_is_used_by_all(make_strategy, Base, replicas)
         np.testing.assert_allclose(many.average.numpy(), one.average.numpy(), 1e-5)
 
 
+def _assert_refused(Base, strategy, match):
+    with strategy.scope():
+        inputs = keras.Input((8,))
+        model = Base(inputs, layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=match):
+        distfit.fit(model, *comparing.regression_data(8), verbose=0)
+
+
 class MakesVariablesAgain(keras.Model):
     def train_step(self, data):
         tf.Variable(1.0)
@@ -278,12 +287,11 @@ class MakesVariablesAgain(keras.Model):
 
 
 def test_a_variable_made_anew_each_time_is_refused(make_strategy):
-    with make_strategy(2).scope():
-        inputs = keras.Input((8,))
-        model = MakesVariablesAgain(inputs, layers.Dense(1)(inputs))
-        model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="only when it is traced for the first time"):
-        distfit.fit(model, *comparing.regression_data(8), verbose=0)
+    _assert_refused(
+        MakesVariablesAgain,
+        make_strategy(2),
+        "only when it is traced for the first time",
+    )
 
 
 class MakesOneOfItsData(keras.Model):
@@ -307,9 +315,4 @@ class OfAVariable(MakesOneOfItsData):
 
 @pytest.mark.parametrize("Base", [OfTheBatch, OfAVariable])
 def test_a_variable_of_what_the_step_computes_is_refused(make_strategy, Base):
-    with make_strategy(2).scope():
-        inputs = keras.Input((8,))
-        model = Base(inputs, layers.Dense(1)(inputs))
-        model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="from a value of the batch or of variables"):
-        distfit.fit(model, *comparing.regression_data(8), verbose=0)
+    _assert_refused(Base, make_strategy(2), "from a value of the batch or of variables")

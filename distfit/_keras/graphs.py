@@ -27,7 +27,7 @@ from distfit._keras.alive import instances_of
 from distfit._keras.shadows import shadowed
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
-_BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
+BRANCHING = {"If", "StatelessIf", "Case", "StatelessCase"}
 EMISSION_ERRORS = (
     TypeError,
     ValueError,
@@ -118,9 +118,11 @@ def called(op: tf.Operation) -> Any:
     return None
 
 
-def bodies_of(op: tf.Operation, attribute: str) -> list[Any]:
-    """The graphs of a list of functions that an operation calls."""
-    functions = op.node_def.attr[attribute].list.func
+def branches_of(op: tf.Operation) -> list[Any]:
+    """The graphs of which an operation calls one: that at an index, or a condition."""
+    if "branches" not in op.node_def.attr:
+        return [body_of(op, f"{name}_branch") for name in ("else", "then")]
+    functions = op.node_def.attr["branches"].list.func
     return [_graph_of(op, op.graph, function.name) for function in functions]
 
 
@@ -128,7 +130,7 @@ def _graph_of(op: tf.Operation, graph: Any, name: str) -> Any:
     found = _function(graph, name)
     traced = getattr(found, "graph", None)
     # For derivatives TensorFlow adds to the graph of a function that was called before.
-    taken = len(op.inputs) - (op.type in _BRANCHES)
+    taken = len(op.inputs) - (op.type in BRANCHING)
     if traced is not None and len(traced.inputs) == taken:
         if len(traced.outputs) in (1, len(op.outputs)):  # A condition has one.
             return traced

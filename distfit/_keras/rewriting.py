@@ -7,6 +7,7 @@ function, for this thread: the public ones are those of the whole process |
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,12 +26,10 @@ def alike_on_replicas(function: Callable) -> Callable:
     of the variables drift apart. TensorFlow adds the terms of a sum in another order on
     one replica than on the next, unless it is told to leave them.
     """
-    options: list[Any] = []
+    options = functools.cache(_options)  # As they are at the first call.
 
     def call(*args):
-        if not options:
-            options.append(_options())
-        with _as_options(options[0]):
+        with _as_options(options()):
             return function(*args)
 
     call.__wrapped__ = function  # type: ignore[attr-defined]

@@ -207,7 +207,7 @@ def _may_be_size(tensor: tf.Tensor) -> bool:
     return tensor.dtype.is_integer or tensor.dtype.is_bool
 
 
-def _measured(dims: Iterable[Any]) -> Iterator[str]:
+def measured(dims: Iterable[Any]) -> Iterator[str]:
     """The symbols in dimensions that are measured on a tensor: all but the rows."""
     for dim in dims:
         if isinstance(dim, Size):
@@ -589,14 +589,14 @@ class Emitter:
 
     def level_of_sizes(self, dims: Iterable[Dim]) -> int:
         """The first level at which dimensions can be computed."""
-        return max((self.symbols[s][0].level for s in _measured(dims)), default=0)
+        return max((self.symbols[s][0].level for s in measured(dims)), default=0)
 
     def can_compute(self, dims: Iterable[Dim | None]) -> bool:
         """Whether dimensions can be computed in this program."""
         dims = list(dims)
         if any(dim is None for dim in dims):
             return False
-        return all(symbol in self.symbols for symbol in _measured(dims))
+        return all(symbol in self.symbols for symbol in measured(dims))
 
     def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
         """A vector: the shape of what a replica has of a tensor."""
@@ -635,7 +635,7 @@ class Emitter:
         sizes = np.asarray(sizes, object)
         level = self.level_of_sizes(sizes.flat)
         # What is measured is there after a stage.
-        ready = level + any(True for _ in _measured(sizes.flat))
+        ready = level + any(True for _ in measured(sizes.flat))
         return Value(
             REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=ready
         )

@@ -59,8 +59,9 @@ class Step:
         keep_rows: Whether outputs that lie by rows are only those of this process.
         does_the_same_again: Tells for the variables that the function has made whether
             it is sure to take the same way again.
-        may_wait: Whether the value of a variable that the step returns may be read when
-            somebody asks for it. Others are read in the step: they may change after it.
+        may_wait: Returns, once the step is traced, the variables whose values, if it
+            returns them, may be read when somebody asks for them. Others are read in
+            the step: they may change after it.
 
     Attributes:
         outputs: The structure that `function` returns, of tensors of the traced graph.
@@ -85,7 +86,7 @@ class Step:
         shared_wholes: bool = True,
         keep_rows: bool = False,
         does_the_same_again: Callable[[list], bool] = lambda made: False,
-        may_wait: Callable[[tf.Variable], bool] = lambda variable: False,
+        may_wait: Callable[[], list[tf.Variable]] = list,
     ):
         self.replicas = replicas
         self.jit = jit
@@ -103,7 +104,7 @@ class Step:
         ]
         self.findings: list[Finding] = []
         self.needs_rows = False
-        self.lasting = self._lasting(may_wait)
+        self.lasting = self._lasting(may_wait())
         self._plan()
 
     # --- Looking at the traced graph.
@@ -113,17 +114,18 @@ class Step:
         """The elements of all operations, of which `findings` have their share."""
         return sum(map(elements_of, self._flat.nodes))
 
-    def _lasting(self, may_wait: Callable[[tf.Variable], bool]) -> list[bool]:
+    def _lasting(self, may_wait: list[tf.Variable]) -> list[bool]:
         order = {node: i for i, node in enumerate(self._flat.nodes)}
         written: dict[Node, int] = {}
         for node in self._flat.nodes:
             if node.has_effect:
                 for given in node.inputs:
                     written[given.node] = order[node]
+        patient = set(map(id, may_wait))
         waiting = set()
         captured = zip(self._flat.inputs[self._num_leaves :], self._taken, strict=True)
         for node, variable in captured:
-            if variable is not None and may_wait(variable):
+            if id(variable) in patient:
                 waiting.add(node)
 
         def lasts(edge: Edge) -> bool:
@@ -340,10 +342,7 @@ class Step:
                     flat[i] = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
             else:
                 flat[i] = totals.get(i, parts[0])
-        tensors = iter(flat)
-        leaves = tf.nest.flatten(self.outputs, expand_composites=True)
-        filled = [next(tensors) if tf.is_tensor(leaf) else leaf for leaf in leaves]
-        return tf.nest.pack_sequence_as(self.outputs, filled, expand_composites=True)
+        return tracing.filled(self.outputs, flat)
 
     def _read(self) -> list[Any]:
         """Adds the lasting outputs to the current graph: their values, in order."""

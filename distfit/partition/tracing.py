@@ -287,6 +287,14 @@ def _trace(
         return graphs.trace(traced, spec)
 
 
+def filled(structure: Any, tensors: Iterable[Any]) -> Any:
+    """A structure that a step returns, with other tensors in place of its own."""
+    new = iter(tensors)
+    leaves = tf.nest.flatten(structure, expand_composites=True)
+    flat = [next(new) if tf.is_tensor(leaf) else leaf for leaf in leaves]
+    return tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
+
+
 def _value(output: Any) -> Any:
     is_variable = isinstance(output, keras.Variable | tf.Variable)
     return tf.convert_to_tensor(output) if is_variable else output

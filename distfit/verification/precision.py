@@ -15,8 +15,6 @@ from distfit._keras import graphs
 from distfit.partition import tracing
 
 _LOOPS = {"While", "StatelessWhile"}
-_CONDITIONS = {"If", "StatelessIf"}
-_CHOICES = {"Case", "StatelessCase"}
 # Random numbers, which would be others, bits, and functions of Python.
 _AS_THEY_ARE = re.compile("Random|Multinomial|Truncated|Bitcast|PyFunc|Normal|Gamma")
 _OPAQUE = {tf.resource, tf.string}
@@ -39,11 +37,8 @@ def doubled(graph: Any, spec: Any) -> Any:
         given = [t for t in leaves if t is not None] + captured
         results = _results(graph, [_double(t) for t in given])
         like = zip(results, graph.outputs, strict=True)
-        outputs = iter([tf.cast(t, old.dtype) for t, old in like])
-        structure = graph.structured_outputs
-        flat = tf.nest.flatten(structure, expand_composites=True)
-        filled = [next(outputs) if tf.is_tensor(leaf) else leaf for leaf in flat]
-        return tf.nest.pack_sequence_as(structure, filled, expand_composites=True)
+        outputs = [tf.cast(t, old.dtype) for t, old in like]
+        return tracing.filled(graph.structured_outputs, outputs)
 
     return graphs.trace(step, spec)
 
@@ -77,7 +72,7 @@ def _done(op: tf.Operation, inputs: list[tf.Tensor]) -> Sequence[tf.Tensor]:
             inputs,
             shape_invariants=[t.shape for t in body.inputs],
         )
-    if op.type in _CONDITIONS | _CHOICES:
+    if op.type in graphs.BRANCHING:
         return _branched(op, *inputs)
     if op.type == "Const" and op.outputs[0].dtype == tf.float32:
         value = tf.make_ndarray(op.get_attr("value"))
@@ -86,10 +81,8 @@ def _done(op: tf.Operation, inputs: list[tf.Tensor]) -> Sequence[tf.Tensor]:
 
 
 def _branched(op: tf.Operation, index: tf.Tensor, *given) -> Sequence[tf.Tensor]:
-    if op.type in _CHOICES:
-        bodies = graphs.bodies_of(op, "branches")
-    else:
-        bodies = [graphs.body_of(op, f"{name}_branch") for name in ("else", "then")]
+    bodies = graphs.branches_of(op)
+    if op.type in ("If", "StatelessIf"):
         index = tf.cast(tf.cast(index, tf.bool), tf.int32)
     # With a number more, as there may be no results at all.
     branches = [lambda b=b: (*_results(b, given), tf.constant(0)) for b in bodies]

@@ -33,25 +33,22 @@ def _if(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
         condition = emitter.call(
             lambda t: tf.cast(t, tf.bool), [emitter.whole(condition)], REPLICATED, []
         )
-    bodies = [graphs.body_of(node.op, f"{name}_branch") for name in ("else", "then")]
-    return _branches(emitter, node, condition, bodies, given)
+    return _branches(emitter, node, condition, given)
 
 
 @rule("Case", "StatelessCase")
 def _case(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     index, *given = inputs
-    bodies = graphs.bodies_of(node.op, "branches")
-    return _branches(emitter, node, index, bodies, given)
+    return _branches(emitter, node, index, given)
 
 
 def _branches(
     emitter: Emitter,
     node: Node,
     index: Value,
-    bodies: Sequence[Any],
     given: list[Value],
 ) -> list[Value]:
-    inner = [emitter.body(body, given) for body in bodies]
+    inner = [emitter.body(body, given) for body in graphs.branches_of(node.op)]
     outputs = [
         _joined(emitter, [values[i] for _, values in inner])
         for i in range(len(node.outputs))

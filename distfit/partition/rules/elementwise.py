@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, cut_rule, rule
+from distfit.partition.emission import Emitter, Value, cut_rule, measured, rule
 from distfit.partition.layouts import (
-    BATCH,
     PARTIAL,
     REPLICATED,
     ROWS,
     Layout,
-    Size,
     by_rows,
 )
 from distfit.partition.rules import lists
@@ -183,20 +181,14 @@ def _linear_inputs(
 def _is_never_zero(value: Value) -> bool:
     """Whether a value is known not to be zero: a constant, or a number of rows."""
     if value.sizes is not None:
-        return all(size != 0 and not _is_measured(size) for size in value.sizes.flat)
+        sizes = list(value.sizes.flat)
+        return not {0, None}.intersection(sizes) and not any(measured(sizes))
     node = value.node
     while node is not None and node.type in ("Cast", "Identity", "Sqrt"):
         node = node.inputs[0].node
     if node is None or node.type != "Const":
         return False
     return bool(np.all(tf.make_ndarray(node.attr("value")) != 0))
-
-
-def _is_measured(size: Any) -> bool:
-    """Whether a size is not known to be positive for any batch that has rows."""
-    if size is None or isinstance(size, Size):
-        return size is None or any(symbol != BATCH for symbol in size.symbols)
-    return False
 
 
 def align(
