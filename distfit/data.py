@@ -375,7 +375,8 @@ def fingerprint(arrays: Any) -> list:
 def _fingerprint(array: Any) -> Any:
     if not isinstance(array, np.ndarray | tf.Tensor):
         return None
-    rows = np.asarray(array[:: max(len(array) // 64, 1)])
+    some = array[:: max(len(array) // 64, 1)] if array.ndim else array
+    rows = np.asarray(some)
     # Of Python objects, such as texts, the bytes are but their addresses.
     content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
     return tuple(array.shape), workers.checksum(content)
