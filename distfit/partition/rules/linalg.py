@@ -105,23 +105,12 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
         return batched(emitter, node, [value, *others], 1, core)
     size = value.dims[-1]
     is_square = ints(others[0]) == [0] and _are_size(emitter, others[1:3], size)
-    if not _is_last(value):
-        if value.has_rows and value.layout.dim == value.rank - 1:  # Blocks of rows.
-            value = emitter.whole(value)
-        if value.is_replicated and is_square:
-            given = [value, *map(emitter.whole, others)]
-            return emitter.op(node, given, REPLICATED, [*value.dims, size])
-        return batched(emitter, node, [value, *others], 1, core)
-    if not is_square:
-        return None
-
-    def diag(tensor, padding, total, start):
-        on = _diagonal(tensor, total, start)
-        return tf.where(on, tensor[..., tf.newaxis], padding)
-
-    given = [value, emitter.whole(others[3]), emitter.known(size, tf.int32)]
-    dims = [*value.dims, size]
-    return [emitter.call(diag, [*given, emitter.start()], value.layout, dims)]
+    if value.has_rows and value.layout.dim == value.rank - 1:
+        return [_diag_of_rows(emitter, value, others[3])] if is_square else None
+    if value.is_replicated and is_square:
+        given = [value, *map(emitter.whole, others)]
+        return emitter.op(node, given, REPLICATED, [*value.dims, size])
+    return batched(emitter, node, [value, *others], 1, core)
 
 
 @cut_rule("MatrixDiagV2", "MatrixDiagV3")
@@ -136,16 +125,22 @@ def _rows_of_diag(emitter: Emitter, value: Value, layout: Layout) -> Value | Non
         return None
     if layout.dim != value.rank - 2:
         return None
+    return _diag_of_rows(emitter, emitter.cut(diagonal, layout), padding)
+
+
+def _diag_of_rows(emitter: Emitter, diagonal: Value, padding: Value) -> Value:
+    """Square matrices by their rows, of diagonals by the same rows."""
+    size, layout = diagonal.dims[-1], diagonal.layout
     number = emitter.known(size, tf.int32)
     every = emitter.call(tf.range, [number], REPLICATED, [size])
-    rows = [emitter.cut(v, layout.moved(v.rank - 1)) for v in (diagonal, every)]
 
     def diag(tensor, own, padding, total):
         on = own[:, tf.newaxis] == tf.range(total)
         return tf.where(on, tensor[..., tf.newaxis], padding)
 
-    given = [*rows, emitter.whole(padding), number]
-    return emitter.call(diag, given, layout, value.dims)
+    own = emitter.cut(every, layout.moved(0))
+    given = [diagonal, own, emitter.whole(padding), number]
+    return emitter.call(diag, given, layout, [*diagonal.dims, size])
 
 
 def _are_size(emitter: Emitter, values: Sequence[Value], size: Dim) -> bool:
