@@ -221,17 +221,46 @@ LINEAR = [
     *(lambda t, scale: tf.stack([t, scale]), lambda t, scale: tf.concat([t, t], 0)),
     *(lambda t, scale: tf.pad(t, [[1, 0]]), lambda t, scale: tf.reduce_sum(t)),
     *(lambda t, scale: tf.reshape(t, [3, 1]), lambda t, scale: tf.tile(t, [2])),
-    *(lambda t, scale: tf.einsum("a,b->ab", t, scale), lambda t, scale: t[::-1]),
+    *(lambda t, scale: t[::-1], lambda t, scale: t * (1.0 / tf.cast(3, t.dtype))),
     *(lambda t, scale: tf.broadcast_to(t, [2, 3]), lambda t, scale: tf.cumsum(t)),
 ]
 
 
 @pytest.mark.parametrize("place", range(len(LINEAR)))
 def test_linear_operations_keep_a_sum_a_sum(place):
-    scale = tf.constant([1.0, 2.0, 3.0])
-    function = lambda x: LINEAR[place](tf.reduce_sum(x, 0), scale)  # noqa: E731
+    scale = [1.0, 2.0, 3.0]
+    function = lambda x: LINEAR[place](tf.reduce_sum(x, 0), tf.constant(scale))  # noqa: E731
     outcome = check(function, [batch([2, 3], 3)], [2, 3])
     assert outcome.layouts == ["partial"]
+    assert outcome.exchanges == 0
+
+
+@given(splits())
+@few
+def test_a_sum_times_infinity(counts):
+    """On a replica without any of what is counted, the part of the sum is zero."""
+    infinite = tf.constant([np.inf, 1.0, -np.inf])
+
+    def function(x):
+        total = tf.reduce_sum(tf.cast(x > 0.7, tf.float32), 0)
+        large = tf.exp(100.0 * tf.reduce_max(tf.abs(x)) + 100.0)
+        return [
+            *(total * infinite, total * tf.math.log([0.0, 0.5, 1.0]), total * large),
+            *(tf.linalg.matvec(infinite[None], total), total / (1.0 / infinite)),
+            tf.einsum("a,b->ab", total, infinite),
+        ]
+
+    check(function, [batch(counts, 3)], counts)
+
+
+def test_the_mean_by_hand_is_a_sum():
+    def function(x):
+        count = tf.cast(tf.shape(x)[0], tf.float32)
+        total = tf.reduce_sum(x, 0)
+        return [total / count, total * (1.0 / count), total * count, -total * 0.5]
+
+    outcome = check(function, [batch([2, 3], 3)], [2, 3])
+    assert set(outcome.layouts) == {"partial"}
     assert outcome.exchanges == 0
 
 

@@ -203,17 +203,8 @@ def _convolution(
     dims = _window_dims(emitter, node, images, windows)
     of_each = filter.dims[-2] if node.type == "DepthwiseConv2dNative" else 1
     dims[_channels(node, len(dims))] = product([of_each, filter.dims[-1]])
-    if _is_one_sum(inputs):
-        return _emitted(emitter, node, inputs, PARTIAL, dims)
     found = batched(emitter, inputs, [0])
     return found and _emitted(emitter, node, *found, dims)
-
-
-def _is_one_sum(tensors: list[Value]) -> bool:
-    """Whether one of the factors of a product is a sum over replicas, none by rows."""
-    return sum(v.is_partial for v in tensors) == 1 and not any(
-        v.has_rows for v in tensors
-    )
 
 
 @rule(*_GRADIENTS_OF_IMAGES)
@@ -244,9 +235,6 @@ def _to_shape(
     if traced.shape.rank is None:
         return None
     dims = _from_elements(shape, traced.shape)
-    if _is_one_sum(factors):
-        laid = [emitter.whole(shape), *factors]
-        return _emitted(emitter, node, laid, PARTIAL, dims)
     found = batched(emitter, factors, [len(factors) - 1])
     if found is None:
         return None
@@ -286,9 +274,6 @@ def _filter_gradient(
         dims: Any = filter.dims
     else:
         dims = _from_elements(filter, node.outputs[0].shape)
-        if _is_one_sum([images, gradient]):
-            laid = [images, emitter.whole(filter), gradient]
-            return _emitted(emitter, node, laid, PARTIAL, dims)
     found = batched(emitter, inputs, [0, 2])
     if found is None or dims is None:
         return None

@@ -167,28 +167,58 @@ def _linear_inputs(
             return [emitter.as_partial(v) for v in inputs]
         return None
     if node.type == "Mul" and sum(partial) == 1:
-        return inputs
+        # A part of 0 times infinity is no number, where the whole sum may be.
+        others = (v for v in inputs if not v.is_partial)
+        return inputs if all(_is_finite(emitter, v) for v in others) else None
     floating = _is_inexact(node.outputs[0].dtype)
     if node.type in ("RealDiv", "Div", "DivNoNan") and partial == [True, False]:
         # A part of 0 over 0 is no number, where the whole sum over 0 is infinite.
-        is_safe = node.type == "DivNoNan" or _is_never_zero(inputs[1])
+        is_safe = node.type == "DivNoNan" or _is_never_zero(emitter, inputs[1])
         return inputs if floating and is_safe else None
     if node.type == "SelectV2" and not partial[0]:
         return [inputs[0], *(emitter.as_partial(v) for v in inputs[1:])]
     return None
 
 
-def _is_never_zero(value: Value) -> bool:
+def _is_finite(emitter: Emitter, value: Value) -> bool:
+    """Whether a value is known not to be infinite: a constant, or made of sizes."""
+    if not _is_inexact(value.dtype):
+        return True
+    node = value.node
+    if node is None:
+        return False
+    if node.type == "Const":
+        return bool(np.all(np.isfinite(_numbers(node))))
+    given = [emitter.values[edge] for edge in node.inputs]
+    if node.type == "Cast":
+        fits = value.dtype.size >= min(given[0].dtype.size, tf.float32.size)
+        return fits and _is_finite(emitter, given[0])
+    if node.type in ("RealDiv", "Div"):
+        return _is_finite(emitter, given[0]) and _is_never_zero(emitter, given[1])
+    return node.type in ("Identity", "Neg") and _is_finite(emitter, given[0])
+
+
+def _is_never_zero(emitter: Emitter, value: Value) -> bool:
     """Whether a value is known not to be zero: a constant, or a number of rows."""
     if value.sizes is not None:
         sizes = list(value.sizes.flat)
         return not {0, None}.intersection(sizes) and not any(measured(sizes))
     node = value.node
-    while node is not None and node.type in ("Cast", "Identity", "Sqrt"):
-        node = node.inputs[0].node
-    if node is None or node.type != "Const":
+    if node is None:
         return False
-    return bool(np.all(tf.make_ndarray(node.attr("value")) != 0))
+    if node.type == "Const":
+        return bool(np.all(_numbers(node) != 0))
+    given = [emitter.values[edge] for edge in node.inputs]
+    if node.type == "Cast" and not _is_inexact(value.dtype):
+        return False  # It may round to zero.
+    return node.type in ("Cast", "Identity", "Sqrt") and _is_never_zero(
+        emitter, given[0]
+    )
+
+
+def _numbers(node: Node) -> np.ndarray:
+    """The elements of a constant."""
+    return tf.make_ndarray(node.attr("value"))
 
 
 def align(

@@ -28,15 +28,12 @@ def contraction(
     Returns:
         The values of the result; None where rows cannot be proven to meet rows.
     """
-    partial = [v for v in inputs if v.is_partial]
-    if len(partial) == 1 and not any(v.has_rows for v in inputs):
-        laid, layout = list(inputs), PARTIAL
-    else:
-        values = [emitter.whole(v) if v.is_partial else v for v in inputs]
-        found = _by_rows(emitter, values, terms, output)
-        if found is None:
-            return None
-        laid, layout = found
+    # Also where one factor is a sum: the other may be infinite, and parts of it zero.
+    values = [emitter.whole(v) if v.is_partial else v for v in inputs]
+    found = _by_rows(emitter, values, terms, output)
+    if found is None:
+        return None
+    laid, layout = found
     dims: list[Dim] = []
     for label in output:
         sizes = [
