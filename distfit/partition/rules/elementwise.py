@@ -58,6 +58,11 @@ _LINEAR = {
 # Linear in all their tensors together.
 _ADDITIVE = {"Add", "AddV2", "Sub", "AddN", "AccumulateNV2", "Complex"}
 _SHAPE_ONLY = {"ZerosLike", "OnesLike"}
+# Give the numbers of their first input, but for the sign.
+_SAME_NUMBERS = {
+    *("Identity", "StopGradient", "PreventGradient", "Snapshot", "Neg"),
+    *("Reshape", "ExpandDims", "Squeeze", "BroadcastTo", "Tile", "Transpose"),
+}
 
 
 @rule(*_UNARY)
@@ -195,7 +200,9 @@ def _is_finite(emitter: Emitter, value: Value) -> bool:
         return fits and _is_finite(emitter, given[0])
     if node.type in ("RealDiv", "Div"):
         return _is_finite(emitter, given[0]) and _is_never_zero(emitter, given[1])
-    return node.type in ("Identity", "Neg") and _is_finite(emitter, given[0])
+    if node.type == "Fill":
+        return _is_finite(emitter, given[1])
+    return node.type in _SAME_NUMBERS and _is_finite(emitter, given[0])
 
 
 def _is_never_zero(emitter: Emitter, value: Value) -> bool:
