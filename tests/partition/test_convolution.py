@@ -163,7 +163,7 @@ def test_filters_and_images_of_other_layouts(counts):
     def one_image(x):
         return tf.nn.conv2d(tf.reduce_sum(x, 0, keepdims=True), w, 1, "SAME")
 
-    assert check(one_image, [x], counts).layouts == ["partial"]
+    check(one_image, [x], counts)
     check(lambda x: x + tf.nn.conv2d(constant(1, 4, 4, 2), w, 1, "SAME"), [x], counts)
 
     def along_rows(x):
