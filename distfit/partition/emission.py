@@ -215,7 +215,7 @@ def measured(dims: Iterable[Any]) -> Iterator[str]:
 
 
 # Linear operations that give the same elements in another shape.
-_VIEWS = {
+VIEWS = {
     *("Identity", "StopGradient", "Snapshot", "PreventGradient"),
     *("Reshape", "Squeeze", "ExpandDims", "Transpose"),
 }
@@ -327,7 +327,7 @@ class Emitter:
 
     def _note_source(self, node: Node, inputs: list[Value], outputs: list[Value]):
         """Notes of what sum a sum is only another view, which is exchanged once."""
-        if node.type not in _VIEWS or not inputs[0].is_partial:
+        if node.type not in VIEWS or not inputs[0].is_partial:
             return
         (value,) = outputs
         others_known = all(v.sizes is not None or v.constant for v in inputs[1:])

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, cut_rule, measured, rule
+from distfit.partition.emission import (
+    VIEWS,
+    Emitter,
+    Value,
+    cut_rule,
+    measured,
+    rule,
+)
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -59,10 +66,7 @@ _LINEAR = {
 _ADDITIVE = {"Add", "AddV2", "Sub", "AddN", "AccumulateNV2", "Complex"}
 _SHAPE_ONLY = {"ZerosLike", "OnesLike"}
 # Give the numbers of their first input, but for the sign.
-_SAME_NUMBERS = {
-    *("Identity", "StopGradient", "PreventGradient", "Snapshot", "Neg"),
-    *("Reshape", "ExpandDims", "Squeeze", "BroadcastTo", "Tile", "Transpose"),
-}
+_SAME_NUMBERS = VIEWS | {"Neg", "BroadcastTo", "Tile"}
 
 
 @rule(*_UNARY)
