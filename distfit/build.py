@@ -19,6 +19,11 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     return list(found.values())
 
 
+def runs_eagerly(model: keras.Model) -> bool:
+    """Whether steps run operation by operation, as the model or TensorFlow is told."""
+    return model.run_eagerly or tf.config.functions_run_eagerly()
+
+
 def check_compiled(model: keras.Model, method: str) -> None:
     """Raises a `ValueError` if `compile()` was not called."""
     if not model.compiled:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras, build, data, workers
-from distfit._keras import graphs, optimizers, rewriting
+from distfit._keras import calls, graphs, optimizers, rewriting
 from distfit.finite import FiniteWatch
 from distfit.partition.exchanges import Replicas
 from distfit.partition.findings import not_partitioned
@@ -46,7 +46,8 @@ class StepDriver:
         self.watch = watch
         step = watch.around(step) if watch else step
         self._latest: list[list] | None = None
-        if model.run_eagerly:
+        self.eagerly = build.runs_eagerly(model)
+        if self.eagerly:
             self._eager = EagerStep(model, step, self.replicas)
             return
         self.step = partitioned(
@@ -57,7 +58,7 @@ class StepDriver:
         self._has_rows = self.step.has_rows
         self._sharded = sharded
         for name in ("_run_next", "_run_many", "_run_ahead"):
-            setattr(self, name, compiled(getattr(self, name), self.replicas))
+            setattr(self, name, compiled_for_iterators(self, name))
         self._run_batch_compiled = compiled(self._run_batch, self.replicas)
         self._read_compiled = compiled(self._read, self.replicas)
 
@@ -68,7 +69,7 @@ class StepDriver:
 
     def run(self, batches: data.GlobalBatches, steps: int) -> int:
         """Runs up to `steps` steps and returns how many the data were good for."""
-        if self.model.run_eagerly:
+        if self.eagerly:
             return self._run_eagerly(batches, steps)
         if steps > 1 and self.takes_single_steps:
             taken = (self.run(batches, 1) for _ in range(steps) if batches.has_next())
@@ -92,7 +93,7 @@ class StepDriver:
 
     def run_on(self, batch: Any) -> None:
         """Runs a step on one global batch of tensors."""
-        if self.model.run_eagerly:
+        if self.eagerly:
             self._latest = self._eager(batch)
         else:
             few_rows = is_for_few_rows(self.step, batch)
@@ -109,7 +110,7 @@ class StepDriver:
         """The logs of the latest step: a sum over replicas where they need one."""
         if self._latest is None:
             return {}
-        if self.model.run_eagerly:
+        if self.eagerly:
             return _keras.pythonify_logs(self._latest)
         logs = self._read_compiled(self._latest)
         return _keras.pythonify_logs(logs or {})
@@ -122,7 +123,7 @@ class StepDriver:
         the step does not update is left out of that: stock Keras logs 0 for it.
         """
         logs = self.results()
-        if not logs or not (self.model.run_eagerly or self.step.returned):
+        if not logs or not (self.eagerly or self.step.returned):
             return logs
         metrics = _keras.pythonify_logs(self.model.get_metrics_result())
         if metrics.keys() != logs.keys():
@@ -143,7 +144,7 @@ class StepDriver:
     @property
     def variables(self) -> list:
         """The variables that the step uses."""
-        return [] if self.model.run_eagerly else self.step.variables
+        return [] if self.eagerly else self.step.variables
 
     # What is compiled.
 
@@ -224,7 +225,7 @@ class StepDriver:
                 batches.iterator(),
                 batches.take_next(),
                 tf.constant(1 if few_rows else steps - done),
-                few_rows,
+                few_rows=few_rows,
             )
             batches.put_next(ahead)
             if ran:
@@ -380,17 +381,30 @@ def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
 
 
 def compiled(method: Callable, replicas: Replicas) -> Callable:
-    """A `tf.function` of a bound method, for the replicas.
+    """A `tf.function` of a bound method, for the replicas."""
+    return _rounding_alike(_function(method), replicas)
 
-    TensorFlow takes a method for a function of its object, and models that are compared
-    with one another for one function that is traced again and again.
+
+def compiled_for_iterators(driver: Any, name: str) -> Callable:
+    """The same of a driver's method whose first argument is an iterator.
+
+    Other tensors are given by position, Python values by keyword.
     """
-    function = tf.function(
+    function = calls.IteratorCalls(_function(getattr(driver, name)))
+    return _rounding_alike(function, driver.replicas)
+
+
+def _function(method: Callable) -> Callable:
+    # TensorFlow takes a method for a function of its object, and models that are
+    # compared with one another for one function that is traced again and again.
+    return tf.function(
         functools.partial(method), autograph=False, reduce_retracing=True
     )
-    if replicas.num_replicas == 1:
-        return function
-    return rewriting.alike_on_replicas(function)
+
+
+def _rounding_alike(function: Callable, replicas: Replicas) -> Callable:
+    one = replicas.num_replicas == 1
+    return function if one else rewriting.alike_on_replicas(function)
 
 
 class PredictDriver:
@@ -405,7 +419,8 @@ class PredictDriver:
     def __init__(self, model: keras.Model, layout: Layout, sharded: bool):
         self.model = model
         self.replicas = replicas_of(model.distribute_strategy)
-        if model.run_eagerly:
+        self.eagerly = build.runs_eagerly(model)
+        if self.eagerly:
             self._eager = EagerStep(model, model.predict_step, self.replicas)
             return
         self.step = partitioned(
@@ -417,7 +432,9 @@ class PredictDriver:
             bool(model.jit_compile),
             keep_rows=True,
         )
-        for name in ("_run_next", "_run_taken", "_run_shards", "_run_batch"):
+        for name in ("_run_next", "_run_shards"):
+            setattr(self, name, compiled_for_iterators(self, name))
+        for name in ("_run_taken", "_run_batch"):
             setattr(self, name, compiled(getattr(self, name), self.replicas))
 
     def run(self, batches: data.GlobalBatches) -> Any:
@@ -426,24 +443,23 @@ class PredictDriver:
             shards, counts = batches.take_next()
             few_rows = self.step.needs_rows and not np.all(counts)
             outputs, *ahead = self._run_shards(
-                batches.iterator(), shards, counts, few_rows
+                batches.iterator(), shards, counts, few_rows=few_rows
             )
             batches.put_next(tuple(ahead))
             return outputs
-        eagerly = self.model.run_eagerly
-        if batches.length_is_known and not eagerly and not self.step.needs_rows:
+        if batches.length_is_known and not self.eagerly and not self.step.needs_rows:
             return self._run_next(batches.iterator())
         taken = batches.take_next()
         batches.put_next(None)
         batch = taken.get_value()
-        if eagerly:
+        if self.eagerly:
             return self._eager(batch)
         # The optional, whose spec is that of all batches.
         return self._run_taken(taken, is_for_few_rows(self.step, batch))
 
     def run_on(self, batch: Any) -> Any:
         """The predictions for this worker's rows of one global batch of tensors."""
-        if self.model.run_eagerly:
+        if self.eagerly:
             return self._eager(batch)
         return self._run_batch(batch, is_for_few_rows(self.step, batch))
 

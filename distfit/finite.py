@@ -72,7 +72,7 @@ def bad_replica(model: keras.Model) -> int | None:
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return 0
-    if model.run_eagerly:  # On the first replica, with all rows.
+    if build.runs_eagerly(model):  # On the first replica, with all rows.
         return None
     team = workers.of(strategy)
     bad: set[int] = set()

@@ -352,7 +352,7 @@ def _cached_driver(
     model, kind: str, layout: Layout, sharded: bool = False, watched: bool = False
 ) -> StepDriver:
     drivers = _drivers(model, kind)
-    key = (_signature(layout), sharded, watched, model.run_eagerly)
+    key = (_signature(layout), sharded, watched, build.runs_eagerly(model))
     if key not in drivers:
         step = getattr(model, f"{kind}_step")
         watch = FiniteWatch() if watched else None
@@ -362,7 +362,7 @@ def _cached_driver(
 
 def _predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDriver:
     drivers = _drivers(model, "predict")
-    key = (_signature(layout), sharded, model.run_eagerly)
+    key = (_signature(layout), sharded, build.runs_eagerly(model))
     if key not in drivers:
         drivers[key] = PredictDriver(model, layout, sharded)
     return drivers[key]

@@ -14,6 +14,7 @@ from keras.src.optimizers import base_optimizer
 from distfit import _keras
 from distfit._keras import generators, graphs, optimizers, rewriting, scalars
 from distfit._keras.alive import instances_of
+from distfit._keras.calls import IteratorCalls
 
 
 def test_every_exported_name_is_there():
@@ -175,6 +176,25 @@ def test_sums_are_left_in_their_order_where_replicas_must_round_alike():
     alike = rewriting.alike_on_replicas(total)
     assert alike(*terms).numpy().tolist() == [0] * 4
     assert total(*terms).numpy().tolist() == [1] * 4
+
+
+def test_functions_are_traced_once_for_iterators_of_a_kind():
+    state = tf.Variable(0)
+    traces = []
+
+    @tf.function
+    def add(iterator, factor, sign=1):
+        traces.append(sign)
+        state.assign_add(sign * factor * next(iterator))
+        return {"state": [state.read_value()]}
+
+    calls = IteratorCalls(add)
+    for expected in ([2, 6], [5, 9]):
+        iterator = iter(tf.data.Dataset.range(1, 5).map(lambda x: tf.cast(x, tf.int32)))
+        for value in expected:
+            assert calls(iterator, tf.constant(2))["state"][0] == value
+        assert calls(iterator, tf.constant(1), sign=-1)["state"][0] == expected[1] - 3
+    assert traces == [1, -1]
 
 
 def test_random_state_of_tensorflow_follows_seeds_and_draws():

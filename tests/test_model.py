@@ -140,6 +140,31 @@ def test_run_eagerly_equals_compiled(make_strategy):
         comparing.assert_close_logs(histories[0], history, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config")  # About tf.data.
+def test_all_functions_run_eagerly_when_tensorflow_is_told_so(make_strategy):
+    seen = []
+
+    class Seeing(distfit.Model):
+        def train_step(self, data):
+            seen.append(tf.executing_eagerly())
+            return super().train_step(data)
+
+    with make_strategy(2).scope():
+        inputs = keras.Input((3,))
+        model = Seeing(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+    x, y = comparing.regression_data(8)
+    tf.config.run_functions_eagerly(True)
+    try:
+        model.fit(x, y, batch_size=4, verbose=0)
+        model.predict(x, verbose=0)
+        assert seen == [True, True]
+    finally:
+        tf.config.run_functions_eagerly(False)
+    model.fit(x, y, batch_size=4, verbose=0)
+    assert not all(seen)
+
+
 def test_compile_again_takes_effect(make_strategy):
     with make_strategy(2).scope():
         model = KINDS["functional"]()

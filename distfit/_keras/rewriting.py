@@ -20,7 +20,7 @@ _BY_NAME = ("arithmetic_optimization", "constant_folding", "remapping")
 
 
 def alike_on_replicas(function: Callable) -> Callable:
-    """A `tf.function`, called so that all replicas round alike.
+    """A compiled function, called so that all replicas round alike.
 
     What replicas compute in full must be the same on each, bit for bit, or their copies
     of the variables drift apart. TensorFlow adds the terms of a sum in another order on
@@ -28,9 +28,9 @@ def alike_on_replicas(function: Callable) -> Callable:
     """
     options = functools.cache(_options)  # As they are at the first call.
 
-    def call(*args):
+    def call(*args, **kwargs):
         with _as_options(options()):
-            return function(*args)
+            return function(*args, **kwargs)
 
     call.__wrapped__ = function  # type: ignore[attr-defined]
     return call

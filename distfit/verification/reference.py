@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras
+from distfit import _keras, build
 from distfit._keras import graphs
 from distfit.partition.tracing import is_of_user
 from distfit.verification.batches import Batch, Source
@@ -84,7 +84,7 @@ class OneDevice:
 
     def _compiled(self, mode: str, batch: Batch) -> Callable:
         step = getattr(self.model, _STEPS[mode])
-        if self.model.run_eagerly:
+        if build.runs_eagerly(self.model):
             step(batch.tensors)
             return step
         function = self._function(mode)
@@ -162,7 +162,8 @@ class OneDevice:
 
     def _fresh(self, mode: str) -> Callable:
         """The function of a step, whose seeded operations draw from the start."""
-        if self.model.run_eagerly or not any(map(_drawing_operations, self._graphs)):
+        draws = any(map(_drawing_operations, self._graphs))
+        if build.runs_eagerly(self.model) or not draws:
             return self._functions[mode]
         return self._function(mode)
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from distfit import _keras, data, loop
+from distfit import _keras, build, data, loop
 from distfit import model as distfit_model
 from distfit.partition.findings import InFull, merged
 from distfit.verification.batches import Batch
@@ -88,7 +88,7 @@ class Replicas:
     def _initial(self) -> Values:
         """The values to start from: slots are new, and their own may be wrong."""
         initial = self._reference.initial
-        if self.model.run_eagerly:  # Then the reference has trained to build them.
+        if build.runs_eagerly(self.model):  # The reference has trained to build them.
             return initial
         return {key: value for key, value in initial.items() if key[0] != "slot"}
 
