@@ -150,7 +150,7 @@ def test_all_functions_run_eagerly_when_tensorflow_is_told_so(make_strategy):
             return super().train_step(data)
 
     with make_strategy(2).scope():
-        inputs = keras.Input((3,))
+        inputs = keras.Input((8,))
         model = Seeing(inputs, keras.layers.Dense(1)(inputs))
         model.compile("sgd", "mse")
     x, y = comparing.regression_data(8)
