@@ -13,7 +13,7 @@ import tempfile
 import time
 from typing import IO
 
-from launch import hardware, local_cluster
+from launch.cluster import hardware, local
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SETTLE = 2.0  # Seconds that workers may take to follow one of them that has failed.
@@ -49,7 +49,7 @@ def places(workers: int) -> list[Place]:
     if workers == 1:
         return [Place(alone, cores[0])]
     shares = [hardware.Share(own, None) for own in cores]
-    told = local_cluster.environments(shares)
+    told = local.environments(shares)
     return [Place(*place) for place in zip(told, cores, strict=True)]
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from distfit import _keras, loop
+from distfit import _keras
+from distfit.training import loop
 
 
 def fit(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from distfit import _keras, workers
+from distfit import _keras
+from distfit.cluster import workers
 
 NAMES = ("auto", "one_device", "mirrored", "multi_worker")
 

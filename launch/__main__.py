@@ -1,7 +1,8 @@
 """python -m launch [train|evaluate|verify] --flag=value ...: `train` is the default.
 
-This process is a worker of the cluster that cluster.py finds; without one it does all
-the work, or, with --num_workers, starts and watches workers and imports no TensorFlow.
+This process is a worker of the cluster that cluster/discovery.py finds; without one it
+does all the work, or, with --num_workers, starts and watches workers and imports no
+TensorFlow.
 
 Exit codes: 0 done; 1 training failed, or `verify` found numbers that differ; 2
 something given is wrong, and nothing was trained; 130 interrupted; 143 told to end
@@ -18,20 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 
-from launch import (
-    checks,
-    cluster,
-    configuration,
-    failures,
-    flags,
-    quiet,
-    run_files,
-    signals,
-    stall,
-)
-from launch.cluster import Cluster
+from launch import run_files
+from launch.cluster import discovery
+from launch.cluster.discovery import Cluster
 from launch.errors import UsageError
-from launch.flags import CommandLine
+from launch.run import quiet
+from launch.settings import checks, configuration, flags
+from launch.settings.flags import CommandLine
+from launch.supervisor import root_cause
+from launch.watchdog import signals, stall
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             return _code(end)
         return _fail(_code(end), str(end.code))
     except Exception as error:
-        if lost := failures.lost_peer(error):
+        if lost := root_cause.lost_peer(error):
             return _fail(_code(error), f"another worker is gone ({lost})")
         traceback.print_exc()
         return _fail(_code(error), f"failed with {type(error).__name__}: {error}")
@@ -77,7 +73,7 @@ def _find_cluster(
     if command_line.command == "verify":  # it makes replicas of its own, in one process
         return None
     given = command_line.cluster
-    found = cluster.discover(
+    found = discovery.discover(
         os.environ,
         workers=given.get("workers"),
         worker_index=given.get("worker_index"),
@@ -92,7 +88,7 @@ def _start_workers(
     command_line: CommandLine,
     config: ml_collections.ConfigDict,
 ) -> int:
-    from launch import supervisor
+    from launch.supervisor import supervisor
 
     return supervisor.run(
         arguments,
@@ -116,12 +112,12 @@ def _join(
 
     def record(error: BaseException) -> None:
         if found.num_workers > 1 and _code(error) != 0:
-            failures.record(workdir, found.index, error, _code(error))
+            root_cause.record(workdir, found.index, error, _code(error))
 
     with _recorded(record), signals.raised(record):
         if found.is_chief:
             print(found, flush=True)
-        cluster.check_reachable(found)
+        discovery.check_reachable(found)
         os.environ.update(found.environment())
         return _work(command_line, config, found, watchdog)
 
@@ -143,7 +139,7 @@ def _work(
     watchdog: stall.Watchdog,
 ) -> int:
     with quiet.tensorflow_import():
-        from launch import worker
+        from launch.run import worker
     done = worker.run(command_line, config.model, found, watchdog)
     return 0 if done else 1
 

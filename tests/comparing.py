@@ -7,7 +7,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from distfit import _keras, workers
+from distfit import _keras
+from distfit.cluster import workers
 
 RELATIVE = 1e-5  # of losses and metrics
 ABSOLUTE = 1e-5  # of weights

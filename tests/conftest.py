@@ -21,7 +21,7 @@ import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 
 import distfit
-from distfit import workers
+from distfit.cluster import workers
 from distfit.strategy import make_virtual_devices
 
 VIRTUAL_DEVICES = 8

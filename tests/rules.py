@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distfit.partition.exchanges import Replicas
 from distfit.partition.step import Share, Step
-from distfit.shares import replicas_of, shares
+from distfit.training.shares import replicas_of, shares
 
 
 @dataclasses.dataclass

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit.driver import StepDriver, is_for_few_rows
-from distfit.shares import Layout
+from distfit.training.compiling import is_for_few_rows
+from distfit.training.driver import StepDriver
+from distfit.training.shares import Layout
 
 BATCHES = (7, 5)  # Rows; on 3 replicas 2, 2, 3 and 1, 2, 2.
 

@@ -1,5 +1,6 @@
 """Which cluster a process is in, what is refused, and what `launch` does with it."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -11,10 +12,9 @@ import types
 
 import pytest
 
-import launch
-from launch import cluster, slurm
 from launch.__main__ import main
-from launch.cluster import Cluster
+from launch.cluster import discovery, slurm
+from launch.cluster.discovery import Cluster
 from launch.errors import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -65,8 +65,8 @@ TWO = {"worker": ["a:1", "b:2"]}
 
 
 def test_workers_of_tf_config_are_in_its_order_and_worker_0_is_the_chief():
-    first = cluster.discover(tf_config(TWO))
-    second = cluster.discover(tf_config(TWO, index=1))
+    first = discovery.discover(tf_config(TWO))
+    second = discovery.discover(tf_config(TWO, index=1))
     assert first == Cluster(("a:1", "b:2"), 0, "TF_CONFIG")
     assert (second.workers, second.index) == (("a:1", "b:2"), 1)
     assert (first.is_chief, second.is_chief) == (True, False)
@@ -76,7 +76,7 @@ def test_workers_of_tf_config_are_in_its_order_and_worker_0_is_the_chief():
 def test_a_chief_comes_before_the_workers(chief):
     jobs = {"worker": ["a:1", "b:2"], chief: ["c:3"]}
     found = [
-        cluster.discover(tf_config(jobs, kind, index))
+        discovery.discover(tf_config(jobs, kind, index))
         for kind, index in [(chief, 0), ("worker", 0), ("worker", 1)]
     ]
     assert {one.workers for one in found} == {("c:3", "a:1", "b:2")}
@@ -95,11 +95,11 @@ def test_what_vertex_and_kubeflow_add_is_passed_over():
             }
         )
     }
-    assert cluster.discover(environ) == Cluster(("a:1", "b:2"), 1, "TF_CONFIG")
+    assert discovery.discover(environ) == Cluster(("a:1", "b:2"), 1, "TF_CONFIG")
 
 
 def test_an_evaluator_need_not_be_in_the_cluster():
-    found = cluster.discover(tf_config(TWO, "evaluator", 3))
+    found = discovery.discover(tf_config(TWO, "evaluator", 3))
     assert found.evaluator and not found.is_chief
 
 
@@ -116,22 +116,22 @@ def test_an_evaluator_need_not_be_in_the_cluster():
     + ['{"environment": "cloud", "task": {"type": "worker", "index": 0}}'],
 )
 def test_a_tf_config_without_a_cluster_describes_none(text):
-    assert cluster.discover({"TF_CONFIG": text}) is None
+    assert discovery.discover({"TF_CONFIG": text}) is None
 
 
 def test_a_cluster_of_one_worker_is_a_cluster():
-    assert cluster.discover(tf_config({"worker": ["a:1"]})).num_workers == 1
+    assert discovery.discover(tf_config({"worker": ["a:1"]})).num_workers == 1
 
 
 def test_workers_on_one_host_know_their_place_on_it():
     jobs = {"worker": ["a:1", "b:1", "A:2", "a:3"]}
-    found = cluster.discover(tf_config(jobs, index=2))
+    found = discovery.discover(tf_config(jobs, index=2))
     assert (found.local_index, found.local_workers) == (1, 3)
 
 
 def test_what_tensorflow_is_told_has_the_chief_as_worker_0():
     jobs = {"chief": ["c:3"], "worker": ["a:1"]}
-    environment = cluster.discover(tf_config(jobs, "worker", 0)).environment()
+    environment = discovery.discover(tf_config(jobs, "worker", 0)).environment()
     assert json.loads(environment.pop("TF_CONFIG")) == {
         "cluster": {"worker": ["c:3", "a:1"]},
         "task": {"type": "worker", "index": 1},
@@ -151,7 +151,7 @@ def test_what_tensorflow_is_told_has_the_chief_as_worker_0():
 )
 def test_workers_are_reached_without_the_proxy(name, given, expected):
     jobs = {"worker": ["a:1", "a:2", "[::1]:1"]}
-    environment = cluster.discover(tf_config(jobs)).environment(
+    environment = discovery.discover(tf_config(jobs)).environment(
         {name: "http://proxy:3128", **given}
     )
     assert environment.pop("TF_CONFIG")
@@ -159,7 +159,7 @@ def test_workers_are_reached_without_the_proxy(name, given, expected):
 
 
 def test_without_a_proxy_none_is_passed_by():
-    found = cluster.discover(tf_config(TWO))
+    found = discovery.discover(tf_config(TWO))
     environment = found.environment({"http_proxy": "", "no_proxy": "a"})
     assert set(environment) == {"TF_CONFIG"}
 
@@ -183,7 +183,7 @@ def test_workers_on_one_host_share_its_gpus(gpus, shares, by_flags):
         else:
             given = {}
             environ.update(tf_config({"worker": workers}, index=index))
-        return cluster.discover(environ, gpus=lambda: list(gpus), **given)
+        return discovery.discover(environ, gpus=lambda: list(gpus), **given)
 
     found = [find(index) for index in range(3)]
     assert [one.gpus for one in found] == shares
@@ -247,7 +247,7 @@ BAD_TF_CONFIGS = {
 @pytest.mark.parametrize("text, expected", BAD_TF_CONFIGS.values(), ids=BAD_TF_CONFIGS)
 def test_a_malformed_tf_config_is_refused(text, expected):
     with pytest.raises(UsageError, match=expected):
-        cluster.discover({"TF_CONFIG": text})
+        discovery.discover({"TF_CONFIG": text})
 
 
 # Flags
@@ -260,7 +260,7 @@ def test_flags_win_over_tf_config_over_slurm_over_kubernetes():
 
     def source(environ, **given):
         host = lambda: "j-0.s.n.svc"  # noqa: E731
-        return cluster.discover(environ, num_workers=2, hostname=host, **given).source
+        return discovery.discover(environ, num_workers=2, hostname=host, **given).source
 
     assert source(kubernetes) == "Kubernetes indexed Job"
     assert source(slurm_too) == "Slurm"
@@ -270,7 +270,7 @@ def test_flags_win_over_tf_config_over_slurm_over_kubernetes():
 
 
 def test_workers_by_flags():
-    found = cluster.discover({}, workers="x:1, [::1]:2", worker_index=1)
+    found = discovery.discover({}, workers="x:1, [::1]:2", worker_index=1)
     assert found == Cluster(("x:1", "[::1]:2"), 1, "--workers")
 
 
@@ -291,19 +291,19 @@ def test_workers_by_flags():
 )
 def test_flags_that_describe_no_cluster_are_refused(given, expected):
     with pytest.raises(UsageError, match=expected):
-        cluster.discover({}, **given)
+        discovery.discover({}, **given)
 
 
 def test_the_number_of_workers_has_to_agree_with_any_source():
-    assert cluster.discover(tf_config(TWO), num_workers=2).num_workers == 2
+    assert discovery.discover(tf_config(TWO), num_workers=2).num_workers == 2
     for environ in (tf_config(TWO), slurm_step(0, 0, total=2, tasks="1(x2)")):
         with pytest.raises(UsageError, match="another size.*--num_workers=4, and 2"):
-            cluster.discover(environ, num_workers=4)
+            discovery.discover(environ, num_workers=4)
 
 
 def test_nothing_describes_a_cluster():
-    assert cluster.discover({}) is None
-    assert cluster.discover({}, num_workers=3) is None
+    assert discovery.discover({}) is None
+    assert discovery.discover({}, num_workers=3) is None
 
 
 # Slurm
@@ -336,7 +336,7 @@ def test_what_is_no_node_list_is_refused(text):
 def test_ranks_of_slurm_fill_one_node_after_the_other():
     step = {"nodes": "gpu[01-02],big", "tasks": "1(x2),3", "total": 5}
     places = [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2)]
-    found = [cluster.discover(slurm_step(*place, **step)) for place in places]
+    found = [discovery.discover(slurm_step(*place, **step)) for place in places]
     port = int(found[0].address.split(":")[1])
     hosts = ["gpu01", "gpu02", "big", "big", "big"]
     expected = [
@@ -357,7 +357,7 @@ def test_jobs_and_steps_that_follow_each_other_have_ports_of_their_own():
     def ports(job, step):
         more = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
         environ = slurm_step(0, 0, nodes="n", tasks="16", total=16, **more)
-        workers = cluster.discover(environ).workers
+        workers = discovery.discover(environ).workers
         return {int(address.split(":")[1]) for address in workers}
 
     runs = [ports(job, step) for job in range(900, 920) for step in range(3)]
@@ -376,7 +376,7 @@ def test_jobs_and_steps_that_follow_each_other_have_ports_of_their_own():
     ],
 )
 def test_a_process_that_is_alone_in_slurm_is_in_no_cluster(environ):
-    assert cluster.discover(environ) is None
+    assert discovery.discover(environ) is None
 
 
 def test_older_names_of_slurm_are_understood():
@@ -390,12 +390,12 @@ def test_older_names_of_slurm_are_understood():
         "SLURM_LOCALID": "0",
     }
     expected = slurm_step(1, 0, total=2, tasks="1(x2)")
-    assert cluster.discover(environ) == cluster.discover(expected)
+    assert discovery.discover(environ) == discovery.discover(expected)
 
 
 @pytest.mark.parametrize("distribution", ["block", "block:cyclic", "block,Pack"])
 def test_block_distributions_are_accepted(distribution):
-    assert cluster.discover(slurm_step(3, 1, SLURM_DISTRIBUTION=distribution))
+    assert discovery.discover(slurm_step(3, 1, SLURM_DISTRIBUTION=distribution))
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_block_distributions_are_accepted(distribution):
 )
 def test_a_step_of_slurm_that_is_not_understood_is_refused(environ, expected):
     with pytest.raises(UsageError, match=expected):
-        cluster.discover(environ)
+        discovery.discover(environ)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_step_of_slurm_that_is_not_understood_is_refused(environ, expected):
     ],
 )
 def test_tasks_of_a_node_share_its_gpus_unless_slurm_has_bound_them(more, shares):
-    found = [cluster.discover(slurm_step(2 + i, i, **more)) for i in range(2)]
+    found = [discovery.discover(slurm_step(2 + i, i, **more)) for i in range(2)]
     assert [one.gpus for one in found] == shares
     environments = [one.environment().get("CUDA_VISIBLE_DEVICES") for one in found]
     assert environments == shares
@@ -457,7 +457,7 @@ def test_tasks_of_a_node_share_its_gpus_unless_slurm_has_bound_them(more, shares
 
 def test_a_task_that_is_alone_on_its_node_has_all_of_its_gpus():
     step = slurm_step(1, 0, total=2, tasks="1(x2)", CUDA_VISIBLE_DEVICES="0,1")
-    assert cluster.discover(step).gpus is None
+    assert discovery.discover(step).gpus is None
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_a_task_that_is_alone_on_its_node_has_all_of_its_gpus():
 )
 def test_unequal_shares_of_gpus_are_refused(step, expected):
     with pytest.raises(UsageError, match=expected):
-        cluster.discover(step)
+        discovery.discover(step)
 
 
 # Kubernetes
@@ -487,7 +487,7 @@ def test_unequal_shares_of_gpus_are_refused(step, expected):
 
 def in_job(index, host, num_workers=2):
     environ = {"JOB_COMPLETION_INDEX": index}
-    return cluster.discover(environ, num_workers=num_workers, hostname=lambda: host)
+    return discovery.discover(environ, num_workers=num_workers, hostname=lambda: host)
 
 
 def test_pods_of_an_indexed_job_are_named_after_it_in_their_service():
@@ -544,7 +544,7 @@ def free_port():
 def check(workers, resolve=lambda host, port: [], environ=(), index=0):
     """Returns how many seconds the check has waited."""
     time = Time()
-    cluster.check_reachable(
+    discovery.check_reachable(
         Cluster((*workers,), index, "TF_CONFIG"),
         environ=dict(environ),
         resolve=resolve,
@@ -620,7 +620,7 @@ def test_a_host_without_an_address_is_refused_after_a_while(environ, seconds, ca
     workers = [f"a:{free_port()}", "x:1", "b:1", "y:2"]
     time = Time()
     with pytest.raises(UsageError, match="Received: x:1, y:2 from TF_CONFIG"):
-        cluster.check_reachable(
+        discovery.check_reachable(
             Cluster((*workers,), 0, "TF_CONFIG"),
             environ=environ,
             resolve=resolve,
@@ -648,16 +648,20 @@ def test_a_host_that_starts_late_is_waited_for(capsys):
 # What `launch` does with a cluster
 
 
+PACKAGES = {"worker": "launch.run", "supervisor": "launch.supervisor"}
+
+
 @pytest.fixture
 def replace(monkeypatch):
     """Puts a function in the place of run() of the worker, or of the supervisor."""
     monkeypatch.setenv("TF_CONFIG", "")  # so that it is put back after each test
 
     def replace(name, run):
-        module = types.ModuleType(f"launch.{name}")
+        package = importlib.import_module(PACKAGES[name])
+        module = types.ModuleType(f"{package.__name__}.{name}")
         module.run = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(launch, name, module, raising=False)
+        monkeypatch.setattr(package, name, module, raising=False)
 
     return replace
 
@@ -791,7 +795,7 @@ def test_what_no_cluster_can_train_with_is_refused_in_one_line(
 def test_clusters_are_refused_and_workers_started_without_tensorflow(folder):
     script = (
         "import json, os, sys\n"
-        "from launch import supervisor\n"
+        "from launch.supervisor import supervisor\n"
         "from launch.__main__ import main\n"
         "supervisor.run = lambda *arguments, **options: 2\n"
         "for environ, arguments in json.loads(sys.argv[1]):\n"

@@ -10,11 +10,12 @@ import subprocess
 import pytest
 import yaml
 
-from launch import checks, cluster, configuration, flags
+from launch.cluster import discovery
+from launch.settings import checks, configuration, flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "cluster"
-PORT = cluster.KUBERNETES_PORT
+PORT = discovery.KUBERNETES_PORT
 NCCL = {"protocol": "TCP", "port": 32768, "endPort": 60999}
 
 
@@ -37,7 +38,7 @@ def discovered(arguments, environ, **options):
     config = configuration.preview(command_line)
     given = command_line.cluster
     known = {name: given.get(name) for name in ("workers", "num_workers")}
-    found = cluster.discover(environ, **known, **options)
+    found = discovery.discover(environ, **known, **options)
     checks.check_cluster(config, found, known["num_workers"])
     return found
 

@@ -10,10 +10,12 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit import data, loop
-from distfit.data import GlobalBatches, without_autotune
 from distfit.partition.exchanges import Replicas
-from distfit.shares import Layout, shares, shares_of_shards
+from distfit.training import shards
+from distfit.training.drivers import drivers_of
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.inputs import without_autotune
+from distfit.training.shares import Layout, shares, shares_of_shards
 
 ROWS, BATCH = 45, 10  # Four batches of 10 and one of 5 rows.
 
@@ -436,7 +438,7 @@ def test_stand_ins_are_one_row_of_the_data_or_of_zeros():
     ).batch(2)
     for dataset, first, x in ((rows, b"a", 1), (rows.take(0), b"", 0)):
         full = [2, 1] if first else []
-        elements = list(data.with_stand_ins(dataset).take(len(full) + 2))
+        elements = list(shards.with_stand_ins(dataset).take(len(full) + 2))
         assert [int(count) for _, count in elements] == [*full, 0, 0]
         batch = elements[-1][0]
         assert batch["text"].numpy().tolist() == [first]
@@ -976,4 +978,4 @@ def test_batches_may_change_their_sizes(make_strategy, base):
     _, one = losses(base if alone else keras.Model, alone)
     model, three = losses(base, make_strategy(3))
     np.testing.assert_allclose(three, one, rtol=1e-5)
-    assert len(loop._drivers(model, "train")) == (5 if base is NeedsSizes else 2)
+    assert len(drivers_of(model, "train")) == (5 if base is NeedsSizes else 2)

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import distfit
-from distfit.data import without_autotune
+from distfit.training.inputs import without_autotune
 
 REPLICAS = (1, 2, 3, 4)
 STEPS_PER_EXECUTION = (1, 4)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch import hardware
+from launch.cluster import hardware
 from launch.errors import UsageError
 
 

@@ -15,8 +15,8 @@ import steps
 import tensorflow as tf
 from keras import layers, ops
 
-from distfit.driver import StepDriver
-from distfit.shares import Layout
+from distfit.training.driver import StepDriver
+from distfit.training.shares import Layout
 
 ROWS = 18  # Enough for three steps.
 SIZES = (7, 5, 6)

@@ -11,10 +11,11 @@ import ml_collections
 import pytest
 from ml_collections import config_dict
 
-from launch import configuration, flags, quiet, summary, targets
 from launch.__main__ import main
 from launch.errors import UsageError
-from launch.flags import CommandLine
+from launch.run import quiet, summary
+from launch.settings import configuration, flags, targets
+from launch.settings.flags import CommandLine
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

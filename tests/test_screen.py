@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from launch import screen
-from launch.screen import Lines, Screen
+from launch.supervisor import screen
+from launch.supervisor.screen import Lines, Screen
 
 
 @pytest.fixture(autouse=True)

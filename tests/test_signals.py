@@ -15,7 +15,7 @@ CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 # `hang()` waits in C for ever, and lets other threads run, as a collective does.
 PROGRAM = """
 import asyncio, ctypes, multiprocessing, os, signal, sys, time
-from launch import signals
+from launch.watchdog import signals
 
 def hang():
     lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)

@@ -11,8 +11,10 @@ import time
 
 import pytest
 
-from launch import ending, failures, progress, run_files, stall
-from launch.progress import Progress
+from launch import run_files
+from launch.supervisor import root_cause
+from launch.watchdog import forced_exit, progress, stall
+from launch.watchdog.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 IN, BETWEEN = stall.IN_STEP, stall.BETWEEN_STEPS
@@ -143,7 +145,7 @@ def test_no_note_for_the_timeout_ends_the_worker_and_is_recorded(tmp_path, capfd
     assert watched.codes == []
     watched.pass_time(3)
     assert watched.codes == [1]
-    found = failures.read(tmp_path, 0)
+    found = root_cause.read(tmp_path, 0)
     assert (found.type, found.code, found.traceback) == ("StallError", 1, "")
     assert found.message.startswith("No progress for 10 s. Received: ")
     assert not found.follows
@@ -162,7 +164,7 @@ def test_the_stages_before_the_first_step_are_told_apart(tmp_path):
     waits.pass_time(11)
     assert (
         "Received: worker 1 building the model, where worker 0 waits before the first "
-        "step. See" in failures.read(tmp_path, 0).message
+        "step. See" in root_cause.read(tmp_path, 0).message
     )
 
 
@@ -172,7 +174,7 @@ def test_who_waits_for_others_to_join_says_so_and_which_were_seen(tmp_path):
     progress.write(tmp_path, seen)
     watched.dog.note(0, progress.waiting_for([2]))
     watched.pass_time(11)
-    message = failures.read(tmp_path, 0).message
+    message = root_cause.read(tmp_path, 0).message
     assert "workers 0, 1 waiting for worker 2 to join, worker 2 without a" in message
     assert message.endswith("workers may start late, or may not reach each other.")
 
@@ -182,14 +184,14 @@ def test_what_a_worker_of_a_former_run_has_left_says_nothing(tmp_path):
     progress.write(tmp_path, left)
     watched = Watched(tmp_path)
     watched.pass_time(11)
-    assert "worker 1 without a progress file" in failures.read(tmp_path, 0).message
+    assert "worker 1 without a progress file" in root_cause.read(tmp_path, 0).message
 
 
 def test_a_worker_removes_what_it_left_in_a_former_run_itself(tmp_path):
     run_files.clear_worker(tmp_path, 0)
     for index in range(2):
         progress.write(tmp_path, at(index, 7, BETWEEN, 7))
-        failures.record(tmp_path, index, ValueError("wrong"), 1)
+        root_cause.record(tmp_path, index, ValueError("wrong"), 1)
     run_files.clear_worker(tmp_path, 0)
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {
         "worker-1.error.json",
@@ -210,7 +212,7 @@ def test_the_message_says_where_the_stacks_are(tmp_path, monkeypatch, log, expec
         monkeypatch.setenv("DISTFIT_WORKER_LOG", log)
     watched = Watched(tmp_path)
     watched.pass_time(11)
-    assert expected in failures.read(tmp_path, 0).message
+    assert expected in root_cause.read(tmp_path, 0).message
 
 
 def test_notes_keep_a_worker_alive(tmp_path):
@@ -307,8 +309,8 @@ def test_a_folder_that_hangs_when_written_keeps_nobody(tmp_path, monkeypatch, ca
         hangs.wait(60)
 
     monkeypatch.setattr(progress, "write", write)
-    monkeypatch.setattr(failures, "record", write)
-    monkeypatch.setattr(ending, "_LAST_WORDS", 0.5)
+    monkeypatch.setattr(root_cause, "record", write)
+    monkeypatch.setattr(forced_exit, "_LAST_WORDS", 0.5)
     began = time.monotonic()
     with stall.Watchdog(tmp_path, 0, 2, 0.2, exit=codes.append, poll=0.02):
         while not codes:
@@ -320,7 +322,7 @@ def test_a_folder_that_hangs_when_written_keeps_nobody(tmp_path, monkeypatch, ca
 
 def run(script, **options):
     return subprocess.run(
-        [sys.executable, "-c", "from launch import stall\n" + script],
+        [sys.executable, "-c", "from launch.watchdog import stall\n" + script],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -20,7 +20,8 @@ import tensorflow as tf
 from keras import layers
 
 import distfit
-from distfit import data, loop, workers
+from distfit.cluster import workers
+from distfit.training import data, drivers
 
 pytestmark = pytest.mark.workers
 
@@ -590,7 +591,7 @@ def _batches(model):
 
 
 def _exchanges_of_a_step(model):
-    driver = loop.step_driver(model, "train", _batches(model))
+    driver = drivers.step_driver(model, "train", _batches(model))
     x, y = comparing.regression_data(16)
     iterator = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(8))
     step = driver._run_next.__wrapped__.get_concrete_function(iterator)

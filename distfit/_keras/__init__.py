@@ -4,8 +4,8 @@ Nothing outside of this package imports from `keras.src` or `tensorflow.python`,
 a private attribute of an object of theirs, and nothing in it changes a class or a
 module of theirs. `tests/test_keras.py` fails when a name moves or when what is relied
 on changes. This file has what is around the steps; `graphs`, `optimizers` and
-`generators` have what tracing a step takes, `rewriting` what running it takes,
-`scalars` what callbacks ask of variables.
+`generators` have what tracing a step takes, `rewriting` and `calls` what running it
+takes, `scalars` what callbacks ask of variables.
 
 | names | why |
 |---|---|

@@ -162,7 +162,7 @@ def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
     """What a captured tensor is on the replicas of this process.
 
     Returns:
-        The kind of resource, as in `emission.Resource`, and the tensors.
+        The kind of resource, as in `values.Resource`, and the tensors.
 
     Raises:
         RuntimeError: for a copy of a variable other than the first: the step was not

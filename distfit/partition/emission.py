@@ -5,8 +5,7 @@ its layout; an operation that no rule takes is computed in full on every replica
 is always right.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,189 +35,9 @@ from distfit.partition.program import (
     RowPorts,
     Stage,
 )
+from distfit.partition.registry import CUT_RULES, RULES, SIZE_RULES, VIEWS
 from distfit.partition.tracing import Edge, Flat, Node
-
-# For each type of operation, what it does with layouts. A rule is given an Emitter, the
-# node and the values of its inputs, and returns the values of its outputs, or None if
-# it cannot tell.
-RULES: dict[str, Callable] = {}
-
-# For operations on sizes: given an Emitter, the node and the values of its inputs, the
-# elements of each output, where None is one that is not known; or None.
-SIZE_RULES: dict[str, Callable] = {}
-
-# For operations that repeat what they are given: given an Emitter, the value of their
-# output, which is replicated, and a layout by rows, its rows; or None.
-CUT_RULES: dict[str, Callable] = {}
-
-
-def rule(*types: str) -> Callable:
-    """Registers a rule for types of operations."""
-
-    return _registered(RULES, types)
-
-
-def size_rule(*types: str) -> Callable:
-    """Registers what types of operations do with sizes."""
-    return _registered(SIZE_RULES, types)
-
-
-def cut_rule(*types: str) -> Callable:
-    """Registers how the rows of what types of operations give are had without all."""
-    return _registered(CUT_RULES, types)
-
-
-def _registered(table: dict[str, Callable], types: Sequence[str]) -> Callable:
-    def register(function: Callable) -> Callable:
-        for type in types:
-            if type in table:
-                raise ValueError(f"There is a rule for {type} already.")
-            table[type] = function
-        return function
-
-    return register
-
-
-@dataclasses.dataclass(eq=False)
-class Resource:
-    """A variable or another resource that a graph takes from outside.
-
-    Attributes:
-        kind: `"mirrored"`: each replica has its copy. `"summed"`: each replica has a
-            part, and the value is their sum. `"single"`: there is one in this process.
-        level: The level of the latest operation on it, so that their order is kept.
-        read: What reading it has given, while nothing has written to it since.
-    """
-
-    kind: str
-    level: int = 0
-    read: "Value | None" = None
-
-
-@dataclasses.dataclass
-class Element:
-    """How the elements of a list of tensors lie.
-
-    Attributes:
-        layout: Their layout.
-        dims: Their global shape; None if their rank is unknown.
-        sizes: As in `Value`, if all elements are these.
-    """
-
-    layout: Layout
-    dims: list[Dim] | None
-    sizes: Any = None
-
-
-class Value:
-    """What a tensor of one device is on the replicas.
-
-    Attributes:
-        layout: How it lies.
-        dims: Its global shape; None if its rank is unknown.
-        dtype: Its dtype.
-        sizes: For a small tensor of integers that follow from shapes, its elements as
-            `Dim`s: an array of objects.
-        level: The first level whose stage can use it.
-        ready: The first level whose meetings can use it.
-        home, tensor: The stage that computes it and its tensor there; for a value that
-            comes from a meeting, None and a port.
-        constant: A node to copy wherever the value is used.
-        whole: The same value, replicated, once it was asked for.
-        element: For a list of tensors, how its elements lie; None while it has none.
-        resource: The resource that it is a handle of.
-        node: The node that gives it.
-        source: For a sum that is another view of a sum, the node that views it and the
-            inputs of that node.
-    """
-
-    __slots__ = (
-        *("layout", "dims", "dtype", "sizes", "level", "ready", "home", "tensor"),
-        *("constant", "whole", "element", "resource", "node", "source"),
-    )
-
-    def __init__(
-        self,
-        layout: Layout,
-        dims: Sequence[Dim] | None,
-        dtype: tf.DType,
-        *,
-        level: int = 0,
-        ready: int = 0,
-        home: Stage | None = None,
-        tensor: Any = None,
-        sizes: Any = None,
-        constant: Node | None = None,
-        element: Element | None = None,
-        resource: Resource | None = None,
-    ):
-        self.layout = layout
-        # Rules look for None first, so the type checker is not told of it.
-        self.dims: Any = None if dims is None else list(dims)
-        self.dtype = dtype
-        self.level = level
-        self.ready = ready
-        self.home = home
-        self.tensor = tensor
-        self.sizes = sizes
-        self.constant = constant
-        self.element = element
-        self.resource = resource
-        self.whole: Value | None = None
-        self.node: Node | None = None
-        self.source: tuple[Node, list[Value]] | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.dims)
-
-    @property
-    def is_replicated(self) -> bool:
-        return self.layout.kind == "replicated"
-
-    @property
-    def is_partial(self) -> bool:
-        return self.layout.kind == "partial"
-
-    @property
-    def has_rows(self) -> bool:
-        return self.layout.kind == "rows"
-
-    @property
-    def has_known_sizes(self) -> bool:
-        """Whether all its elements are known as sizes."""
-        return self.sizes is not None and all(s is not None for s in self.sizes.flat)
-
-    def local_shape(self) -> list[int | None] | None:
-        """The static shape of what a replica has."""
-        if self.dims is None:
-            return None
-        shape: list[int | None] = [d if isinstance(d, int) else None for d in self.dims]
-        if self.has_rows:
-            shape[self.layout.dim] = None
-        return shape
-
-    def __repr__(self) -> str:
-        return f"<{self.dtype.name}{self.dims} {self.layout}>"
-
-
-def _may_be_size(tensor: tf.Tensor) -> bool:
-    """Whether a tensor may hold sizes, or what comes of comparing them."""
-    return tensor.dtype.is_integer or tensor.dtype.is_bool
-
-
-def measured(dims: Iterable[Any]) -> Iterator[str]:
-    """The symbols in dimensions that are measured on a tensor: all but the rows."""
-    for dim in dims:
-        if isinstance(dim, Size):
-            yield from (symbol for symbol in dim.symbols if symbol != BATCH)
-
-
-# Linear operations that give the same elements in another shape.
-VIEWS = {
-    *("Identity", "StopGradient", "Snapshot", "PreventGradient"),
-    *("Reshape", "Squeeze", "ExpandDims", "Transpose"),
-}
+from distfit.partition.values import Element, Resource, Value, may_be_size, measured
 
 
 class Emitter:
@@ -372,7 +191,7 @@ class Emitter:
         """For each output, its elements as sizes; None where they are no such."""
         evaluate = SIZE_RULES.get(node.type)
         nothing = [None] * len(node.outputs)
-        if evaluate is None or not all(map(_may_be_size, node.outputs)):
+        if evaluate is None or not all(map(may_be_size, node.outputs)):
             return nothing
         found = evaluate(self, node, inputs)
         return nothing if found is None else [np.asarray(s, object) for s in found]
@@ -921,6 +740,3 @@ class Emitter:
         value.tensor = Port(value.dtype, value.local_shape())
         self._bind_symbols(value)
         return value
-
-
-from distfit.partition import rules  # noqa: E402, F401

@@ -13,13 +13,17 @@ import tensorflow as tf
 
 from distfit._keras import graphs
 from distfit._keras.templates import Template
-from distfit.partition import tracing
-from distfit.partition.emission import Emitter, Resource, Value
+from distfit.partition import (
+    rules,  # noqa: F401  # So that they are known.
+    tracing,
+)
+from distfit.partition.emission import Emitter
 from distfit.partition.exchanges import Replicas
 from distfit.partition.findings import Finding, elements_of
 from distfit.partition.layouts import REPLICATED, ROWS, Sizes, by_rows, unknown
 from distfit.partition.program import Program
 from distfit.partition.tracing import Edge, Flat, Node
+from distfit.partition.values import Resource, Value
 
 
 @dataclasses.dataclass

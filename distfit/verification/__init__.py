@@ -236,16 +236,16 @@ class _Verification:
             one: What the reference did in float32, each step from where `many` was.
             many: What the replicas did in float32.
         """
-        alone = strategies.create_strategy("one_device", devices=self._devices[:1])
+        one_device = strategies.create_strategy("one_device", devices=self._devices[:1])
         starts = [step.before for step in many.fit]
-        single = self._replicas(reference, alone).record(batches, starts)
+        single = self._replicas(reference, one_device).record(batches, starts)
         same = Comparison(1, one, [], single, self._tolerance).deviations()
         if single.errors.keys() != one.errors.keys() or not all(d.ok for d in same):
             return []
         with tracing.changed(doubled):
             runs = [
                 self._replicas(reference, each).record(batches, starts)
-                for each in (alone, strategy)
+                for each in (one_device, strategy)
             ]
         if any(run.errors.keys() != one.errors.keys() for run in runs):
             return []

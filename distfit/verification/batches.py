@@ -7,8 +7,10 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from distfit import data
-from distfit.shares import Layout
+from distfit.training.batch import num_rows, with_rows, without_optionals
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.inputs import without_autotune
+from distfit.training.shares import Layout
 
 KINDS = ("even", "uneven", "few rows")
 _COMPOSITE = tf.RaggedTensorSpec | tf.SparseTensorSpec
@@ -50,12 +52,12 @@ class Source:
     def __init__(self, data_given: Any, batch_size: int, steps: int):
         named = data_given if isinstance(data_given, tuple) else (data_given,)
         arrays = not isinstance(data_given, tf.data.Dataset) and len(named) <= 3
-        batches = data.GlobalBatches(
+        batches = GlobalBatches(
             *(named if arrays else (data_given,)),
             batch_size=batch_size if _takes_batch_size(named[0]) else None,
         )
         taken = list(batches.dataset.take(steps))
-        self._batches = [_unpadded(data.without_optionals(batch)) for batch in taken]
+        self._batches = [_unpadded(without_optionals(batch)) for batch in taken]
         self._steps = steps
         self._is_fixed = False
         self._given_spec = _unpadded(batches.layout.spec)
@@ -94,7 +96,7 @@ class Source:
 
     def _rows(self, tensors: Any) -> int:
         flat = zip(tree.flatten(tensors), tree.flatten(self._has_rows), strict=True)
-        return next(int(data.num_rows(t)) for t, has_rows in flat if has_rows)
+        return next(int(num_rows(t)) for t, has_rows in flat if has_rows)
 
     def _cut(self, tensors: Any, kind: str, num_replicas: int) -> Batch:
         given = self._rows(tensors)
@@ -124,7 +126,7 @@ class Source:
             return (tree.map_structure(_copy, batch) for batch in tensors)
 
         dataset = tf.data.Dataset.from_generator(generate, output_signature=self.spec)
-        dataset = data.without_autotune(dataset)
+        dataset = without_autotune(dataset)
         return dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
 
 
@@ -178,9 +180,4 @@ def _spec_like(spec: Any, has_rows: bool, *tensors: Any) -> Any:
     sizes = {None} if has_rows else {tensor.shape[0] for tensor in tensors}
     if len(sizes) > 1:
         return spec
-    shape = [sizes.pop(), *spec.shape[1:]]
-    if isinstance(spec, tf.RaggedTensorSpec):
-        return tf.RaggedTensorSpec(
-            shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype
-        )
-    return type(spec)(shape, spec.dtype)
+    return with_rows(spec, sizes.pop())

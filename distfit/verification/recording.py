@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build
+from distfit import _keras
+from distfit.training import checks
 from distfit.verification.batches import Batch
 
 # Evaluating and predicting come first: they are compared at the initial weights.
@@ -71,11 +72,11 @@ class Variables:
         weights = {id(v) for v in model.variables}
         slots = [
             v
-            for optimizer in build.optimizers_of(model)
+            for optimizer in checks.optimizers_of(model)
             for v in optimizer.variables
             if id(v) not in weights
         ]
-        metrics = [v for m in build.metrics_of(model) for v in m.variables]
+        metrics = [v for m in checks.metrics_of(model) for v in m.variables]
         state = [*model.non_trainable_variables, *metrics]
         self._by_check = {
             "weight": _named(model.trainable_variables),
@@ -144,7 +145,7 @@ class Gradients:
         self._model = model
         self._strategy = model.distribute_strategy
         self._recorded: dict[tuple[int, int], Any] = {}
-        optimizers = build.optimizers_of(model)
+        optimizers = checks.optimizers_of(model)
         names = _distinct_names([optimizer.name for optimizer in optimizers])
         self._prefixes = [f"{n}: " if len(names) > 1 else "" for n in names]
         for index, optimizer in enumerate(optimizers):

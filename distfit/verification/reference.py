@@ -14,9 +14,10 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from distfit import _keras, build
+from distfit import _keras
 from distfit._keras import graphs
 from distfit.partition.tracing import is_of_user
+from distfit.training import checks
 from distfit.verification.batches import Batch, Source
 from distfit.verification.recording import (
     ORDER,
@@ -84,7 +85,7 @@ class OneDevice:
 
     def _compiled(self, mode: str, batch: Batch) -> Callable:
         step = getattr(self.model, _STEPS[mode])
-        if build.runs_eagerly(self.model):
+        if checks.runs_eagerly(self.model):
             step(batch.tensors)
             return step
         function = self._function(mode)
@@ -163,7 +164,7 @@ class OneDevice:
     def _fresh(self, mode: str) -> Callable:
         """The function of a step, whose seeded operations draw from the start."""
         draws = any(map(_drawing_operations, self._graphs))
-        if build.runs_eagerly(self.model) or not draws:
+        if checks.runs_eagerly(self.model) or not draws:
             return self._functions[mode]
         return self._function(mode)
 

@@ -7,9 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from distfit import _keras, build, data, loop
+from distfit import _keras
 from distfit import model as distfit_model
 from distfit.partition.findings import InFull, merged
+from distfit.training import checks
+from distfit.training.drivers import step_driver
+from distfit.training.global_batches import GlobalBatches
 from distfit.verification.batches import Batch
 from distfit.verification.recording import (
     ORDER,
@@ -88,12 +91,12 @@ class Replicas:
     def _initial(self) -> Values:
         """The values to start from: slots are new, and their own may be wrong."""
         initial = self._reference.initial
-        if build.runs_eagerly(self.model):  # The reference has trained to build them.
+        if checks.runs_eagerly(self.model):  # The reference has trained to build them.
             return initial
         return {key: value for key, value in initial.items() if key[0] != "slot"}
 
     def _driver(self, dataset: tf.data.Dataset) -> Any:
-        return loop.step_driver(self.model, "train", data.GlobalBatches(dataset))
+        return step_driver(self.model, "train", GlobalBatches(dataset))
 
     def _variables(self) -> Variables:
         return Variables(self.model, self._reference.labels)

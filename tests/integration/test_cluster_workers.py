@@ -9,7 +9,7 @@ import job
 import marked
 import pytest
 
-from launch import local_cluster
+from launch.cluster import local
 
 pytestmark = pytest.mark.integration
 
@@ -46,7 +46,7 @@ class Workers:
         (folder / "theirs.py").write_text(MODULE)
         self.processes = {}
         self._environ = environ
-        self._ports = local_cluster.free_ports(count)
+        self._ports = local.free_ports(count)
 
     def start(self, index, *flags):
         workers = ",".join(f"127.0.0.1:{port}" for port in self._ports)

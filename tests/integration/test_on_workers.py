@@ -17,9 +17,9 @@ pytestmark = pytest.mark.integration
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 SECONDS = 1200  # a hard limit; each takes one to five minutes on an idle machine
 START = (
-    "import pathlib, sys; from launch import supervisor; sys.exit(supervisor.run("
-    "sys.argv[3:], num_workers=int(sys.argv[1]), workdir=pathlib.Path(sys.argv[2]), "
-    "command=[sys.executable, '-m', 'pytest']))"
+    "import pathlib, sys; from launch.supervisor import supervisor; "
+    "sys.exit(supervisor.run(sys.argv[3:], num_workers=int(sys.argv[1]), "
+    "workdir=pathlib.Path(sys.argv[2]), command=[sys.executable, '-m', 'pytest']))"
 )
 
 

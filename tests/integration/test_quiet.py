@@ -17,7 +17,7 @@ CAUSE = "compiled to use AVX instructions, but these aren't available"
 
 PREAMBLE = f"""
 import os, signal, sys, time
-from launch import quiet
+from launch.run import quiet
 
 def say(*lines):
     if sys.stderr is not None:

@@ -19,7 +19,7 @@ SECONDS = 30  # a hard limit; each takes one or two on an idle machine
 
 PARENT = """
 import pathlib, sys
-from launch import supervisor
+from launch.supervisor import supervisor
 supervisor.GRACE = 1.0
 supervisor.SAVE_GRACE = {save_grace}
 command = [sys.executable, "worker.py"]
@@ -36,11 +36,11 @@ count = len(config["cluster"]["worker"])
 pathlib.Path(f"pid-{index}-{os.getpid()}").touch()
 
 def fail(error, code=1):
-    from launch import failures
+    from launch.supervisor import root_cause
     try:
         raise error
     except Exception as raised:
-        failures.record(pathlib.Path("out"), index, raised, code)
+        root_cause.record(pathlib.Path("out"), index, raised, code)
     sys.exit(code)
 
 def started(number):
@@ -260,9 +260,9 @@ def test_the_cause_is_the_earliest_error_that_follows_from_no_other(launch):
 
 def test_a_worker_that_records_its_error_and_hangs_is_the_cause(launch):
     run = launch(
-        "from launch import failures\n"
+        "from launch.supervisor import root_cause\n"
         "if index == 1:\n"
-        "    failures.record(pathlib.Path('out'), index, OSError('disk'), 1)\n"
+        "    root_cause.record(pathlib.Path('out'), index, OSError('disk'), 1)\n"
         "time.sleep(60)"
     )
     assert run.wait() == 1
@@ -285,12 +285,12 @@ def test_a_usage_error_of_all_is_one_line_and_code_2(launch):
 def test_the_chiefs_traceback_is_not_shown_twice(launch):
     run = launch(
         "import traceback\n"
-        "from launch import failures\n"
+        "from launch.supervisor import root_cause\n"
         "if index: time.sleep(60)\n"
         "try:\n"
         "    raise ValueError('mine')\n"
         "except ValueError as error:\n"
-        "    failures.record(pathlib.Path('out'), index, error, 1)\n"
+        "    root_cause.record(pathlib.Path('out'), index, error, 1)\n"
         "    traceback.print_exc()\n"
         "    sys.exit(1)"
     )
@@ -426,7 +426,7 @@ def test_what_workers_have_started_ends_with_them(launch):
 
 
 WATCHED = """
-from launch import stall
+from launch.watchdog import stall
 stall.enable_stack_dumps()
 def between_steps(step):
     {callback}
@@ -635,7 +635,7 @@ def test_the_last_words_of_a_worker_may_come_a_little_late(launch):
 
 def test_what_is_said_before_a_crash_in_the_import_of_tensorflow_is_shown(launch):
     run = launch(
-        "from launch import quiet\n"
+        "from launch.run import quiet\n"
         "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
         "if index == 0: time.sleep(60)\n"
         "with quiet.tensorflow_import():\n"

@@ -9,7 +9,7 @@ from keras import layers
 from pieces import ROWS, Program, classes, compiled, mlp, numbers
 
 import distfit
-from distfit.data import without_autotune
+from distfit.training.inputs import without_autotune
 
 WORDS = np.array(["red", "green", "blue", "black"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit._keras import graphs
-from distfit.partition.emission import Element, Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -20,8 +20,10 @@ from distfit.partition.layouts import (
     unknown,
 )
 from distfit.partition.program import Branch, Loop
+from distfit.partition.registry import rule
 from distfit.partition.rules.lists import is_list, same_sizes
 from distfit.partition.tracing import Flat, Node
+from distfit.partition.values import Element, Value
 
 _MOST_PASSES = 8
 

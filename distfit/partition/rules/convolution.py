@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit._keras import graphs
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -24,9 +24,11 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
+from distfit.partition.registry import rule
 from distfit.partition.rules.shapes import elements_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 # What is given the shape of its result first.
 _GRADIENTS_OF_IMAGES = (

@@ -9,14 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import (
-    VIEWS,
-    Emitter,
-    Value,
-    cut_rule,
-    measured,
-    rule,
-)
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -24,8 +17,10 @@ from distfit.partition.layouts import (
     Layout,
     by_rows,
 )
+from distfit.partition.registry import VIEWS, cut_rule, rule
 from distfit.partition.rules import lists
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value, measured
 
 _UNARY = (
     *("Abs", "Acos", "Acosh", "Angle", "Asin", "Asinh", "Atan", "Atanh"),

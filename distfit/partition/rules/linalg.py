@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, cut_rule, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -18,9 +18,11 @@ from distfit.partition.layouts import (
     by_rows,
     unknown,
 )
+from distfit.partition.registry import cut_rule, rule
 from distfit.partition.rules.elementwise import align
 from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 # For each type, how many of its first inputs are tensors, whose last `core` dimensions
 # it works on; further inputs are parameters, the same for all rows.

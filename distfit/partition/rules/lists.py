@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Element, Emitter, Value, rule, size_rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     REPLICATED,
     ROWS,
@@ -21,7 +21,9 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
+from distfit.partition.registry import rule, size_rule
 from distfit.partition.tracing import Node
+from distfit.partition.values import Element, Value
 
 
 def is_list(value: Value) -> bool:

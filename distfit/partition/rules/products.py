@@ -4,9 +4,11 @@ replicas where rows are contracted."""
 import string
 from collections.abc import Sequence
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import PARTIAL, REPLICATED, Dim, Layout
+from distfit.partition.registry import rule
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 
 def contraction(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     REPLICATED,
     ROWS,
@@ -28,9 +28,11 @@ from distfit.partition.layouts import (
     unknown,
 )
 from distfit.partition.program import Port
+from distfit.partition.registry import rule
 from distfit.partition.rules.shapes import elements_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 _PHILOX, _AUTO = 1, 3  # `tf.random.Algorithm`: kernels take Philox for auto_select.
 _MOST_BLOCKS = 4

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -13,9 +13,11 @@ from distfit.partition.layouts import (
     Layout,
     product,
 )
+from distfit.partition.registry import rule
 from distfit.partition.rules.elementwise import align, channels_of
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Edge, Node
+from distfit.partition.values import Value
 
 
 def reduced(value: Value, axes: set[int], keep_dims: bool) -> tuple[list[Dim], Layout]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from distfit.partition.emission import Emitter, Value, size_rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import Dim, Size, product, quotient
+from distfit.partition.registry import size_rule
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 Elements = Any  # An array of objects: `Dim`s, and None where nothing is known.
 

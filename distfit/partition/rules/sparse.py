@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import (
     PARTIAL,
     REPLICATED,
@@ -19,9 +19,11 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
+from distfit.partition.registry import rule
 from distfit.partition.rules.elementwise import alike
 from distfit.partition.rules.sizes import ints
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 
 def _settled(emitter: Emitter, value: Value) -> Value:

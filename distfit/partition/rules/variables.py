@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distfit.partition.emission import Emitter, Value, rule
+from distfit.partition.emission import Emitter
 from distfit.partition.layouts import PARTIAL, REPLICATED
+from distfit.partition.registry import rule
 from distfit.partition.tracing import Node
+from distfit.partition.values import Value
 
 _MOST_SIZES = 64
 

@@ -1,0 +1,19 @@
+"""Callbacks, and Keras's list of them, called so that they cost nothing unheard.
+
+`callback_list` is where to begin.
+"""
+
+from distfit.callbacks.callback_list import CallbackList
+from distfit.callbacks.chief_only import ChiefOnly
+from distfit.callbacks.lazy_logs import LazyLogs
+from distfit.callbacks.non_finite import NonFinite
+from distfit.callbacks.progress_bar import ProgressBar, SharedProgressBar
+
+__all__ = [
+    "CallbackList",
+    "ChiefOnly",
+    "LazyLogs",
+    "NonFinite",
+    "ProgressBar",
+    "SharedProgressBar",
+]

@@ -1,0 +1,167 @@
+"""Keras's list of callbacks, for one worker or several.
+
+On several workers each has the same callbacks, which see the same logs and so decide
+alike. Those of Keras that write files write them on the chief.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.callbacks import BackupAndRestore
+
+from distfit import _keras
+from distfit._keras import scalars
+from distfit.callbacks.chief_files import move_paths, packed_backups, unpack_backups
+from distfit.callbacks.chief_only import ChiefOnly
+from distfit.callbacks.hooks import BATCH_HOOKS
+from distfit.callbacks.lazy_logs import LazyLogs
+from distfit.callbacks.non_finite import NonFinite
+from distfit.callbacks.progress_bar import ProgressBar, SharedProgressBar
+from distfit.cluster import workers
+from distfit.cluster.workers import Workers
+from distfit.training import checks
+from distfit.training.finite import FiniteWatch
+
+
+class CallbackList(keras.callbacks.CallbackList):
+    """Keras's list of callbacks, with logs that are read when somebody reads them.
+
+    It is a context manager. Until it is left, what callbacks of Keras write on other
+    workers than the chief goes to a folder that is removed then. They cannot just be
+    left out there: saving a model takes all workers.
+
+    Args:
+        callbacks: Callbacks, as `fit()` takes them.
+        team: The workers, all of which make this list at the same place; by default
+            those of the strategy in whose scope it is made.
+        add_progbar: Whether to add a progress bar; on several workers, the chief's
+            word counts.
+        arguments: As for Keras's list.
+
+    Attributes:
+        may_stop_alone: For each kind of step, whether a callback of some worker may
+            stop it after an execution, although those of other workers perhaps do not.
+    """
+
+    def __init__(
+        self,
+        callbacks=None,
+        *,
+        team: Workers | None = None,
+        add_progbar: bool = False,
+        verbose: Any = "auto",
+        **arguments,
+    ):
+        team = team or workers.of(tf.distribute.get_strategy())
+        callbacks = list(keras.tree.flatten(callbacks)) if callbacks else []
+        if team.count > 1:
+            add_progbar, verbose = team.from_chief(
+                "its progress bar", (add_progbar, verbose)
+            )
+            callbacks = [_fit_for_workers(callback) for callback in callbacks]
+        shown = any(isinstance(c, keras.callbacks.ProgbarLogger) for c in callbacks)
+        if add_progbar and not shown:
+            bar = ProgressBar() if team.count == 1 else SharedProgressBar(team)
+            callbacks.append(bar)
+        self._team = team
+        _make_scalars_convertible(arguments.get("model"))
+        with contextlib.ExitStack() as moved:
+            if not team.is_chief:
+                move_paths(callbacks, moved)
+            super().__init__(callbacks, verbose=verbose, **arguments)
+            self._moved = moved.pop_all()
+        self._listeners = {
+            hook: [c for c in self.callbacks if _keras.listens(c, hook)]
+            for hooks in BATCH_HOOKS.values()
+            for hook in hooks
+        }
+        own = {kind: self._independent(kind) for kind in BATCH_HOOKS}
+        backups = sum(isinstance(c, BackupAndRestore) for c in self.callbacks)
+        told = team.tell("its callbacks", {**own, "backups": backups})
+        self._backs_up = team.count > 1 and any(each["backups"] for each in told)
+        self.may_stop_alone = {
+            kind: any(each[kind] for each in told)
+            or len({str(each[kind]) for each in told}) > 1
+            for kind in BATCH_HOOKS
+        }
+
+    @property
+    def watch_losses(self) -> bool:
+        """Whether a callback wants to know of losses that are not finite."""
+        return any(isinstance(c, NonFinite) for c in self.callbacks)
+
+    def use_watch(self, watch: FiniteWatch | None) -> None:
+        """Hands on what looks at the losses in the compiled steps."""
+        for callback in self.callbacks:
+            if isinstance(callback, NonFinite):
+                callback.watch = watch
+
+    def _independent(self, kind: str) -> list[str]:
+        """What listens to batches and may do other things than on other workers."""
+        listeners = [c for hook in BATCH_HOOKS[kind] for c in self._listeners[hook]]
+        return [type(c).__name__ for c in listeners if not _in_step_with_others(c)]
+
+    def __enter__(self) -> "CallbackList":
+        """Gives all workers what the chief has backed up: loading it takes all."""
+        if self._backs_up:
+            own = packed_backups(self.callbacks) if self._team.is_chief else b""
+            backups = self._team.gather("its backups", own)[0]
+            if not self._team.is_chief:
+                unpack_backups(backups, self.callbacks)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._moved.close()
+
+    def batch_begin(self, kind: str, step: int) -> None:
+        """Calls `on_{kind}_batch_begin`."""
+        for callback in self._listeners[BATCH_HOOKS[kind][0]]:
+            getattr(callback, BATCH_HOOKS[kind][0])(step, logs={})
+
+    def batch_end(self, kind: str, step: int, read: Callable[[], dict]) -> None:
+        """Calls `on_{kind}_batch_end` with logs that `read()` gives when asked."""
+        logs = LazyLogs(read)
+        if self.may_stop_alone[kind]:
+            logs.read()  # It takes all workers, and some may not ask for them.
+        for callback in self._listeners[BATCH_HOOKS[kind][1]]:
+            getattr(callback, BATCH_HOOKS[kind][1])(step, logs=logs)
+        if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
+            logs.read()
+
+
+def _make_scalars_convertible(model: keras.Model | None) -> None:
+    """Lets callbacks take learning rates and step counts of a model for numbers."""
+    if model is not None:
+        scalars.make_convertible(model.variables)
+        for optimizer in checks.optimizers_of(model):
+            scalars.make_convertible(optimizer.variables)
+
+
+def _fit_for_workers(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+    if isinstance(callback, keras.callbacks.OrbaxCheckpoint):
+        raise ValueError(
+            "OrbaxCheckpoint knows nothing of TensorFlow's workers: all would write to "
+            f"the same folder. Received: directory={callback.directory!r}. Use "
+            "`keras.callbacks.ModelCheckpoint` or `BackupAndRestore`."
+        )
+    if isinstance(callback, keras.callbacks.RemoteMonitor):
+        return ChiefOnly(callback)
+    return callback
+
+
+def _in_step_with_others(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback reads logs at the same steps everywhere, and stops at none.
+
+    Callbacks of Keras do, but for one. Others, or those made of functions, may look at
+    a clock or at a file.
+    """
+    if isinstance(
+        callback, keras.callbacks.LambdaCallback | keras.callbacks.TerminateOnNaN
+    ):
+        return False
+    of_keras = type(callback).__module__.startswith("keras.")
+    return of_keras or getattr(callback, "in_step_with_others", False)

@@ -1,0 +1,173 @@
+"""What all workers have in common before and while they train: agreed, or an error.
+
+With a single worker there is nobody to agree with, and nothing here does anything.
+"""
+
+import inspect
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+
+from distfit import _keras
+from distfit.cluster import workers
+from distfit.training import checks
+from distfit.training.driver import StepDriver
+from distfit.training.global_batches import GlobalBatches
+
+STOP_FLAGS = {
+    "train": "stop_training",
+    "test": "stop_evaluating",
+    "predict": "stop_predicting",
+}
+_SETTINGS = ("run_eagerly", "jit_compile", "steps_per_execution")
+
+
+def check_same_program(
+    model: keras.Model, place: str, facts: Callable[[], dict[str, Any]]
+) -> None:
+    """Checks that the workers run the same program.
+
+    Args:
+        model: The model, with its steps built.
+        place: The method that is called.
+        facts: Returns its arguments and data, as far as they must be the same. It is
+            not called where there is a single worker.
+
+    Raises:
+        ValueError: on every worker, naming what differs.
+    """
+    team = workers.of(model.distribute_strategy)
+    if team.count == 1:
+        return
+    alike = {**facts(), **_facts_of_model(model), "code": _code(model)}
+    team.check_alike(place, alike)
+
+
+def check_same_batches(model: keras.Model, kind: str, batches: GlobalBatches) -> None:
+    """Checks, after an epoch, that all workers have read the same global batches.
+
+    Raises:
+        ValueError: on every worker, where the first batch of the epoch differs.
+    """
+    if batches.first_batch is not None:
+        workers.of(model.distribute_strategy).check_alike(
+            f"the data of {kind}",
+            {"first batch of the epoch": batches.first_batch},
+            "Shuffle with a seed, as in `dataset.shuffle(1000, seed=1)`, do not shard, "
+            "or give a function `fit(dataset_fn)` that returns each worker's shard.",
+        )
+
+
+def agree_on_state(
+    model: keras.Model, place: str, drivers: Iterable[StepDriver]
+) -> None:
+    """Gives all workers the state of the chief, where theirs differs.
+
+    It is made of the variables of the model and of its optimizers, and of what its
+    steps hold beside them.
+    """
+    team = workers.of(model.distribute_strategy)
+    if team.count == 1:
+        return
+    variables = [
+        *model.variables,
+        *(v for optimizer in checks.optimizers_of(model) for v in optimizer.variables),
+        *(v for driver in drivers for v in driver.variables),
+    ]
+    variables = [_keras.underlying(variable) for variable in variables]
+    once = {id(v): v for v in variables}.values()
+    workers.agree_on_values(team, f"{place}, with its state", once)
+
+
+def first_epoch(model: keras.Model, initial_epoch: int) -> int:
+    """The epoch to begin with, which a callback of the chief may have restored."""
+    own = _keras.initial_epoch(model) or initial_epoch
+    return workers.of(model.distribute_strategy).from_chief("fit(), its epoch", own)
+
+
+def settle(model: keras.Model, kind: str, place: str) -> None:
+    """Makes a stop that one worker asks for, and the chief's learning rates, all's."""
+    team = workers.of(model.distribute_strategy)
+    if team.count == 1:
+        return
+    flag = STOP_FLAGS[kind]
+    rates = _learning_rates(model)
+    values = [float(rate) for rate in rates]
+    told = team.tell(f"{place} in {kind}", (bool(getattr(model, flag)), values))
+    setattr(model, flag, any(stop for stop, _ in told))
+    for rate, value, chiefs in zip(rates, values, told[0][1], strict=True):
+        if value != chiefs:
+            rate.assign(chiefs)
+
+
+def _learning_rates(model: keras.Model) -> list[keras.Variable]:
+    """Those that can be set: a schedule is the same everywhere."""
+    optimizers = checks.optimizers_of(model)
+    parts = [part for optimizer in optimizers for part in _keras.with_inner(optimizer)]
+    rates = (getattr(part, "learning_rate", None) for part in parts)
+    return list({id(r): r for r in rates if isinstance(r, keras.Variable)}.values())
+
+
+def _facts_of_model(model: keras.Model) -> dict[str, Any]:
+    layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
+    variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
+    losses = [_described(loss) for loss in keras.tree.flatten(model.loss)]
+    watched = [part for m in checks.metrics_of(model) for part in _keras.parts_of(m)]
+    kinds = [
+        f"{type(m).__name__} {[tuple(v.shape) for v in m.variables]}" for m in watched
+    ]
+    optimizers = [_settings_of(o) for o in checks.optimizers_of(model)]
+    return {
+        "class of the model": type(model).__qualname__,
+        **{name: getattr(model, name) for name in _SETTINGS},
+        **_numbered("layer", layers),
+        **_numbered("variable", variables),
+        **_numbered("loss", losses),
+        **_numbered("metric", kinds),
+        **_numbered("optimizer", optimizers),
+    }
+
+
+def _numbered(name: str, facts: list) -> dict[str, Any]:
+    """Facts one by one, so that only the first that differs is shown."""
+    return {f"{name} {i}": fact for i, fact in enumerate(facts)}
+
+
+def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """What it was made with, but for the learning rate, which is the chief's."""
+    settings = _plain_settings(optimizer)
+    return {name: value for name, value in settings.items() if name != "learning_rate"}
+
+
+def _described(loss: Any) -> Any:
+    """A loss as text that is the same in every process."""
+    if isinstance(loss, keras.losses.Loss):
+        return _plain_settings(loss)
+    return getattr(loss, "__qualname__", loss if isinstance(loss, str) else type(loss))
+
+
+def _plain_settings(thing: Any) -> dict[str, Any]:
+    """The class of an object and those of its settings that are plain values."""
+    config = {"class": thing.__class__.__name__, **thing.get_config()}
+    plain = bool | int | float | str | None
+    return {k: v for k, v in sorted(config.items()) if isinstance(v, plain)}
+
+
+def _code(model: keras.Model) -> str:
+    """What tells the versions that the workers have of distfit and of the model."""
+    files = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
+    for cls in type(model).__mro__:
+        if cls.__module__.partition(".")[0] not in ("builtins", "distfit", "keras"):
+            files += _source_file(cls)
+    sources = b"".join(file.read_bytes() for file in files)
+    return f"keras {keras.__version__}, files {workers.checksum(sources):08x}"
+
+
+def _source_file(cls: type) -> list[pathlib.Path]:
+    try:
+        path = pathlib.Path(inspect.getsourcefile(cls) or "")
+    except (TypeError, OSError):  # A class of an interactive session.
+        return []
+    return [path] if path.is_file() else []

@@ -1,0 +1,54 @@
+"""One batch: its rows, what tells it from others, what of it is absent."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from distfit.cluster import workers
+
+
+def fingerprint(arrays: Any) -> list:
+    """For each array or tensor, its shape and what tells some of its rows from others.
+
+    Of anything else, None.
+    """
+    return [_fingerprint(array) for array in tree.flatten(arrays)]
+
+
+def _fingerprint(array: Any) -> Any:
+    if not isinstance(array, np.ndarray | tf.Tensor):
+        return None
+    some = array[:: max(len(array) // 64, 1)] if array.ndim else array
+    rows = np.asarray(some)
+    # Of Python objects, such as texts, the bytes are but their addresses.
+    content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
+    return tuple(array.shape), workers.checksum(content)
+
+
+def num_rows(batch: Any) -> Any:
+    """The number of rows of a batch: of its first tensor with any. An int32 scalar."""
+    first = next(t for t in tree.flatten(batch) if t is not None and t.shape.rank != 0)
+    if isinstance(first, tf.SparseTensor):
+        return tf.cast(first.dense_shape[0], tf.int32)
+    if isinstance(first, tf.RaggedTensor):
+        return tf.cast(first.nrows(), tf.int32)
+    return tf.shape(first)[0]
+
+
+def without_optionals(batch: Any) -> Any:
+    """Turns the empty optionals by which Keras's adapters say None into None."""
+    return tree.map_structure(
+        lambda t: None if isinstance(t, tf.experimental.Optional) else t, batch
+    )
+
+
+def with_rows(spec: tf.TypeSpec, rows: int | None) -> tf.TypeSpec:
+    """The spec of a tensor, dense or not, with another number of rows."""
+    shape = [rows, *spec.shape[1:]]
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(
+            shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype
+        )
+    return type(spec)(shape, spec.dtype)

@@ -1,0 +1,301 @@
+"""The compiled step driver: k steps of all replicas in one call."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from distfit import _keras
+from distfit.cluster import workers
+from distfit.partition.findings import not_partitioned
+from distfit.partition.step import Share
+from distfit.training import checks
+from distfit.training.compiling import (
+    compiled,
+    compiled_for_iterators,
+    has_few_rows,
+    is_for_few_rows,
+    partitioned,
+)
+from distfit.training.eager import EagerStep
+from distfit.training.finite import FiniteWatch
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.shards import Shards, next_shards
+from distfit.training.shares import Layout, replicas_of, shares, shares_of_shards
+
+
+class StepDriver:
+    """Runs one kind of step, `train_step` or `test_step`, of a model.
+
+    Everything that can be done once is done here: tracing, partitioning, compiling.
+
+    Args:
+        model: A compiled `keras.Model`.
+        step: The bound `train_step` or `test_step`.
+        layout: The specs of a global batch, and what of it has rows.
+        sharded: Whether each replica brings its own rows.
+        watch: Looks for losses that are not finite, if anybody wants to know.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        step: Callable,
+        layout: Layout,
+        sharded: bool,
+        watch: FiniteWatch | None = None,
+    ):
+        self.model = model
+        self.strategy = model.distribute_strategy
+        self.workers = workers.of(self.strategy)
+        self.replicas = replicas_of(self.strategy)
+        self.watch = watch
+        step = watch.around(step) if watch else step
+        self._latest: list[list] | None = None
+        self.eagerly = checks.runs_eagerly(model)
+        if self.eagerly:
+            self._eager = EagerStep(model, step, self.replicas)
+            return
+        self.step = partitioned(
+            model, step, layout, self.replicas, sharded, bool(model.jit_compile)
+        )
+        checks.check_metrics(model)
+        self._say_what_is_in_full()
+        self._has_rows = self.step.has_rows
+        self._sharded = sharded
+        for name in ("_run_next", "_run_many", "_run_ahead"):
+            setattr(self, name, compiled_for_iterators(self, name))
+        self._run_batch_compiled = compiled(self._run_batch, self.replicas)
+        self._read_compiled = compiled(self._read, self.replicas)
+
+    def _say_what_is_in_full(self) -> None:
+        found = not_partitioned(self.step.findings, self.step.elements)
+        if found and self.workers.is_chief and self.replicas.num_replicas > 1:
+            logging.getLogger("distfit").warning(found)
+
+    def run(self, batches: GlobalBatches, steps: int) -> int:
+        """Runs up to `steps` steps and returns how many the data were good for."""
+        if self.eagerly:
+            return self._run_eagerly(batches, steps)
+        if steps > 1 and self.takes_single_steps:
+            taken = (self.run(batches, 1) for _ in range(steps) if batches.has_next())
+            return sum(taken)
+        if self.step.needs_rows or not batches.length_is_known:
+            return self._run_until_end(batches, steps)
+        if steps == 1:
+            self._latest = self._run_next(batches.iterator())
+        else:
+            self._latest = self._run_many(batches.iterator(), tf.constant(steps))
+        return steps
+
+    @property
+    def takes_single_steps(self) -> bool:
+        """Whether steps cannot be fused.
+
+        In a loop TensorFlow takes the exchanges of all steps for one and the same: on
+        several workers they fail when their size changes.
+        """
+        return self.workers.count > 1 and not self.step.has_fixed_exchanges
+
+    def run_on(self, batch: Any) -> None:
+        """Runs a step on one global batch of tensors."""
+        if self.eagerly:
+            self._latest = self._eager(batch)
+        else:
+            few_rows = is_for_few_rows(self.step, batch)
+            self._latest = self._run_batch_compiled(batch, few_rows)
+
+    def reset(self) -> None:
+        """Resets the model's metrics."""
+        self.model.reset_metrics()
+        if self.watch is not None:
+            self.watch.reset()
+        self._latest = None
+
+    def results(self) -> dict[str, float]:
+        """The logs of the latest step: a sum over replicas where they need one."""
+        if self._latest is None:
+            return {}
+        if self.eagerly:
+            return _keras.pythonify_logs(self._latest)
+        logs = self._read_compiled(self._latest)
+        return _keras.pythonify_logs(logs or {})
+
+    def results_of_epoch(self) -> dict[str, float]:
+        """The logs of an epoch.
+
+        As in stock Keras these are the results of the model's metrics if their names
+        are the same, although the step may have returned something else. A metric that
+        the step does not update is left out of that: stock Keras logs 0 for it.
+        """
+        logs = self.results()
+        if not logs or not (self.eagerly or self.step.returned):
+            return logs
+        metrics = _keras.pythonify_logs(self.model.get_metrics_result())
+        if metrics.keys() != logs.keys():
+            return logs
+        return {name: metrics[name] for name in metrics} | {
+            name: logs[name] for name in self._names_not_updated()
+        }
+
+    def _names_not_updated(self) -> list[str]:
+        """Names of metrics whose state is still what it is after a reset."""
+        idle = [
+            metric
+            for metric in self.model.metrics
+            if not any(np.any(np.asarray(v)) for v in metric.variables)
+        ]
+        return [metric.name for metric in idle if not _keras.is_compiled(metric)]
+
+    @property
+    def variables(self) -> list:
+        """The variables that the step uses."""
+        return [] if self.eagerly else self.step.variables
+
+    # What is compiled.
+
+    def _run_next(self, iterator):
+        return self._run_batch(next(iterator))
+
+    def _run_many(self, iterator, steps):
+        def body(step, *latest):
+            return step + 1, *self._flat(self._run_batch(next(iterator)))
+
+        def more(step, *latest):
+            return step < steps
+
+        _, *latest = tf.while_loop(more, body, [tf.constant(0), *self._nothing()])
+        return self._packed(latest)
+
+    def _run_ahead(self, iterator, ahead, steps, few_rows):
+        """Runs steps while there are data, always one batch ahead of the step.
+
+        Args:
+            iterator: The iterator of the data.
+            ahead: What `_read_ahead` has read of it.
+            steps: The most steps to run.
+            few_rows: Whether for batches that leave replicas without rows, or for such
+                that do not; of no meaning for a step that does not need rows.
+
+        Returns:
+            How many steps were run, what is ahead then, and the outputs of the step.
+        """
+
+        def body(step, ahead, *latest):
+            placed = self.step.place(self._share_of(ahead), few_rows)
+            return step + 1, self._read_ahead(iterator), *self._flat(placed)
+
+        def more(step, ahead, *latest):
+            return tf.logical_and(step < steps, self._is_next(ahead, few_rows))
+
+        done, ahead, *latest = tf.while_loop(
+            more, body, [tf.constant(0), ahead, *self._nothing()]
+        )
+        return done, ahead, self._packed(latest)
+
+    def _read_ahead(self, iterator) -> Any:
+        if self._sharded:  # Counts are exchanged a step ahead.
+            return next_shards(iterator, self.replicas)
+        return iterator.get_next_as_optional()
+
+    def _is_next(self, ahead, few_rows: bool) -> tf.Tensor:
+        """Whether there is a batch, and it is one to be run."""
+        if self._sharded:
+            counts = ahead[1]
+            every = self.step.needs_rows and not few_rows
+            return tf.reduce_all(counts > 0) if every else tf.reduce_any(counts > 0)
+        if not self.step.needs_rows:
+            return ahead.has_value()
+        return tf.cond(
+            ahead.has_value(),
+            lambda: tf.equal(has_few_rows(self.step, ahead.get_value()), few_rows),
+            lambda: False,
+        )
+
+    def _share_of(self, ahead) -> Share:
+        if not self._sharded:
+            return shares(ahead.get_value(), self._has_rows, self.replicas)
+        of_replicas, counts = ahead
+        batches = of_replicas.get_value()
+        return shares_of_shards(batches, counts, self._has_rows, self.replicas)
+
+    def _run_batch(self, batch, few_rows=False):
+        share = shares(batch, self._has_rows, self.replicas)
+        return self.step.place(share, few_rows)
+
+    def _run_until_end(self, batches: GlobalBatches, steps: int) -> int:
+        done = 0
+        few_rows = False
+        while done < steps:
+            ran, ahead, latest = self._run_ahead(
+                batches.iterator(),
+                batches.take_next(),
+                tf.constant(1 if few_rows else steps - done),
+                few_rows=few_rows,
+            )
+            batches.put_next(ahead)
+            if ran:
+                self._latest = latest
+                done += int(ran)
+            elif few_rows or not self.step.needs_rows:
+                break
+            few_rows = self.step.needs_rows and not few_rows
+        if done < steps and batches.length_is_known:
+            raise ValueError(
+                "The data ended before the number of batches that they promise. "
+                f"Received: {done} of {steps} more batches. Correct the length of the "
+                "dataset."
+            )
+        return done
+
+    def _nothing(self) -> list[tf.Tensor]:
+        """What stands for the outputs of a step before there is one."""
+        return [
+            _zeros(shape, dtype)
+            for shape, dtype in self.step.returned
+            for _ in range(self.replicas.count)
+        ]
+
+    def _flat(self, placed: list[list]) -> list[tf.Tensor]:
+        """The outputs of a step for a loop to carry."""
+        flat = []
+        for tensors, (shape, _) in zip(placed, self.step.returned, strict=True):
+            for tensor in map(tf.identity, tensors):
+                tensor.set_shape(shape)  # What TensorFlow may not infer.
+                flat.append(tensor)
+        return flat
+
+    def _packed(self, flat: list) -> list[list]:
+        count = self.replicas.count
+        return [list(flat[i : i + count]) for i in range(0, len(flat), count)]
+
+    def _read(self, latest: list[list]) -> Any:
+        return self.step.results(latest)
+
+    def _run_eagerly(self, batches: GlobalBatches, steps: int) -> int:
+        done = 0
+        while done < steps and batches.has_next():
+            if isinstance(batches, Shards):
+                raise ValueError(
+                    "Shards cannot be run eagerly. Received: a dataset_fn and "
+                    "run_eagerly=True. Give a dataset of global batches."
+                )
+            if batches.length_is_known:
+                batch = next(batches.iterator())
+            else:
+                batch = batches.take_next().get_value()
+                batches.put_next(None)
+            self._latest = self._eager(batch)
+            done += 1
+        return done
+
+
+def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
+    """Zeros that a tensor of this shape, open sizes included, may follow in a loop."""
+    zeros = tf.zeros([d or 0 for d in shape], dtype)
+    if None not in shape:
+        return zeros
+    return tf.compat.v1.placeholder_with_default(zeros, shape)

@@ -1,0 +1,123 @@
+"""The compiled steps that a model has, for batches of each kind."""
+
+import logging
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from distfit import _keras
+from distfit.training import checks
+from distfit.training.driver import StepDriver
+from distfit.training.finite import FiniteWatch
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.inputs import check_element_spec
+from distfit.training.predict_driver import PredictDriver
+from distfit.training.shards import Shards
+from distfit.training.shares import Layout
+
+_KINDS = ("train", "test", "predict")
+
+
+def step_driver(
+    model, kind: str, batches: GlobalBatches, watched: bool = False
+) -> StepDriver:
+    """The compiled steps of a kind for some data, built if there are none yet.
+
+    Args:
+        model: The model.
+        kind: `"train"` or `"test"`.
+        batches: The data.
+        watched: Whether the steps look for losses that are not finite.
+    """
+    sharded = isinstance(batches, Shards)
+    return cached_driver(model, kind, batches.layout, sharded, watched)
+
+
+# Where a model has its compiled steps. They refer to the model: a table of models, even
+# with weak keys, would keep all of them for ever.
+_DRIVERS = "_distfit_drivers"
+
+
+def drivers_of(model, kind: str) -> dict[tuple, Any]:
+    """The compiled steps of a kind.
+
+    They are kept until a model is compiled anew, or its functions of stock Keras are
+    made anew.
+    """
+    checks.check_runs_steps(model, kind)
+    functions = [getattr(model, f"{kind}_function") for kind in _KINDS]
+    made_for = [_keras.compilation(model), *functions]
+    known = vars(model).get(_DRIVERS)
+    if known is None or any(map(operator.is_not, known[0], made_for)):
+        known = (made_for, {kind: {} for kind in _KINDS})
+        object.__setattr__(model, _DRIVERS, known)  # Nothing for Keras to track.
+    return known[1][kind]
+
+
+def cached_driver(
+    model, kind: str, layout: Layout, sharded: bool = False, watched: bool = False
+) -> StepDriver:
+    drivers = drivers_of(model, kind)
+    key = (_signature(layout), sharded, watched, checks.runs_eagerly(model))
+    if key not in drivers:
+        step = getattr(model, f"{kind}_step")
+        watch = FiniteWatch() if watched else None
+        drivers[key] = StepDriver(model, step, layout, sharded, watch)
+    return drivers[key]
+
+
+def predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDriver:
+    drivers = drivers_of(model, "predict")
+    key = (_signature(layout), sharded, checks.runs_eagerly(model))
+    if key not in drivers:
+        drivers[key] = PredictDriver(model, layout, sharded)
+    return drivers[key]
+
+
+def _signature(layout: Layout) -> str:
+    """What distinguishes batches for which a step may do different things.
+
+    A step is traced for these sizes, of which the numbers may be in its graph.
+    """
+    specs = tree.map_structure(_shape_and_dtype, layout.spec)
+    return f"{specs} {layout.has_rows}"
+
+
+def _shape_and_dtype(spec) -> str:
+    if isinstance(spec, tf.TensorSpec):  # Without its name.
+        return f"{spec.dtype.name}{spec.shape}"
+    return str(spec)
+
+
+def driver_on(model, kind: str, batch, exact: Layout, cached: Callable) -> Any:
+    """The compiled steps for batches like one, of which `exact` is the layout.
+
+    Once there were batches of other sizes, those for batches of any sizes, as a
+    `tf.function` relaxes what it takes, if the step can do without knowing them.
+    """
+    known = {signature for signature, *_ in drivers_of(model, kind)}
+    if known and _signature(exact) not in known:
+        try:
+            return cached(layout_of(batch, any_sizes=True))
+        except Exception:
+            logging.getLogger("distfit").debug("A step needs sizes.", exc_info=True)
+    return cached(exact)
+
+
+def layout_of(batch, any_sizes: bool = False) -> Layout:
+    """The layout of batches like one: of any number of rows, or of any sizes."""
+
+    def like(tensor):
+        if tensor is None:
+            return None
+        sizes = tensor.shape[1:]
+        rows = [None] if tensor.shape.rank else []
+        inner = [None] * len(sizes) if any_sizes else sizes
+        return tf.TensorSpec([*rows, *inner], tensor.dtype)
+
+    spec = tree.map_structure(like, batch)
+    check_element_spec(spec)
+    return Layout(spec, batch)

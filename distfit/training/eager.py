@@ -1,0 +1,54 @@
+"""A step run operation by operation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from distfit import _keras
+from distfit._keras import graphs, optimizers
+from distfit.cluster import workers
+from distfit.partition.exchanges import Replicas
+from distfit.training import checks
+from distfit.training.batch import without_optionals
+
+
+class EagerStep:
+    """A step run operation by operation, on the first device, with the whole batch.
+
+    Every worker does the same. What metrics hold, they hold as a sum over replicas:
+    within a step the first replica of each worker has all of it, between steps only the
+    chief has.
+
+    Args:
+        model: The model.
+        step: The bound step.
+        replicas: The replicas of this process.
+    """
+
+    def __init__(self, model: keras.Model, step: Callable, replicas: Replicas):
+        self._model = model
+        self._step = step
+        self._replicas = replicas
+
+    def __call__(self, batch: Any) -> Any:
+        strategy = self._model.distribute_strategy
+        summed = self._summed() if strategy.num_replicas_in_sync > 1 else []
+        graphs.gather_parts(strategy, summed)
+        is_chief = workers.of(strategy).is_chief
+        kept = {} if is_chief else graphs.own_parts(strategy, all_but=summed)
+        with optimizers.of_one_device(strategy.scope, accumulate_parts=False):
+            with tf.device(self._replicas.devices[0] or None):
+                with graphs.as_first_replica():
+                    outputs = self._step(without_optionals(batch))
+        graphs.copy_from_first_replica(strategy)
+        if not is_chief:
+            graphs.set_own_parts(strategy, kept)
+        return outputs
+
+    def _summed(self) -> list[tf.Variable]:
+        """The summed variables of the model, in an order that all workers share."""
+        held = [v for m in checks.metrics_of(self._model) for v in m.variables]
+        attributes = tf.train.TrackableView(self._model).descendants()
+        return graphs.summed_among([*map(_keras.underlying, held), *attributes])

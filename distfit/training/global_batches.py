@@ -1,0 +1,238 @@
+"""The global batches of an input, epoch by epoch.
+
+Every worker reads the same sequence of global batches and takes its own rows of each,
+so all know the number of steps and none can run out of data alone. Keras's own adapters
+turn arrays, datasets, PyDatasets and generators into a `tf.data.Dataset`; it is read by
+a plain iterator on the host, and each replica cuts its rows inside the compiled step.
+"""
+
+import threading
+import types
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from distfit import _keras
+from distfit.training.batch import fingerprint
+from distfit.training.inputs import (
+    check_element_spec,
+    check_not_distributed,
+    check_positive,
+    look_at,
+    with_first_noted,
+    without_autotune,
+)
+from distfit.training.shares import Layout
+
+
+class GlobalBatches:
+    """The global batches of an input, epoch by epoch.
+
+    Args:
+        x, y, sample_weight, batch_size, shuffle, class_weight: As in `Model.fit`.
+        steps_per_epoch: As in `Model.fit`; the data then continue from one epoch to
+            the next.
+
+    Attributes:
+        dataset: A `tf.data.Dataset` of global batches.
+        layout: The specs of a global batch, and what of it has rows.
+        num_batches: Number of batches in the data; None if unknown or infinite.
+        epoch_steps: Number of steps of an epoch; None if unknown.
+        first_batch: The fingerprint of the first batch that was read of the data in
+            this epoch, once `note_first_batch()` is called; else None.
+
+    Raises:
+        ValueError: if there are no data, or they are not batches of tensors or of
+            `(x, y[, sample_weight])`.
+    """
+
+    others_may_have_rows = False
+    first_batch: list | None = None
+
+    def __init__(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size=None,
+        steps_per_epoch=None,
+        shuffle=False,
+        class_weight=None,
+    ):
+        check_positive("batch_size", batch_size)
+        check_positive("steps_per_epoch", steps_per_epoch)
+        check_not_distributed(x)
+        steps_per_epoch = _capped_steps(steps_per_epoch)
+        first, x = look_at(x)
+        self._adapter = _keras.get_data_adapter(
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+        self.dataset = self._adapter.get_tf_dataset()
+        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+            self.dataset = without_autotune(self.dataset)
+        self.num_batches = self._adapter.num_batches
+        self.steps_per_epoch = steps_per_epoch
+        self._one_pass = isinstance(x, types.GeneratorType)
+        self._last_length = None
+        self._never_ends = self.dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+        self._iterator: Any = None
+        self._next: Any = None
+        self._seen = 0
+        self._arrays = (x, y, sample_weight)
+        check_element_spec(self.dataset.element_spec)
+        self.layout = Layout(self.dataset.element_spec, *first)
+        if self.num_batches == 0 and not self.others_may_have_rows:
+            raise ValueError(_EMPTY)
+
+    @property
+    def epoch_steps(self) -> int | None:
+        return self.steps_per_epoch or self.num_batches or self._last_length
+
+    @property
+    def length_is_known(self) -> bool:
+        """Whether it is known beforehand how many steps the data are good for."""
+        return self.num_batches is not None or self._never_ends
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What must be the same on every worker, of data that are called `name`."""
+        facts = {
+            "batch size": getattr(self._adapter, "batch_size", None),
+            "number of batches": self.num_batches,
+            "steps per epoch": self.steps_per_epoch,
+            "element spec": self.layout.spec,
+            "tensors with rows": self.layout.has_rows,
+            "sample": fingerprint(self._arrays),
+        }
+        return {f"{fact} of {name}": value for fact, value in facts.items()}
+
+    def note_first_batch(self) -> None:
+        """Has `first_batch` noted, where the order of rows is not known beforehand."""
+        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+            return
+        self.first_batch = []
+
+        def note(*arrays):
+            self.first_batch = fingerprint(list(arrays))
+
+        self.dataset = with_first_noted(self.dataset, note)
+
+    def start_epoch(self) -> int | None:
+        """Starts an epoch and returns how many steps it has, None if unknown.
+
+        With `steps_per_epoch`, an epoch goes on where the last one stopped.
+        """
+        self._adapter.on_epoch_begin()
+        goes_on = self.steps_per_epoch is not None or self._one_pass
+        if self._iterator is None or not goes_on:
+            self._release_iterator()
+            self._iterator = iter(self.dataset)
+            self._seen = 0
+        if self.num_batches is None:
+            return self.steps_per_epoch
+        left = self.num_batches - self._seen
+        return min(left, self.steps_per_epoch or left)
+
+    def restart(self) -> None:
+        """Goes back to the first batch, unless the data can be read only once.
+
+        As stock Keras does before a run, this calls the `on_epoch_end` of a PyDataset.
+        """
+        if not self._one_pass:
+            self._release_iterator()
+        self._adapter.on_epoch_end()
+
+    def _release_iterator(self) -> None:
+        """Lets go of the iterator, without waiting for it to end.
+
+        The tuning thread of a tf.data pipeline ends at its next tick, which may take
+        twice the time of an epoch.
+        """
+        held, self._iterator, self._next = [self._iterator, self._next], None, None
+        if held[0] is not None:
+            threading.Thread(target=held.clear, daemon=True).start()
+
+    def _skip_an_order(self) -> None:
+        """Makes an iterator in vain, as stock Keras does at the end of counted batches.
+
+        A shuffle with a seed takes another order for each.
+        """
+        if isinstance(self._arrays[0], tf.data.Dataset):
+            iter(self.dataset)
+
+    def has_next(self) -> bool:
+        """Whether there is another batch, as far as one has to look to know."""
+        return self.length_is_known or bool(self.take_next().has_value())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is nothing left for another epoch."""
+        return self._one_pass and not self.has_next()
+
+    def iterator(self) -> Any:
+        """The iterator of the current epoch."""
+        return self._iterator
+
+    def take_next(self) -> tf.experimental.Optional:
+        """The batch that comes next, for data of unknown length."""
+        if self._next is None:
+            self._next = self._iterator.get_next_as_optional()
+        return self._next
+
+    def put_next(self, batch: tf.experimental.Optional) -> None:
+        """Keeps a batch that was read but not yet trained on."""
+        self._next = batch
+
+    def end_epoch(self, steps: int) -> None:
+        """Ends an epoch of which `steps` steps were run.
+
+        Raises:
+            ValueError: if the data turn out to be empty.
+        """
+        self._seen += steps
+        ran_out = not self.length_is_known and not self.has_next()
+        if ran_out and self._seen == 0:
+            raise ValueError(_EMPTY)
+        exhausted = ran_out or self._seen == self.num_batches
+        if exhausted and steps < (self.steps_per_epoch or 1):
+            _warn_of_missing_data()
+        if ran_out:
+            self._last_length = steps
+        if exhausted and not self._one_pass:
+            self._release_iterator()
+            if not ran_out and self.steps_per_epoch is None:
+                self._skip_an_order()
+        self._adapter.on_epoch_end()
+
+
+_EMPTY = (
+    "The data have no batch at all. Received: an empty dataset. Give at least one row, "
+    "and check filters, shards and `drop_remainder`."
+)
+
+
+def _capped_steps(steps: int | None) -> int | None:
+    """Steps of an epoch, which `keras.config.set_max_steps_per_epoch` may limit."""
+    most = keras.config.max_steps_per_epoch()
+    if not most or (steps and most >= steps):
+        return steps
+    warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=5)
+    return most
+
+
+def _warn_of_missing_data() -> None:
+    warnings.warn(
+        "Your input ran out of data; interrupting training. Make sure that your "
+        "dataset or generator can generate at least `steps_per_epoch * epochs` "
+        "batches. You may need to use the `.repeat()` function when building your "
+        "dataset.",
+        stacklevel=2,
+    )

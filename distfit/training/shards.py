@@ -1,0 +1,142 @@
+"""Batches that each worker reads itself: its shard of the data."""
+
+import functools
+import itertools
+
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from distfit.cluster import workers
+from distfit.partition.exchanges import Replicas
+from distfit.training.batch import num_rows
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.shares import Layout, checks_of_rows, replicas_of, tensors_of
+
+
+class Shards(GlobalBatches):
+    """Batches that each worker reads itself: its shard of data too large for all.
+
+    A global batch is then what the replicas bring, in their order. The epoch ends when
+    nobody brings rows any more; until then who has none stands in with rows that count
+    for nothing, since no replica can sit out an exchange.
+
+    Args:
+        dataset_fn: `dataset_fn(input_context)` returns the `tf.data.Dataset` of this
+            worker, with the batches of a replica.
+        strategy: The strategy of the model.
+        steps_per_epoch, class_weight: As in `Model.fit`.
+    """
+
+    others_may_have_rows = True
+
+    def __init__(
+        self, dataset_fn, strategy, *, steps_per_epoch=None, class_weight=None
+    ):
+        super().__init__(
+            shard(dataset_fn, strategy),
+            steps_per_epoch=steps_per_epoch,
+            class_weight=class_weight,
+        )
+        self.strategy = strategy
+        leaves = zip(
+            tf.nest.flatten(self.layout.spec),
+            tf.nest.flatten(self.layout.cut),
+            strict=True,
+        )
+        for leaf, is_cut in leaves:
+            if not is_cut and leaf is not None:
+                raise ValueError(
+                    "Where each replica brings rows of its own, all that it brings "
+                    "must be dense tensors with as many rows. Received: a `dataset_fn` "
+                    f"whose elements have {leaf}. Make them so in a `map`, or give "
+                    "`fit()` a dataset of global batches instead."
+                )
+        self.dataset = with_stand_ins(self.dataset)
+        self.layout = Layout(self.dataset.element_spec[0])
+        self.num_batches = None  # Those of other workers are not known.
+        self._never_ends = False
+
+    def has_next(self) -> bool:
+        """Whether any replica brings rows to the next step."""
+        return bool(np.any(self.take_next()[1]))
+
+    def take_next(self) -> tuple:
+        """`(batches of this worker's replicas, rows of all replicas)`, for a step."""
+        if self._next is None:
+            self._next = _first_shards(self._iterator, replicas_of(self.strategy))
+        return self._next
+
+
+def shard(dataset_fn, strategy) -> tf.data.Dataset:
+    """The dataset of this worker.
+
+    Raises:
+        ValueError: if the function returns something else.
+    """
+    own = workers.of(strategy)
+    context = tf.distribute.InputContext(
+        num_input_pipelines=own.count,
+        input_pipeline_id=own.index,
+        num_replicas_in_sync=strategy.num_replicas_in_sync,
+    )
+    dataset = dataset_fn(context)
+    if not isinstance(dataset, tf.data.Dataset):
+        raise ValueError(
+            "A function given as x must return the `tf.data.Dataset` of a worker's "
+            f"batches. Received: {type(dataset).__name__} from {dataset_fn}."
+        )
+    return dataset
+
+
+def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Batches and their numbers of rows, and then one row without end, counted as 0.
+
+    That row is the first of the data, with which a step can do what it does with any;
+    zeros where there are no data at all.
+    """
+    several = isinstance(dataset.element_spec, tuple)
+
+    def counted(*batch):
+        batch = batch if several else batch[0]
+        rows = num_rows(batch)
+        each = [checks_of_rows(tensor, rows) for tensor in tensors_of(batch)]
+        with tf.control_dependencies(itertools.chain(*each)):
+            return batch, tf.identity(rows)
+
+    def stand_in(batch, rows):
+        return tree.map_structure(lambda tensor: tensor[:1], batch), 0
+
+    own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
+    first = own.take(1).map(stand_in).cache().repeat()  # The source is read no more.
+    blank = tree.map_structure(_blank_row, dataset.element_spec)
+    return own.concatenate(first).concatenate(
+        tf.data.Dataset.from_tensors((blank, 0)).repeat()
+    )
+
+
+def _blank_row(spec: tf.TensorSpec) -> tf.Tensor:
+    """Empty texts where it holds text."""
+    return tf.zeros([1, *(size or 1 for size in spec.shape[1:])], spec.dtype)
+
+
+def next_shards(iterator, replicas: Replicas) -> tuple:
+    """Reads a step's batches of this worker's replicas and learns all row counts.
+
+    Returns:
+        An optional with a tuple of batches, and int32 of shape (num_replicas,).
+    """
+    batches, rows = zip(*(next(iterator) for _ in range(replicas.count)), strict=True)
+    own = tf.stack(rows)
+    if replicas.count < replicas.num_replicas:
+        before = replicas.first
+        after = replicas.num_replicas - before - replicas.count
+        mine = tf.pad(own, [[before, after]])
+        parts = [mine] + [tf.zeros_like(mine)] * (replicas.count - 1)
+        own = replicas.sum([parts])[0][0]
+    return tf.experimental.Optional.from_value(batches), own
+
+
+@functools.partial(tf.function, autograph=False, reduce_retracing=True)
+def _first_shards(iterator, replicas):
+    return next_shards(iterator, replicas)

@@ -1,0 +1,4 @@
+"""One worker: strategy, data and model, and what it writes.
+
+`worker` is where to begin.
+"""

@@ -1,0 +1,271 @@
+"""Every flag of `python -m launch`, defined once, and how a command line is read.
+
+No flag has a default here: one that is not given leaves its setting to the
+configuration file and to the model's own defaults (see configuration.py).
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from launch.errors import UsageError
+
+COMMANDS = ("train", "evaluate", "verify")
+
+
+class _Kind(NamedTuple):
+    define: Callable
+    placeholder: str
+    takes: str
+
+
+_TEXT = _Kind(flags.DEFINE_string, "TEXT", "a text")
+_INTEGER = _Kind(flags.DEFINE_integer, "N", "a whole number")
+_NUMBER = _Kind(flags.DEFINE_float, "X", "a number")
+_SWITCH = _Kind(flags.DEFINE_boolean, "", "true or false")
+
+SETTINGS: dict[str, tuple[_Kind, str]] = {
+    "strategy": (
+        _TEXT,
+        "one_device, mirrored, multi_worker, or auto: multi_worker in a cluster or "
+        "with --num_workers, mirrored on several devices",
+    ),
+    "model": (
+        _TEXT,
+        "a reference model (default: gan), or package.module:function, your function "
+        "from the configuration to a compiled keras.Model",
+    ),
+    "dataset": (
+        _TEXT,
+        "a dataset of distfit, or package.module:function, your function from the "
+        "configuration to (train, validation)",
+    ),
+    "batch_size": (_INTEGER, "rows of the global batch, over all replicas"),
+    "epochs": (_INTEGER, "epochs to train"),
+    "steps_per_epoch": (
+        _INTEGER,
+        "batches of an epoch; --config.steps_per_epoch=None for all there are",
+    ),
+    "learning_rate": (_NUMBER, "learning rate of the optimizer"),
+    "seed": (_INTEGER, "seed of weights, shuffling, dropout and noise"),
+    "virtual_devices": (_INTEGER, "split the CPU into so many devices"),
+    "workdir": (_TEXT, "folder of the results (default: runs/MODEL)"),
+    "steps_per_execution": (
+        _INTEGER,
+        "steps that run as one, between callbacks",
+    ),
+    "mixed_precision": (_TEXT, "dtype policy of Keras, as mixed_bfloat16"),
+    "jit_compile": (_SWITCH, "compile the step with XLA"),
+    "data_dir": (
+        _TEXT,
+        "full MNIST: the folder of mnist.npz, that file, or 'download'; by default a "
+        "sample of it is used",
+    ),
+    "verbose": (_INTEGER, "0 silent, 1 a progress bar, 2 a line per epoch"),
+}
+# What `verify` alone takes. It makes its own strategies, on devices of its choice.
+VERIFY: dict[str, tuple[_Kind, str]] = {
+    "replicas": (_TEXT, "verify: numbers of replicas to compare (default: 1,2,4)"),
+    "steps": (_INTEGER, "verify: training steps to compare (default: 3)"),
+    "tolerance": (_NUMBER, "verify: largest relative deviation (default: 1e-5)"),
+}
+# What describes this process and its cluster, and not the run: no setting of it.
+CLUSTER: dict[str, tuple[_Kind, str]] = {
+    "num_workers": (
+        _INTEGER,
+        "start so many workers on this host; in a cluster, how many it is to have",
+    ),
+    "workers": (
+        _TEXT,
+        "the cluster as host:port,host:port,...: the same on each worker, chief first",
+    ),
+    "worker_index": (_INTEGER, "which of --workers this process is, from 0"),
+    "tee": (
+        _TEXT,
+        "whose output is shown, of workers started by --num_workers: chief (default), "
+        "or all, each line with its worker in front",
+    ),
+    "stall_timeout": (
+        _NUMBER,
+        "seconds without progress after which a worker ends the run (default: 1800); "
+        "0 for never",
+    ),
+}
+TEES = ("chief", "all")
+_ALL = {**SETTINGS, **CLUSTER, **VERIFY}
+_NOT_VERIFY = ("strategy", "virtual_devices", *CLUSTER)
+_CONFIG_HELP = (
+    "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
+    "what stands after a colon is its argument"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What was asked for.
+
+    Attributes:
+        command: one of `COMMANDS`.
+        settings: the flags that were given, by name.
+        config: the path of the configuration file, with its argument.
+        overrides: the `--config.key=value` arguments as they stand; their keys and
+            types are known once the configuration is.
+        verify: the arguments of `distfit.verify` that were given.
+        cluster: the flags of `CLUSTER` that were given.
+    """
+
+    command: str = "train"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    verify: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cluster: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Reads the arguments that follow `python -m launch`.
+
+    Raises:
+        UsageError: an unknown flag or command, or a value of the wrong type.
+    """
+    overrides = tuple(a for a in arguments if _is_override(a))
+    values = _define()
+    try:
+        rest = values(["launch", *(a for a in arguments if not _is_override(a))])
+    except flags.Error as error:
+        raise UsageError(_explain(error)) from error
+    command = _command(rest[1:])
+    given = {name: values[name].value for name in _ALL if values[name].present}
+    _check_flags_of(command, given)
+    return CommandLine(
+        command=command,
+        settings={name: given[name] for name in given if name in SETTINGS},
+        verify=_verify_arguments(given),
+        cluster=_cluster_arguments(given),
+        config=values["config"].value,
+        overrides=overrides,
+    )
+
+
+def help_text() -> str:
+    """Returns what `--help` prints."""
+    rows = [(name, kind.placeholder, text) for name, (kind, text) in _ALL.items()]
+    rows += [("config", "FILE.py", _CONFIG_HELP)]
+    rows += [("config.KEY", "VALUE", "one setting of the configuration, by name")]
+    lines = [f"python -m launch [{'|'.join(COMMANDS)}] [--flag=value ...]", ""]
+    for name, placeholder, text in rows:
+        lines.append(f"  --{name}{'=' if placeholder else ''}{placeholder}")
+        lines.append(textwrap.indent(textwrap.fill(text, 78), " " * 8))
+    return "\n".join(lines)
+
+
+def _define() -> flags.FlagValues:
+    # Its own set of flags: absl's global one belongs to whatever else is imported.
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # the command may stand before, between or after flags
+    for name, (kind, text) in _ALL.items():
+        kind.define(name, None, text, flag_values=values)
+    flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
+    return values
+
+
+def _is_override(argument: str) -> bool:
+    return re.match(r"--?(no)?config\.", argument) is not None
+
+
+def _command(positional: Sequence[str]) -> str:
+    if not positional:
+        return "train"
+    if len(positional) > 1 or positional[0] not in COMMANDS:
+        raise UsageError(
+            "There is no such command. "
+            f"Received: command={' '.join(positional)!r}. "
+            f"Choose {' or '.join(COMMANDS)}, and write settings as --flag=value."
+        )
+    return positional[0]
+
+
+def _check_flags_of(command: str, given: dict[str, Any]) -> None:
+    """Raises a `UsageError` for a flag that means nothing to the command."""
+    for name in _NOT_VERIFY if command == "verify" else VERIFY:
+        if name in given:
+            raise UsageError(
+                f"The command {command} takes no --{name}. "
+                f"Received: --{name}={given[name]}. "
+                + (
+                    "Give the numbers of replicas as --replicas=1,2,4."
+                    if command == "verify"
+                    else "It is for python -m launch verify."
+                )
+            )
+
+
+def _verify_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `distfit.verify`, checked without TensorFlow."""
+    arguments = {name: given[name] for name in VERIFY if name in given}
+    if "replicas" in arguments:
+        arguments["replicas"] = _numbers("replicas", arguments["replicas"])
+    for name in ("steps", "tolerance"):
+        if name in arguments and not arguments[name] > 0:
+            raise UsageError(
+                f"{name} must be positive. Received: --{name}={arguments[name]}. "
+                "Leave it out for the default."
+            )
+    return arguments
+
+
+def _cluster_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `CLUSTER`; what they mean together is for discovery.py to say."""
+    arguments = {name: given[name] for name in CLUSTER if name in given}
+    if arguments.get("num_workers", 1) < 1:
+        raise UsageError(
+            "There is at least one worker. "
+            f"Received: --num_workers={arguments['num_workers']}. "
+            "Leave it out to train in this process."
+        )
+    if arguments.get("tee", TEES[0]) not in TEES:
+        raise UsageError(
+            "There is no such choice of output. "
+            f"Received: --tee={arguments['tee']}. Give {' or '.join(TEES)}."
+        )
+    seconds = arguments.get("stall_timeout", 0.0)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UsageError(
+            "The stall timeout is a number of seconds. "
+            f"Received: --stall_timeout={seconds}. Give 0 to wait forever."
+        )
+    return arguments
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"--{name} takes whole numbers above 0, with commas between them. "
+            f"Received: --{name}={text}. Give e.g. --{name}=1,2,4."
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _explain(error: flags.Error) -> str:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown(error.flagname)
+    # absl's own words: "flag --batch_size=x: invalid literal for int() with base 10".
+    illegal = re.match(r"flag --(?P<name>\w+)=(?P<value>.*?): ", str(error))
+    if illegal and illegal["name"] in _ALL:
+        name, value = illegal["name"], illegal["value"]
+        takes = _ALL[name][0].takes
+        return f"--{name} takes {takes}. Received: --{name}={value}. Give {takes}."
+    return f"The flags cannot be read. Received: {error}. See python -m launch --help."
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [*_ALL, "config"], n=1)
+    advice = f"Did you mean --{near[0]}?" if near else "See python -m launch --help."
+    return f"There is no such flag. Received: --{name}. {advice}"

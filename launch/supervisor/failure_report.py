@@ -1,0 +1,83 @@
+"""What the last lines on the screen say about the worker that failed first."""
+
+import os
+import pathlib
+import signal
+
+from launch import run_files
+from launch.supervisor.root_cause import End, Failure
+
+# The message is all the last line says: it names what is to be changed, or the workers.
+_WITHOUT_A_WORKER = ("UsageError", "FloatingPointError", "StallError")
+# Raised to end the process, by a signal or by sys.exit().
+_EXITS = ("SystemExit", "KeyboardInterrupt")
+_LAST_LINES = 15
+_LONGEST_LINE = 500  # characters of a message whose traceback stands above it
+
+
+def text(
+    end: End, workdir: pathlib.Path, *, shown: str = "", out_of_memory: bool = False
+) -> str:
+    """Returns what to print: a traceback or the end of a log, then the cause.
+
+    Args:
+        end: the root cause.
+        workdir: the working folder of the run.
+        shown: what the screen's standard error has last; not said twice.
+        out_of_memory: whether the kernel has killed for lack of memory meanwhile.
+    """
+    log = run_files.log(workdir, end.worker)
+    if end.failure is None:
+        above = f"Worker {end.worker}, the end of {log}:\n{_tail(log)}"
+        return above + _death(end, out_of_memory) + "\n"
+    code = str(end.failure.code)
+    if end.failure.type in _EXITS and end.failure.message in ("", code):
+        return f"launch: worker {end.worker} ended with exit code {code}\n"
+    line = _last_line(end.failure)
+    if shown.endswith(line + "\n"):
+        return ""
+    traceback = end.failure.traceback
+    if not traceback or traceback.strip() in shown:
+        return line + "\n"
+    return f"Worker {end.worker} (see {log}):\n{traceback.rstrip()}\n{line}\n"
+
+
+def _last_line(failure: Failure) -> str:
+    message = " ".join(failure.message.split())
+    if failure.type in _WITHOUT_A_WORKER:
+        return f"launch: {message}"
+    if len(message) > _LONGEST_LINE:
+        message = message[:_LONGEST_LINE] + " ..."
+    which = f"worker {failure.worker} failed first, with {failure.type}"
+    return f"launch: {which}: {message}" if message else f"launch: {which}"
+
+
+def _death(end: End, out_of_memory: bool) -> str:
+    """Describes the end of a worker that has recorded nothing."""
+    who = f"launch: worker {end.worker}"
+    if end.code >= 0:
+        return f"{who} ended with exit code {end.code}, and recorded no error"
+    killed = f"{who} was killed by {_signal_name(-end.code)}"
+    if end.code != -signal.SIGKILL:
+        return killed
+    if out_of_memory:
+        return f"{killed}: memory had run out, says the kernel's count of such kills"
+    return f"{killed}, as the kernel does when memory has run out"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: pathlib.Path) -> str:
+    """Returns the last lines of a log, each ended, or "" if there are none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "".join(line + "\n" for line in lines[-_LAST_LINES:])

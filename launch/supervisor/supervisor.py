@@ -1,0 +1,277 @@
+"""Runs several workers on this host: starts them, watches them, ends them together.
+
+What they are told: each gets the same arguments, and TF_CONFIG with the addresses of
+all and its own place. Besides, each gets its share of the cores and GPUs, the path of
+its log, and PYTHONUNBUFFERED, without which its output would come late and, when it is
+killed, not at all. Nothing else passes between them and this process, which never
+imports TensorFlow.
+
+How it ends:
+
+- All workers end with 0: so does this process. One that is done early keeps none of the
+  others from going on.
+- One fails: it ends with another code, by a signal, or records its error and hangs. The
+  others are sent SIGTERM, and SIGKILL after `GRACE`: a collective whose peer is gone
+  may wait for ever. The root cause is the last thing on the screen.
+- One stops making progress: the workers' watchdogs find that (stall.py). Those that are
+  left write their stacks to their logs before they end.
+- SIGINT (Ctrl-C): they are sent it too, and SIGKILL after `GRACE`, or at once with a
+  second Ctrl-C. Exit code 130.
+- SIGTERM or SIGHUP: they are sent SIGTERM and have `SAVE_GRACE` to save what they have.
+  Exit code 143 for both; the worker's code if one has failed at that.
+- This process is killed: processes.py sees to it that nothing is left.
+
+A signal that this process was started to ignore, as nohup does, stays ignored. A screen
+that nobody reads keeps none of this from happening.
+"""
+
+import collections
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from launch import run_files
+from launch.cluster import hardware, local
+from launch.supervisor import failure_report, out_of_memory, root_cause
+from launch.supervisor.output import Outputs
+from launch.supervisor.processes import Guard, Process
+
+GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
+SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly give 30
+SETTLE = 1.0  # seconds that a cause may take to show itself after what follows from it
+STACKS = 0.5  # seconds that workers have to write their stacks
+_POLL = 0.05  # seconds
+
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    num_workers: int,
+    workdir: pathlib.Path,
+    tee: str = "chief",
+    command: Sequence[str] | None = None,
+) -> int:
+    """Runs `command` with `arguments` once for each worker, until all have ended.
+
+    To be called from the main thread of a process that has no other.
+
+    Args:
+        arguments: the command line that workers and this process share.
+        num_workers: how many.
+        workdir: their output and errors go to its folder `logs`.
+        tee: "chief" passes on to the screen what worker 0 writes, as it writes it;
+            "all" what every worker writes, line by line behind its name.
+        command: what to run, by default `python -m launch`.
+
+    Returns:
+        The exit code for this process.
+
+    Raises:
+        UsageError: the working folder or the GPUs do not allow it. Nothing was started.
+    """
+    command = [*(command or (sys.executable, "-m", "launch")), *arguments]
+    shares = hardware.divide(num_workers)
+    if sys.stdout is not None:  # closed by `>&-`
+        sys.stdout.flush()
+    outputs = Outputs(workdir, num_workers, tee)
+    with _Group(workdir, outputs) as group:
+        for index, environment in enumerate(local.environments(shares)):
+            log = run_files.log(workdir, index).absolute()
+            environment[run_files.LOG_VARIABLE] = str(log)
+            group.start(index, command, environment, shares[index].cores)
+        group.watch()
+    return group.tell()
+
+
+class _Group:
+    """The workers, and what is to be done to end them."""
+
+    def __init__(self, workdir: pathlib.Path, outputs: Outputs) -> None:
+        self._workdir = workdir
+        self._outputs = outputs
+        self._processes: list[Process] = []
+        self._ends: list[root_cause.End] = []
+        self._received: list[int] = []  # signals from outside
+        self._answered: int | None = None  # the one of them that ends the group
+        self._failing_since: float | None = None
+        # When to send which signal to those that are left, once they are to end.
+        self._plan: collections.deque[tuple[float, int]] | None = None
+        self._memory_kills = out_of_memory.kills()
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Group":
+        self._cleanup.callback(self._outputs.close)
+        self._guard = self._cleanup.enter_context(contextlib.closing(Guard()))
+        self._cleanup.enter_context(_handlers(self._receive))
+        self._cleanup.callback(self._kill_and_wait)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever has happened, no worker is left."""
+        self._cleanup.close()
+
+    def start(
+        self,
+        index: int,
+        command: list[str],
+        environment: dict[str, str],
+        cores: tuple[int, ...],
+    ) -> None:
+        """Starts a worker; a signal that has come before makes that needless."""
+        if self._received:
+            return
+        writing = self._outputs.connect(index)
+        try:
+            process = Process(index, command, environment, cores, writing)
+        finally:
+            for file in writing:
+                os.close(file)
+        self._processes.append(process)
+        self._guard.watch(self._processes)
+
+    def watch(self) -> None:
+        """Returns when all workers have ended, by themselves or as planned."""
+        while self._running():
+            self._outputs.read(_POLL)
+            for process in self._running():
+                if process.poll():
+                    self._note_end(process)
+            self._decide()
+            while self._plan and self._plan[0][0] <= time.monotonic():
+                self._send(self._plan.popleft()[1])
+        # A screen that is read slowly gets all, but what has gone wrong waits for none.
+        while not self._received and all(end.code == 0 for end in self._ends):
+            if self._outputs.flush(_POLL):
+                break
+
+    def tell(self) -> int:
+        """Says on the last lines of the screen why it has ended; returns the code."""
+        if not self._ends:  # it came before any worker was started
+            self._answered = next(iter(self._received), None)
+        if self._answered == signal.SIGINT:
+            self._outputs.say("launch: interrupted\n")
+            return _INTERRUPTED
+        if self._answered is None:
+            cause = root_cause.root_cause(self._ends)
+        else:
+            cause = root_cause.failed_to_save(self._ends)
+        if cause is not None:
+            self._outputs.say(self._report(cause))
+            return cause.exit_code
+        if self._answered is not None:
+            self._outputs.say("launch: terminated\n")
+            return _TERMINATED
+        return 0
+
+    def _running(self) -> list[Process]:
+        return [process for process in self._processes if process.code is None]
+
+    def _note_end(self, process: Process) -> None:
+        self._outputs.finish(process.index)
+        self._guard.watch(self._processes)
+        code = 0 if process.code is None else process.code
+        failure = root_cause.read(self._workdir, process.index)
+        self._ends.append(
+            root_cause.End(process.index, code, process.ended, process.asked, failure)
+        )
+
+    def _decide(self) -> None:
+        """Makes the plan for the end as soon as there is a reason for one."""
+        if self._plan is None:
+            if self._received:
+                self._answer(self._received[0])
+            elif self._is_failing():
+                self._fail()
+        elif any(end.code not in (0, _TERMINATED) for end in self._ends):
+            # Those that are left cannot save any more: that takes all of them.
+            latest = time.monotonic() + GRACE
+            moved = [(min(due, latest), number) for due, number in self._plan]
+            self._plan = collections.deque(moved)
+
+    def _answer(self, number: int) -> None:
+        self._answered = number
+        if number == signal.SIGINT:
+            self._outputs.mute_errors()  # they would all say that they are interrupted
+            self._schedule((0.0, signal.SIGINT), (GRACE, signal.SIGKILL))
+        else:
+            self._schedule((0.0, signal.SIGTERM), (SAVE_GRACE, signal.SIGKILL))
+
+    def _fail(self) -> None:
+        if self._has_stalled():
+            self._schedule(
+                (0.0, signal.SIGUSR1),  # see stall.enable_stack_dumps
+                (STACKS, signal.SIGTERM),
+                (STACKS + GRACE, signal.SIGKILL),
+            )
+            return
+        cause = root_cause.root_cause(self._ends)
+        preempted = cause is not None and cause.exit_code == _TERMINATED
+        grace = SAVE_GRACE if preempted else GRACE  # the others are saving as well
+        self._schedule((0.0, signal.SIGTERM), (grace, signal.SIGKILL))
+
+    def _schedule(self, *steps: tuple[float, int]) -> None:
+        now = time.monotonic()
+        self._plan = collections.deque((now + delay, number) for delay, number in steps)
+
+    def _is_failing(self) -> bool:
+        """Whether a worker has failed, and had the time to show why."""
+        if any(end.code != 0 and end.is_own for end in self._ends):
+            return True
+        recorded = any(
+            run_files.error(self._workdir, process.index).exists()
+            for process in self._running()
+        )
+        if not recorded and all(end.code == 0 for end in self._ends):
+            return False
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        return now - self._failing_since >= SETTLE
+
+    def _has_stalled(self) -> bool:
+        found = [root_cause.read(self._workdir, p.index) for p in self._processes]
+        return any(f is not None and f.type == "StallError" for f in found)
+
+    def _send(self, number: int) -> None:
+        for process in self._running():
+            process.send(number)
+
+    def _kill_and_wait(self) -> None:
+        self._send(signal.SIGKILL)
+        for process in self._running():
+            process.wait()
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received.append(number)
+        if self._received.count(signal.SIGINT) > 1:
+            self._send(signal.SIGKILL)
+
+    def _report(self, cause: root_cause.End) -> str:
+        before, after = self._memory_kills, out_of_memory.kills()
+        return failure_report.text(
+            cause,
+            self._workdir,
+            shown=self._outputs.shown.decode(errors="replace"),
+            out_of_memory=before is not None and after is not None and after > before,
+        )
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """While it lasts, signals from outside come to `handler`."""
+    former = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            former[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in former.items():
+            signal.signal(number, earlier)
