@@ -13,13 +13,14 @@ BENCH_READY := $(VENV)/.bench-ready
 # More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
 ARGS ?=
 
-.PHONY: help install train test test-fast test-ray lint benchmark benchmark-torch clean
+.PHONY: help install train test test-fast test-ray check lint benchmark benchmark-torch clean
 
 help:
 	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take no minutes and start no processes"
 	@echo "make test-ray   the example for Ray, which is installed for it"
+	@echo "make check      what a commit should pass, in seconds: lint, and who imports whom"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  distfit and its peers on the same work, side by side"
 	@echo "make benchmark-torch  install PyTorch, so that it takes part as well"
@@ -42,6 +43,9 @@ test-fast: $(READY)
 test-ray: $(READY)
 	$(PIP) -e '.[dev,ray]'
 	$(BIN)/python -m pytest -m integration tests/integration/test_ray.py
+
+check: lint
+	$(BIN)/python -m pytest -q tests/test_layering.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check
