@@ -237,3 +237,47 @@ def test_a_function_of_its_own_that_runs_steps_is_refused(make_strategy):
     with pytest.raises(ValueError, match="Put what it does into `train_step`"):
         model.fit(*DATA, verbose=0)
     model.evaluate(*DATA, verbose=0)
+
+
+def _outright(x):
+    tf.debugging.assert_less(tf.reduce_max(x), 0.5)  # here
+
+
+def _in_a_branch(x):
+    tf.cond(tf.reduce_max(x) > 0.5, lambda: _outright(x), lambda: None)
+
+
+def _in_a_loop(x):
+    def body(i):
+        _outright(x + tf.cast(i, x.dtype))
+        return i + 1
+
+    tf.while_loop(lambda i: i < 2, body, [0])
+
+
+def _of_numbers(x):
+    return tf.debugging.check_numerics(x / (x - 1.0), "no number")  # here
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("method", ["fit", "train_on_batch", "predict"])
+@pytest.mark.parametrize("place", [_outright, _in_a_branch, _in_a_loop, _of_numbers])
+def test_errors_in_a_step_name_its_line(make_strategy, replicas, method, place):
+    class Failing(distfit.Model):
+        def train_step(self, data):
+            checked = place(data[0])
+            return {"loss": tf.reduce_sum(data[0] if checked is None else checked)}
+
+        def predict_step(self, data):
+            checked = place(data[0])
+            return data[0] if checked is None else checked
+
+    with make_strategy(replicas).scope():
+        inputs = keras.Input((3,))
+        model = Failing(inputs, keras.layers.Dense(1)(inputs))
+        model.compile()
+    quiet = {} if method == "train_on_batch" else {"verbose": 0}
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        getattr(model, method)(np.ones((4, 3), "float32"), **quiet)
+    (note,) = caught.value.__notes__
+    assert "test_errors.py" in note and note.endswith("# here"), note

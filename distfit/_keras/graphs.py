@@ -59,6 +59,8 @@ def copy_operation(
 ) -> list[tf.Tensor]:
     """Adds an operation like `op` with other inputs, and returns its outputs.
 
+    It has the same name, by which an error can be traced back.
+
     Args:
         graph: The graph to add it to.
         op: The operation.
@@ -74,7 +76,7 @@ def copy_operation(
     for name, value in changed.items():
         attributes[name] = _attribute(value)
     made = graph._create_op_internal(
-        op.type, list(inputs), None, attrs=attributes, name=op.type
+        op.type, list(inputs), None, attrs=attributes, name=op.name
     )
     return list(made.outputs)
 

@@ -118,6 +118,10 @@ class Step:
         """The elements of all operations, of which `findings` have their share."""
         return sum(map(elements_of, self._flat.nodes))
 
+    def lines_of(self, error: tf.errors.OpError) -> list[str]:
+        """Where the user's code makes the operations that an error of a run names."""
+        return tracing.lines_of(error, self._graph)
+
     def _lasting(self, may_wait: list[tf.Variable]) -> list[bool]:
         order = {node: i for i, node in enumerate(self._flat.nodes)}
         written: dict[Node, int] = {}

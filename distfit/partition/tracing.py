@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import linecache
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -65,11 +66,7 @@ class Node:
 
     def line(self) -> str:
         """Where the user's code makes it, as `file:line  source`; else its name."""
-        for frame in reversed(self.op.traceback or ()):
-            if is_of_user(frame.filename):
-                source = linecache.getline(frame.filename, frame.lineno).strip()
-                return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
-        return self.op.name
+        return line_of(self.op) or self.op.name
 
     def __repr__(self) -> str:
         return f"<{self.type} {self.op.name}>"
@@ -88,6 +85,34 @@ _EXAMPLES = (_PACKAGE + "models" + os.sep,)
 def is_of_user(filename: str) -> bool:
     """Whether a file belongs to no library; reference models count as the user's."""
     return filename.startswith(_EXAMPLES) or not filename.startswith(_LIBRARIES)
+
+
+def line_of(op: tf.Operation) -> str | None:
+    """Where the user's code makes an operation, as `file:line  source`."""
+    for frame in reversed(op.traceback or ()):
+        if is_of_user(frame.filename):
+            source = linecache.getline(frame.filename, frame.lineno).strip()
+            return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
+    return None
+
+
+def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
+    """Where the user's code makes the operations that an error names.
+
+    Args:
+        error: An error of what was made of the graph.
+        graph: A traced graph.
+    """
+    named = {_TRACED.sub("", name) for name in _NAMED.findall(error.message)}
+    every = [graph, *graphs.functions_of(graph)]
+    operations = [op for each in every for op in each.get_operations()]
+    found = [line_of(op) for op in operations if op.name in named]
+    return [line for line in dict.fromkeys(found) if line is not None]
+
+
+# How TensorFlow names an operation, and what stands before its name in the traced one.
+_NAMED = re.compile(r"\{\{node ([^}]+)\}\}")
+_TRACED = re.compile(r"^.*\bstage\d+(?:_\d+)?/r\d+/")
 
 
 class Flat:

@@ -90,3 +90,19 @@ def _function(method: Callable) -> Callable:
 def _rounding_alike(function: Callable, replicas: Replicas) -> Callable:
     one = replicas.num_replicas == 1
     return function if one else rewriting.alike_on_replicas(function)
+
+
+def naming_lines(method: Callable) -> Callable:
+    """A method of a driver whose errors name the lines of the user's step."""
+
+    @functools.wraps(method)
+    def run(self, *args):
+        try:
+            return method(self, *args)
+        except tf.errors.OpError as error:
+            if not self.eagerly and not hasattr(error, "__notes__"):
+                for line in self.step.lines_of(error):
+                    error.add_note(f"In the step, at {line}")
+            raise
+
+    return run

@@ -18,6 +18,7 @@ from distfit.training.compiling import (
     compiled_for_iterators,
     has_few_rows,
     is_for_few_rows,
+    naming_lines,
     partitioned,
 )
 from distfit.training.eager import EagerStep
@@ -76,6 +77,7 @@ class StepDriver:
         if found and self.workers.is_chief and self.replicas.num_replicas > 1:
             logging.getLogger("distfit").warning(found)
 
+    @naming_lines
     def run(self, batches: GlobalBatches, steps: int) -> int:
         """Runs up to `steps` steps and returns how many the data were good for."""
         if self.eagerly:
@@ -100,6 +102,7 @@ class StepDriver:
         """
         return self.workers.count > 1 and not self.step.has_fixed_exchanges
 
+    @naming_lines
     def run_on(self, batch: Any) -> None:
         """Runs a step on one global batch of tensors."""
         if self.eagerly:

@@ -12,6 +12,7 @@ from distfit.training.compiling import (
     compiled,
     compiled_for_iterators,
     is_for_few_rows,
+    naming_lines,
     partitioned,
 )
 from distfit.training.eager import EagerStep
@@ -50,6 +51,7 @@ class PredictDriver:
         for name in ("_run_taken", "_run_batch"):
             setattr(self, name, compiled(getattr(self, name), self.replicas))
 
+    @naming_lines
     def run(self, batches: GlobalBatches) -> Any:
         """The predictions for this worker's rows of the next batch, in their order."""
         if isinstance(batches, Shards):
@@ -70,6 +72,7 @@ class PredictDriver:
         # The optional, whose spec is that of all batches.
         return self._run_taken(taken, is_for_few_rows(self.step, batch))
 
+    @naming_lines
     def run_on(self, batch: Any) -> Any:
         """The predictions for this worker's rows of one global batch of tensors."""
         if self.eagerly:
