@@ -10,13 +10,7 @@ import pytest
 import tensorflow as tf
 
 from distfit import datasets, models
-from distfit.models import (
-    contrastive,
-    distillation,
-    masked_lm,
-    vae,
-    wgan_gp,
-)
+from distfit.models import contrastive, distillation, masked_lm, vae, wgan_gp
 
 NAMES = ("vae", "contrastive", "wgan_gp", "distillation", "masked_lm")
 # Rounds of the critic and blocks of the transformer cost time when they are compiled.

@@ -27,14 +27,7 @@ from distfit.partition.layouts import (
     quotient,
     unknown,
 )
-from distfit.partition.program import (
-    Exchange,
-    Level,
-    Port,
-    Program,
-    RowPorts,
-    Stage,
-)
+from distfit.partition.program import Exchange, Level, Port, Program, RowPorts, Stage
 from distfit.partition.registry import CUT_RULES, RULES, SIZE_RULES, VIEWS
 from distfit.partition.tracing import Edge, Flat, Node
 from distfit.partition.values import Element, Resource, Value, may_be_size, measured

@@ -6,15 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from distfit.partition.layouts import (
-    BATCH,
-    Dim,
-    Layout,
-    Size,
-)
-from distfit.partition.program import (
-    Stage,
-)
+from distfit.partition.layouts import BATCH, Dim, Layout, Size
+from distfit.partition.program import Stage
 from distfit.partition.tracing import Node
 
 

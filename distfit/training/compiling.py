@@ -11,10 +11,7 @@ from distfit._keras import calls, optimizers, rewriting
 from distfit.partition.exchanges import Replicas
 from distfit.partition.step import Step
 from distfit.training import checks
-from distfit.training.shares import (
-    Layout,
-    rows_of,
-)
+from distfit.training.shares import Layout, rows_of
 
 
 def partitioned(

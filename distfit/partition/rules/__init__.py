@@ -10,6 +10,7 @@ from distfit.partition.rules import (  # noqa: F401
     control_flow,
     convolution,
     elementwise,
+    images,
     linalg,
     lists,
     order,
@@ -21,5 +22,6 @@ from distfit.partition.rules import (  # noqa: F401
     sizes,
     slices,
     sparse,
+    stateful_random,
     variables,
 )

@@ -12,13 +12,7 @@ import tensorflow as tf
 
 from distfit._keras import graphs
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    PARTIAL,
-    REPLICATED,
-    Dim,
-    Layout,
-    unknown,
-)
+from distfit.partition.layouts import PARTIAL, REPLICATED, Dim, Layout, unknown
 from distfit.partition.program import Branch, Loop
 from distfit.partition.registry import rule
 from distfit.partition.rules.lists import is_list, same_sizes

@@ -1,9 +1,8 @@
-"""Convolution, pooling and images: each replica computes the images of its rows.
+"""Convolutions: each replica computes the images of its rows.
 
-All of these operations treat the images of a batch one by one. So they take rows of the
-first dimension, in any blocks, and a sum over replicas only where it is their only
-tensor. The gradient of a filter adds up over the images: its parts are a sum over
-replicas.
+They treat the images of a batch one by one. So they take rows of the first dimension,
+in any blocks, and a sum over replicas only where it is their only tensor. The gradient
+of a filter adds up over the images: its parts are a sum over replicas.
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,7 @@ from distfit.partition.layouts import (
     unknown,
 )
 from distfit.partition.registry import rule
-from distfit.partition.rules.shapes import elements_of
-from distfit.partition.rules.sizes import ints
+from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
 from distfit.partition.values import Value
 
@@ -35,7 +33,10 @@ _GRADIENTS_OF_IMAGES = (
     *("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
     "DepthwiseConv2dNativeBackpropInput",
 )
+
+
 _GRADIENTS_OF_AVERAGES = ("AvgPoolGrad", "AvgPool3DGrad")
+
 
 _CONVOLUTIONS = {
     *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter"),
@@ -78,7 +79,7 @@ def batched(
     return values, layout
 
 
-def _emitted(
+def emitted(
     emitter: Emitter,
     node: Node,
     inputs: list[Value],
@@ -148,7 +149,7 @@ def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
     return Size(1, (f"windows({dim}-{lost}/{stride})",)) if exact is None else exact
 
 
-def _window_dims(
+def window_dims(
     emitter: Emitter, node: Node, images: Value, windows: list[Any]
 ) -> list[Dim]:
     """The shape of what windows over images give, which keep their channels."""
@@ -202,11 +203,11 @@ def _convolution(
     if not images.dims or filter.dims is None:
         return None
     windows = _spread(emitter, node, filter)
-    dims = _window_dims(emitter, node, images, windows)
+    dims = window_dims(emitter, node, images, windows)
     of_each = filter.dims[-2] if node.type == "DepthwiseConv2dNative" else 1
     dims[_channels(node, len(dims))] = product([of_each, filter.dims[-1]])
     found = batched(emitter, inputs, [0])
-    return found and _emitted(emitter, node, *found, dims)
+    return found and emitted(emitter, node, *found, dims)
 
 
 @rule(*_GRADIENTS_OF_IMAGES)
@@ -244,7 +245,7 @@ def _to_shape(
     if layout.kind == "rows":
         dims = [layout.size, *dims[1:]]
         shape = _shape_of_rows(emitter, shape, laid[-1], dims)
-    return _emitted(emitter, node, [emitter.whole(shape), *laid], layout, dims)
+    return emitted(emitter, node, [emitter.whole(shape), *laid], layout, dims)
 
 
 def _shape_of_rows(
@@ -281,112 +282,7 @@ def _filter_gradient(
         return None
     laid, layout = found
     result = PARTIAL if layout.kind == "rows" else REPLICATED
-    return _emitted(emitter, node, laid, result, dims)
-
-
-# --- Windows over images.
-
-
-@rule("MaxPool", "AvgPool", "MaxPool3D", "AvgPool3D")
-def _pool(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    found = batched(emitter, inputs, [0])
-    if found is None:
-        return None
-    dims = _window_dims(emitter, node, inputs[0], node.attr("ksize"))
-    return _emitted(emitter, node, *found, dims)
-
-
-# Which inputs have the images, for operations whose results have them, too.
-_IMAGES = {
-    **dict.fromkeys(["MaxPoolV2", "Dilation2D", "ExtractImagePatches"], [0]),
-    **dict.fromkeys(["ExtractVolumePatches", "SpaceToDepth", "DepthToSpace"], [0]),
-    **dict.fromkeys(["CombinedNonMaxSuppression", "DrawBoundingBoxesV2"], [0, 1]),
-}
-
-
-@rule(*_IMAGES)
-def _of_images(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    found = batched(emitter, inputs, _IMAGES[node.type])
-    shapes = [emitter.static_dims(traced) for traced in node.outputs]
-    if found is None or not all(shapes):
-        return None
-    laid, layout = found
-    first = layout.size if layout.kind == "rows" else (inputs[0].dims or [])[0]
-    return emitter.op(node, laid, layout, tuple([first, *s[1:]] for s in shapes))
-
-
-# Which inputs have the images, and which of them is as large as the result.
-_ALIKE = {
-    **dict.fromkeys(["MaxPoolGrad", "MaxPoolGradV2", "MaxPool3DGrad"], ([0, 1, 2], 0)),
-    **dict.fromkeys(["MaxPoolGradGrad", "MaxPoolGradGradV2"], ([0, 1, 2], 1)),
-    **dict.fromkeys(["MaxPool3DGradGrad"], ([0, 1, 2], 1)),
-    **dict.fromkeys(["LRN"], ([0], 0)),
-    **dict.fromkeys(["LRNGrad"], ([0, 1, 2], 0)),
-    **dict.fromkeys(["Dilation2DBackpropInput"], ([0, 2], 0)),
-    **dict.fromkeys(["ResizeBilinearGrad", "ResizeBicubicGrad"], ([0, 1], 1)),
-    **dict.fromkeys(["ScaleAndTranslateGrad"], ([0, 1], 1)),
-}
-
-
-@rule(*_ALIKE)
-def _alike(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    images, like = _ALIKE[node.type]
-    found = batched(emitter, inputs, images)
-    return found and _emitted(emitter, node, *found, inputs[like].dims)
-
-
-# --- Images of another size.
-
-
-@rule(
-    *("ResizeBilinear", "ResizeNearestNeighbor", "ResizeBicubic", "ResizeArea"),
-    *("ScaleAndTranslate", "ResizeNearestNeighborGrad"),
-)
-def _resize(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    images, size = inputs[:2]
-    if not images.dims:
-        return None
-    return _resized(emitter, node, inputs, [0], size)
-
-
-def _resized(
-    emitter: Emitter, node: Node, inputs: list[Value], images: list[int], size: Value
-) -> list[Value] | None:
-    found = batched(emitter, inputs, images)
-    (traced,) = node.outputs
-    if found is None or traced.shape.rank != 4:
-        return None
-    dims: Any = list(inputs[0].dims or ())
-    for i, element in zip((1, 2), elements_of(size) or [None] * 2, strict=True):
-        static = traced.shape[i]
-        dims[i] = static if element is None else element
-        dims[i] = unknown() if dims[i] is None else dims[i]
-    return _emitted(emitter, node, *found, dims)
-
-
-@rule("ImageProjectiveTransformV2", "ImageProjectiveTransformV3")
-def _transform(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    images, transforms, size = inputs[:3]
-    if not images.dims or not transforms.dims:
-        return None
-    one_for_all = emitter.sizes.is_one(transforms.dims[0])
-    return _resized(emitter, node, inputs, [0] if one_for_all else [0, 1], size)
-
-
-# --- Colors.
-
-
-@rule("AdjustContrastv2", "AdjustHue", "AdjustSaturation", "RGBToHSV", "HSVToRGB")
-def _colors(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """What looks at the colors of a pixel or, for contrast, at the mean of an image."""
-    images, *rest = [emitter.whole(v) if v.is_partial else v for v in inputs]
-    if images.dims is None:
-        return None
-    last = 3 if node.type == "AdjustContrastv2" else 1
-    if images.has_rows and images.layout.dim >= images.rank - last:
-        return None
-    given = [images, *(emitter.whole(v) for v in rest)]
-    return emitter.op(node, given, images.layout, images.dims)
+    return emitted(emitter, node, laid, result, dims)
 
 
 # --- Space as further images: dilated convolutions.

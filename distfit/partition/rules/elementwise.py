@@ -10,13 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    PARTIAL,
-    REPLICATED,
-    ROWS,
-    Layout,
-    by_rows,
-)
+from distfit.partition.layouts import PARTIAL, REPLICATED, ROWS, Layout, by_rows
 from distfit.partition.registry import VIEWS, cut_rule, rule
 from distfit.partition.rules import lists
 from distfit.partition.tracing import Node

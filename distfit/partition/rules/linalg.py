@@ -10,14 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    PARTIAL,
-    REPLICATED,
-    Dim,
-    Layout,
-    by_rows,
-    unknown,
-)
+from distfit.partition.layouts import PARTIAL, REPLICATED, Dim, Layout, by_rows, unknown
 from distfit.partition.registry import cut_rule, rule
 from distfit.partition.rules.elementwise import align
 from distfit.partition.rules.sizes import elements_of, ints

@@ -1,11 +1,7 @@
 """Operations for which the order along a dimension matters."""
 
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    REPLICATED,
-    Dim,
-    unknown,
-)
+from distfit.partition.layouts import REPLICATED, Dim, unknown
 from distfit.partition.registry import rule
 from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node

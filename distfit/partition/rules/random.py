@@ -1,19 +1,15 @@
-"""Random draws: exactly those of one device.
+"""Stateless random draws: exactly those of one device.
 
 A stateless draw is a function of its seed, so every replica could draw all and keep its
 rows. Philox counts: element `i` comes from the counter plus `i // group`, so a replica
 starts at its first row and draws no more than its own. What every replica could draw
 stays at hand as `Value.whole`: another layout that is asked for later costs no
 exchange, and TensorFlow drops what nothing uses.
-
-An operation that keeps a state draws once, on the first replica, for all.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter
@@ -29,16 +25,14 @@ from distfit.partition.layouts import (
 )
 from distfit.partition.program import Port
 from distfit.partition.registry import rule
-from distfit.partition.rules.shapes import elements_of
-from distfit.partition.rules.sizes import ints
+from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
 from distfit.partition.values import Value
 
 _PHILOX, _AUTO = 1, 3  # `tf.random.Algorithm`: kernels take Philox for auto_select.
+
+
 _MOST_BLOCKS = 4
-
-
-# --- Stateless draws of equal elements.
 
 
 # XLA counts on as kernels do, for these.
@@ -56,7 +50,7 @@ def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     shape; there, and where the algorithm may be another, the draw is cut.
     """
     whole = _in_full(emitter, node, inputs, inputs[0])
-    layout = _rows_of(emitter, inputs[0], whole.dims)
+    layout = rows_of(emitter, inputs[0], whole.dims)
     if layout is None:
         return [whole]
     counts = _counts(emitter, inputs[3]) and (
@@ -89,7 +83,7 @@ def _is_compiled(emitter: Emitter) -> bool:
 )
 def _draw_all(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     whole = _in_full(emitter, node, inputs, inputs[0])
-    layout = _rows_of(emitter, inputs[0], whole.dims)
+    layout = rows_of(emitter, inputs[0], whole.dims)
     return [whole if layout is None else emitter.cut(whole, layout)]
 
 
@@ -100,11 +94,11 @@ def _in_full(
     if any(v.has_rows and v.whole is None for v in inputs):
         emitter.report(node)
     given = [emitter.whole(v) for v in inputs]
-    (whole,) = emitter.op(node, given, REPLICATED, _shape(emitter, node, shape))
+    (whole,) = emitter.op(node, given, REPLICATED, drawn_shape(emitter, node, shape))
     return whole
 
 
-def _shape(emitter: Emitter, node: Node, shape: Value, *more: Value) -> Any:
+def drawn_shape(emitter: Emitter, node: Node, shape: Value, *more: Value) -> Any:
     """The dims of a result from the vector of its shape, and what comes after it."""
     elements = elements_of(shape)
     if elements is None or any(v.dims is None for v in more):
@@ -129,7 +123,7 @@ def _counts(emitter: Emitter, alg: Value) -> bool:
 # --- Which rows.
 
 
-def _rows_of(
+def rows_of(
     emitter: Emitter, shape: Value, dims: Sequence[Dim] | None
 ) -> Layout | None:
     """How to lay a draw, whose shape tells only its size: a choice of speed."""
@@ -281,7 +275,7 @@ def _gamma(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
         alpha = emitter.whole(alpha)
     layout = _rows_of_gamma(emitter, shape, dims, alpha)
     if layout is None or not _counts(emitter, alg):
-        return _with_parameters(emitter, node, inputs, 0, [4])
+        return with_parameters(emitter, node, inputs, 0, [4])
 
     def drawn(size, counter, key, alg, alpha):
         flat = tf.reshape(alpha, [] if single else [-1])
@@ -304,7 +298,7 @@ def _rows_of_gamma(
     """How a draw lies whose elements a replica can draw from its first on."""
     if not dims or alpha.dims is None or any(d is None for d in dims):
         return None
-    layout = alpha.layout if alpha.has_rows else _rows_of(emitter, shape, dims)
+    layout = alpha.layout if alpha.has_rows else rows_of(emitter, shape, dims)
     single = emitter.sizes.is_one(product(alpha.dims)) and not alpha.has_rows
     one_each = len(dims) == alpha.rank and all(
         emitter.sizes.same(a, b) for a, b in zip(dims, alpha.dims, strict=True)
@@ -316,25 +310,15 @@ def _rows_of_gamma(
 
 @rule("StatelessRandomPoisson", "StatelessRandomGammaV2")
 def _of_one(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    return _with_parameters(emitter, node, inputs, 0, [2])
+    return with_parameters(emitter, node, inputs, 0, [2])
 
 
 @rule("StatelessRandomBinomial")
 def _binomial(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    return _with_parameters(emitter, node, inputs, 0, [2, 3])
+    return with_parameters(emitter, node, inputs, 0, [2, 3])
 
 
-@rule("StatefulRandomBinomial")
-def _binomial_of_generator(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> list[Value]:
-    resource = inputs[0].resource
-    if resource is None or resource.kind != "mirrored":
-        return _once(emitter, node, inputs, _shape(emitter, node, inputs[2]))
-    return _with_parameters(emitter, node, inputs, 2, [3, 4])
-
-
-def _with_parameters(
+def with_parameters(
     emitter: Emitter, node: Node, inputs: list[Value], shape_at: int, at: list[int]
 ) -> list[Value]:
     """A draw whose shape ends with that of its parameters, in full on every replica.
@@ -352,7 +336,7 @@ def _with_parameters(
     }
     if not layouts and not any(v.has_rows for v in given):
         whole = _in_full(emitter, node, given, shape)
-        layout = _rows_of(emitter, shape, whole.dims)
+        layout = rows_of(emitter, shape, whole.dims)
         return [whole if layout is None else emitter.cut(whole, layout)]
     (layout,) = layouts if len(layouts) == 1 else (None,)
     others = [v for i, v in enumerate(given) if i not in at]
@@ -365,7 +349,7 @@ def _with_parameters(
     ):
         return _cut_again(emitter, _in_full(emitter, node, given, shape), layout)
     given = [_padded(emitter, v) for v in given]
-    (drawn,) = emitter.op(node, given, REPLICATED, _shape(emitter, node, shape))
+    (drawn,) = emitter.op(node, given, REPLICATED, drawn_shape(emitter, node, shape))
     return [_own_rows(emitter, drawn, layout)]
 
 
@@ -450,91 +434,3 @@ def _shuffle(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
         emitter.report(node)
     (whole,) = emitter.op(node, [emitter.whole(value), *given], REPLICATED, value.dims)
     return [emitter.cut(whole, value.layout) if value.has_rows else whole]
-
-
-# --- Draws that keep a state: once, for all.
-
-_UNSEEDED = itertools.count()
-
-
-@rule(
-    *("RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal"),
-    *("ParameterizedTruncatedNormal",),
-)
-def _stateful(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    return _once(emitter, node, inputs, _shape(emitter, node, inputs[0]))
-
-
-@rule("RandomGamma", "RandomPoisson", "RandomPoissonV2")
-def _stateful_of_one(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    """The shape of these comes before that of the parameter."""
-    dims = _shape(emitter, node, inputs[0], inputs[1])
-    return _once(emitter, node, inputs, dims, inputs[1])
-
-
-@rule("Multinomial")
-def _stateful_multinomial(
-    emitter: Emitter, node: Node, inputs: list[Value]
-) -> list[Value]:
-    logits = inputs[0]
-    dims = emitter.static_dims(node.outputs[0])
-    if logits.dims is not None:
-        dims = [logits.dims[0], dims[1]]
-    return _once(emitter, node, inputs, dims, logits)
-
-
-@rule("RandomShuffle")
-def _stateful_shuffle(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    return _once(emitter, node, inputs, inputs[0].dims, inputs[0])
-
-
-def _once(
-    emitter: Emitter,
-    node: Node,
-    inputs: list[Value],
-    dims: Any,
-    like: Value | None = None,
-) -> list[Value]:
-    """A draw of the first replica for all, and of it each replica's rows.
-
-    Args:
-        emitter: The emitter.
-        node: The node.
-        inputs: Its inputs.
-        dims: The shape of the draw.
-        like: An input with whose dimensions the shape ends, or begins.
-    """
-    if any(v.has_rows and v.whole is None for v in inputs):
-        emitter.report(node)
-    seeds = _seeds() if _is_unseeded(node) else {}
-    (whole,) = emitter.once(node, inputs, dims, **seeds)
-    if dims is None:
-        return [whole]
-    layout = _layout_like(emitter, whole, like) or _rows_of(emitter, inputs[0], dims)
-    return [whole if layout is None else emitter.cut(whole, layout)]
-
-
-def _layout_like(emitter: Emitter, whole: Value, like: Value | None) -> Layout | None:
-    if like is None or not like.has_rows or whole.dims is None:
-        return None
-    for dim in (like.layout.dim, like.layout.dim + len(whole.dims) - like.rank):
-        if emitter.sizes.same(whole.dims[dim], like.layout.size):
-            return like.layout.moved(dim)
-    return None
-
-
-def _is_unseeded(node: Node) -> bool:
-    names = node.op.node_def.attr
-    return "seed" in names and not (node.attr("seed") or node.attr("seed2"))
-
-
-def _seeds() -> dict[str, int]:
-    """Seeds for an operation without: each worker draws, so all must draw the same.
-
-    They follow from the state of NumPy's generator, on which workers agree and which
-    stays as it is.
-    """
-    state: Any = np.random.get_state()
-    generator = np.random.default_rng([*state[1], state[2], next(_UNSEEDED)])
-    seed, seed2 = generator.integers(1, 2**31 - 1, 2)
-    return {"seed": int(seed), "seed2": int(seed2)}

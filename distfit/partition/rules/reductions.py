@@ -6,13 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    PARTIAL,
-    REPLICATED,
-    Dim,
-    Layout,
-    product,
-)
+from distfit.partition.layouts import PARTIAL, REPLICATED, Dim, Layout, product
 from distfit.partition.registry import rule
 from distfit.partition.rules.elementwise import align, channels_of
 from distfit.partition.rules.sizes import ints

@@ -6,11 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from distfit.partition.emission import Emitter
-from distfit.partition.layouts import (
-    Dim,
-    by_rows,
-    unknown,
-)
+from distfit.partition.layouts import Dim, by_rows, unknown
 from distfit.partition.registry import rule
 from distfit.partition.rules.blocks import blocks_in, taken_blocks
 from distfit.partition.rules.sizes import elements_of
