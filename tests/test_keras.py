@@ -1,6 +1,7 @@
 """Tells when Keras or TensorFlow moves something that distfit relies on."""
 
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -195,6 +196,10 @@ def test_functions_are_traced_once_for_iterators_of_a_kind():
             assert calls(iterator, tf.constant(2))["state"][0] == value
         assert calls(iterator, tf.constant(1), sign=-1)["state"][0] == expected[1] - 3
     assert traces == [1, -1]
+    (resource,) = tf.nest.flatten(iterator, expand_composites=True)
+    kept = weakref.ref(resource)
+    del iterator, resource
+    assert kept() is None, "The garbage collector would have to wait for its release."
 
 
 def test_random_state_of_tensorflow_follows_seeds_and_draws():

@@ -23,7 +23,8 @@ class IteratorCalls:
 
     def __init__(self, function: Any):
         self._function = function
-        # It is left to its owner when an iterator ends: that may take time.
+        # Nothing of an iterator is kept: where a cycle holds it, the garbage collector
+        # stops the program until TensorFlow has released it, which takes seconds.
         self._iterator: Callable[[], Any] = lambda: None
         self._calls: dict[tuple, Callable] = {}
 
@@ -42,20 +43,19 @@ class IteratorCalls:
         key = tuple(options.items())
         if key not in self._calls:
             concrete = self.get_concrete_function(iterator, *tensors, **options)
-            self._calls[key] = _call_of(concrete, iterator)
-        return self._calls[key](tensors)
+            self._calls[key] = _call_of(concrete)
+        return self._calls[key](iterator, *tensors)
 
     def get_concrete_function(self, *args: Any, **options: Any) -> Any:
         """What the `tf.function` runs for such arguments."""
         return self._function.get_concrete_function(*args, **options)
 
 
-def _call_of(concrete: Any, iterator: tf.data.Iterator) -> Callable:
+def _call_of(concrete: Any) -> Callable:
     captured = concrete.captured_inputs
-    resource = tf.nest.flatten(iterator, expand_composites=True)
 
-    def call(tensors: tuple) -> Any:
-        given = tf.nest.flatten(tensors, expand_composites=True)
-        return concrete._call_flat([*resource, *given], captured)
+    def call(*args: Any) -> Any:
+        given = tf.nest.flatten(args, expand_composites=True)
+        return concrete._call_flat(given, captured)
 
     return call
