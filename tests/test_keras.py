@@ -1,5 +1,6 @@
 """Tells when Keras or TensorFlow moves something that distfit relies on."""
 
+import itertools
 import threading
 import weakref
 
@@ -200,6 +201,22 @@ def test_functions_are_traced_once_for_iterators_of_a_kind():
     kept = weakref.ref(resource)
     del iterator, resource
     assert kept() is None, "The garbage collector would have to wait for its release."
+
+
+def test_what_a_function_captures_at_each_call_is_captured_anew():
+    """As the keys of exchanges of several workers are."""
+    keys = itertools.count()
+
+    @tf.function
+    def key(iterator):
+        return tf.compat.v1.get_default_graph().capture_call_time_value(
+            lambda: tf.constant(next(keys)), tf.TensorSpec([], tf.int32)
+        )
+
+    calls = IteratorCalls(key)
+    iterator = iter(tf.data.Dataset.range(1))
+    first, second = calls(iterator), calls(iterator)
+    assert second == first + 1
 
 
 def test_random_state_of_tensorflow_follows_seeds_and_draws():

@@ -5,6 +5,8 @@
 | `ConcreteFunction._call_flat` | runs a function on tensors: a `tf.function` finds \
 out at each call, in Python, what it is given and what it captures, which takes longer \
 than a small step |
+| `deferred_external_captures` | what each call captures anew: on several workers, each \
+exchange has another key |
 """
 
 import weakref
@@ -18,7 +20,7 @@ class IteratorCalls:
     """A `tf.function` of an iterator, which is looked at once and not at each call.
 
     Args:
-        function: A `tf.function`. It captures no more than variables and constants.
+        function: A `tf.function`.
     """
 
     def __init__(self, function: Any):
@@ -53,9 +55,11 @@ class IteratorCalls:
 
 def _call_of(concrete: Any) -> Callable:
     captured = concrete.captured_inputs
+    changing = bool(concrete.graph.deferred_external_captures)
 
     def call(*args: Any) -> Any:
         given = tf.nest.flatten(args, expand_composites=True)
-        return concrete._call_flat(given, captured)
+        now = concrete.captured_inputs if changing else captured
+        return concrete._call_flat(given, now)
 
     return call
