@@ -5,8 +5,8 @@
 | `ConcreteFunction._call_flat` | runs a function on tensors: a `tf.function` finds \
 out at each call, in Python, what it is given and what it captures, which takes longer \
 than a small step |
-| `deferred_external_captures` | what each call captures anew: on several workers, each \
-exchange has another key |
+| `deferred_external_captures` | what each call captures anew: on several workers, the \
+keys of its exchanges |
 """
 
 import weakref
