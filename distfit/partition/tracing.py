@@ -82,18 +82,35 @@ _LIBRARIES = (
 _EXAMPLES = (_PACKAGE + "models" + os.sep,)
 
 
-def is_of_user(filename: str) -> bool:
+def _is_of_user(filename: str) -> bool:
     """Whether a file belongs to no library; reference models count as the user's."""
     return filename.startswith(_EXAMPLES) or not filename.startswith(_LIBRARIES)
 
 
+def place_of(frames: Iterable[Any]) -> str | None:
+    """The innermost line of the user's code in some frames, as `file:line`."""
+    frame = _users_frame(frames)
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
+
+
 def line_of(op: tf.Operation) -> str | None:
     """Where the user's code makes an operation, as `file:line  source`."""
-    for frame in reversed(op.traceback or ()):
-        if is_of_user(frame.filename):
-            source = linecache.getline(frame.filename, frame.lineno).strip()
-            return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
-    return None
+    frame = _users_frame(op.traceback or ())
+    if frame is None:
+        return None
+    source = linecache.getline(frame.filename, frame.lineno).strip()
+    return f"{frame.filename}:{frame.lineno}  {source}".rstrip()
+
+
+def _users_frame(frames: Iterable[Any]) -> Any:
+    users = (frame for frame in reversed(list(frames)) if _is_of_user(frame.filename))
+    return next(users, None)
+
+
+def operations(graph: Any) -> list[tf.Operation]:
+    """The operations of a graph and of the functions that it calls."""
+    every = [graph, *graphs.functions_of(graph)]
+    return [op for each in every for op in each.get_operations()]
 
 
 def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
@@ -103,16 +120,14 @@ def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
         error: An error of what was made of the graph.
         graph: A traced graph.
     """
-    named = {_TRACED.sub("", name) for name in _NAMED.findall(error.message)}
-    every = [graph, *graphs.functions_of(graph)]
-    operations = [op for each in every for op in each.get_operations()]
-    found = [line_of(op) for op in operations if op.name in named]
+    named = {_PREFIX.sub("", name) for name in _NAMED.findall(error.message)}
+    found = [line_of(op) for op in operations(graph) if op.name in named]
     return [line for line in dict.fromkeys(found) if line is not None]
 
 
-# How TensorFlow names an operation, and what stands before its name in the traced one.
+# How an error names an operation, and the prefix of what was emitted for a replica.
 _NAMED = re.compile(r"\{\{node ([^}]+)\}\}")
-_TRACED = re.compile(r"^.*\bstage\d+(?:_\d+)?/r\d+/")
+_PREFIX = re.compile(r"^.*\bstage\d+(?:_\d+)?/r\d+/")
 
 
 class Flat:

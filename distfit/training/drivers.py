@@ -60,6 +60,7 @@ def drivers_of(model, kind: str) -> dict[tuple, Any]:
 def cached_driver(
     model, kind: str, layout: Layout, sharded: bool = False, watched: bool = False
 ) -> StepDriver:
+    """The compiled steps of a kind for batches of a layout, built if there are none."""
     drivers = drivers_of(model, kind)
     key = (_signature(layout), sharded, watched, checks.runs_eagerly(model))
     if key not in drivers:
@@ -70,6 +71,7 @@ def cached_driver(
 
 
 def predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDriver:
+    """The compiled `predict_step` for batches of a layout, built if there is none."""
     drivers = drivers_of(model, "predict")
     key = (_signature(layout), sharded, checks.runs_eagerly(model))
     if key not in drivers:

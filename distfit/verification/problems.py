@@ -4,7 +4,7 @@ import dataclasses
 import traceback
 from collections.abc import Sequence
 
-from distfit.partition.tracing import is_of_user
+from distfit.partition.tracing import place_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,4 @@ def _text(error: Exception) -> str:
 
 def _place(error: Exception) -> str | None:
     """The innermost line of the user's code that an exception came through."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if is_of_user(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return None
+    return place_of(traceback.extract_tb(error.__traceback__))

@@ -15,8 +15,7 @@ import tensorflow as tf
 from keras import tree
 
 from distfit import _keras
-from distfit._keras import graphs
-from distfit.partition.tracing import is_of_user
+from distfit.partition.tracing import operations, place_of
 from distfit.training import checks
 from distfit.verification.batches import Batch, Source
 from distfit.verification.recording import (
@@ -201,7 +200,7 @@ class OneDevice:
     def unseeded_draws(self) -> list[str]:
         """The user's lines that draw numbers which nothing can draw again."""
         lines = {
-            _line(op): None
+            place_of(op.traceback or ()): None
             for graph in self._graphs
             for op in _drawing_operations(graph)
             if op.get_attr("seed") == 0 and op.get_attr("seed2") == 0
@@ -236,22 +235,9 @@ def _drawing_operations(graph: Any) -> list[tf.Operation]:
     """The operations that draw random numbers and keep count of their draws."""
     return [
         op
-        for op in _operations(graph)
+        for op in operations(graph)
         if op.op_def.is_stateful and {"seed", "seed2"} <= set(op.node_def.attr)
     ]
-
-
-def _operations(graph: Any) -> list[tf.Operation]:
-    """The operations of a graph and of the functions that it calls."""
-    every = [graph, *graphs.functions_of(graph)]
-    return [op for each in every for op in each.get_operations()]
-
-
-def _line(op: tf.Operation) -> str | None:
-    for frame in reversed(op.traceback or ()):
-        if is_of_user(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return None
 
 
 def _precision(model: keras.Model) -> float:
