@@ -7,6 +7,7 @@ import keras
 
 from distfit import _keras
 from distfit.training import loop
+from distfit.training.logs import in_order_of_metrics
 
 
 def fit(
@@ -71,7 +72,7 @@ def evaluate(
         steps=steps,
         callbacks=callbacks,
     )
-    return logs if return_dict else _keras.in_order_of_metrics(model, logs)
+    return logs if return_dict else in_order_of_metrics(model, logs)
 
 
 def predict(
@@ -109,7 +110,7 @@ class Model(keras.Model):
     """
 
     def __new__(cls, *args, **kwargs):
-        if cls is Model and _keras.functional_init_arguments(args, kwargs):
+        if cls is Model and _is_functional(args, kwargs):
             cls = Functional
         return super().__new__(cls, *args, **kwargs)
 
@@ -137,12 +138,12 @@ class Model(keras.Model):
         if class_weight is not None:
             sample_weight = _class_weights(y, class_weight, sample_weight)
         logs = loop.train_on_batch(self, _packed(x, y, sample_weight))
-        return logs if return_dict else _keras.in_order_of_metrics(self, logs)
+        return logs if return_dict else in_order_of_metrics(self, logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """Evaluates one global batch, as `keras.Model.test_on_batch`."""
         logs = loop.test_on_batch(self, _packed(x, y, sample_weight))
-        return logs if return_dict else _keras.in_order_of_metrics(self, logs)
+        return logs if return_dict else in_order_of_metrics(self, logs)
 
     def predict_on_batch(self, x):
         """Predicts one global batch, as `keras.Model.predict_on_batch`."""
@@ -167,10 +168,19 @@ def _become_functional_or_not(model: Model, args, kwargs) -> None:
     subclassed model could not be made. Here only the class itself gets another base.
     """
     cls = type(model)
-    if not _keras.functional_init_arguments(args, kwargs):
+    if not _is_functional(args, kwargs):
         return
     if not issubclass(cls, _keras.Functional):
         cls.__bases__ = (*cls.__bases__, _keras.Functional)
+
+
+def _is_functional(args: tuple, kwargs: dict) -> bool:
+    """Whether a model is called with inputs and outputs, as Keras decides it."""
+    return (
+        len(args) == 2
+        or (len(args) == 1 and "outputs" in kwargs)
+        or {"inputs", "outputs"} <= kwargs.keys()
+    )
 
 
 def _class_weights(y, class_weight, sample_weight):

@@ -13,6 +13,7 @@ from keras import layers
 
 import distfit
 from distfit.callbacks import CallbackList, LazyLogs, ProgressBar
+from distfit.callbacks.hooks import BATCH_HOOKS, listens
 
 
 def _fit(strategy, callbacks, epochs=4, **arguments):
@@ -49,6 +50,22 @@ class Reads(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.calls.append(("epoch", epoch, sorted(logs)))
+
+
+def test_hooks_that_do_nothing_are_not_called_for_batches():
+    stock = keras.callbacks.Callback()
+    assert not any(
+        listens(stock, hook) for hooks in BATCH_HOOKS.values() for hook in hooks
+    )
+    assert listens(Reads(), "on_train_batch_end") and listens(
+        Reads(), "on_test_batch_end"
+    )
+    assert not listens(Reads(), "on_train_batch_begin")
+    assert not listens(Reads(), "on_predict_batch_end")
+    one = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: None)
+    assert listens(one, "on_train_batch_begin") and not listens(
+        one, "on_train_batch_end"
+    )
 
 
 def test_custom_callbacks_read_what_one_device_reports(make_strategy):

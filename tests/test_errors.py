@@ -70,6 +70,15 @@ def _dataset(*tensors):
     return tf.data.Dataset.from_tensor_slices(tensors)
 
 
+@pytest.mark.parametrize("value", [0, -1, None, 1.5, "2"])
+def test_validation_freq_that_is_none(make_strategy, value):
+    """Stock Keras complains after the first epoch, and about no number."""
+    model = _model(make_strategy(2))
+    with pytest.raises(ValueError, match=f"`validation_freq`.*Received: .*{value}"):
+        model.fit(*DATA, validation_data=DATA, validation_freq=value)
+    assert model.optimizer.iterations.numpy() == 0
+
+
 BAD_DATA = {
     "no rows": ((np.zeros((0, 8)), np.zeros((0, 1))), "no batch at all"),
     "empty dataset": ((_dataset(*DATA).take(0).batch(4),), "no batch at all"),

@@ -11,7 +11,8 @@ FILES = sorted((ROOT / "distfit").rglob("*.py"))
 LAYERS = [
     ("_keras",),
     ("partition", "cluster.workers"),
-    ("training.batch", "training.checks", "training.inputs", "training.shares"),
+    ("training.batch", "training.checks", "training.inputs", "training.logs"),
+    ("training.shares",),
     ("training.compiling", "training.finite", "training.global_batches"),
     ("strategy", "training.predictions"),
     ("callbacks", "training.eager", "training.shards"),

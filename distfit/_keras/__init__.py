@@ -14,10 +14,9 @@ data frames, torch loaders: Keras makes each a `tf.data.Dataset`, with its own c
 | `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
 `class_weight`, as Keras means them |
 | `CompileMetrics` | where `compile()` keeps metrics |
-| `Functional`, `functional_init_arguments` | what `Model(inputs, outputs)` is |
+| `Functional` | what `Model(inputs, outputs)` is |
 | `global_state`, `GLOBAL_SEED_GENERATOR` | the names and the generator of a thread |
-| `join_batches`, `to_numpy` | predictions of any kind, joined |
-| `pythonify_logs`, `is_default` | logs as numbers; hooks that do nothing |
+| `join_batches` | predictions of any kind, joined |
 | `tf_context` | the seed of TensorFlow's random operations, to compare on workers |
 """
 
@@ -31,9 +30,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
-from keras.src.backend.tensorflow import trainer as _tensorflow_trainer
+from keras.src.backend.tensorflow.trainer import (
+    potentially_ragged_concat as join_batches,
+)
 from keras.src.models.functional import Functional
-from keras.src.models.model import functional_init_arguments
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from keras.src.trainers.compile_utils import CompileMetrics
 from keras.src.trainers.data_adapters import get_data_adapter
@@ -42,22 +42,15 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
 )
-from keras.src.utils.python_utils import is_default, pythonify_logs
 from tensorflow.python.eager import context as tf_context
-
-join_batches = _tensorflow_trainer.potentially_ragged_concat
-to_numpy = _tensorflow_trainer.convert_to_np_if_not_ragged
 
 __all__ = [
     "ArrayDataAdapter",
     "CompileMetrics",
     "Functional",
     "class_weight_to_sample_weights",
-    "functional_init_arguments",
     "get_data_adapter",
     "join_batches",
-    "pythonify_logs",
-    "to_numpy",
     "train_validation_split",
 ]
 
@@ -70,19 +63,9 @@ def initial_epoch(model: keras.Model) -> int | None:
     return model._initial_epoch
 
 
-def should_evaluate(model: keras.Model, epoch: int, validation_freq: Any) -> bool:
-    """Whether validation is due after an epoch."""
-    return model._should_eval(epoch, validation_freq)
-
-
 def compilation(model: keras.Model) -> Any:
     """An object that is a new one after each `compile()`; None before the first."""
     return getattr(model, "_compile_config", None)
-
-
-def in_order_of_metrics(model: keras.Model, logs: dict) -> Any:
-    """Logs as a list, or a number if there is one, as `evaluate()` returns them."""
-    return model._flatten_metrics_in_order(logs)
 
 
 def metrics_of(compile_metrics: CompileMetrics) -> Any:
@@ -205,11 +188,11 @@ def is_summed_on_read(variable: Any) -> bool:
 
 def local_value(variable: Any) -> np.ndarray:
     """The value that the first replica of this worker has of a variable."""
-    value = underlying(variable)
-    return np.asarray(getattr(value, "values", [value])[0])
+    strategy = tf.distribute.get_strategy()
+    return np.asarray(strategy.experimental_local_results(underlying(variable))[0])
 
 
-# --- Callbacks: what they ask of hooks and of variables.
+# --- Callbacks.
 
 
 # Where BackupAndRestore writes, beside its public `backup_dir`.
@@ -219,15 +202,3 @@ BACKUP_PATHS = (
     "_prev_weights_path",
     "_prev_training_metadata_path",
 )
-
-
-def listens(callback: keras.callbacks.Callback, hook: str) -> bool:
-    """Whether a callback does something in a batch hook.
-
-    Keras's `on_train_batch_*` call `on_batch_*`, which may be what is overridden.
-    """
-    older = hook.replace("_train", "")
-    return not (
-        is_default(getattr(callback, hook))
-        and is_default(getattr(callback, older, getattr(callback, hook)))
-    )

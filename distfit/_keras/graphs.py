@@ -5,10 +5,9 @@
 | `FuncGraph` | stages are graphs that captures nothing by accident |
 | `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
 | `function_def_to_graph` | the graph of a body that is only there as a definition |
-| `create_op` with attributes | an operation with other inputs |
 | `kernels` | which types there are kernels for |
 | `UpdateContext` | variables act as their first copy while a step is traced |
-| `regroup`, `batch_reduce_to` | a sum over replicas outside of `strategy.run` |
+| `_distributed_container` | the variable whose copy a handle belongs to |
 """
 
 import contextlib
@@ -16,8 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.distribute import distribute_lib, distribute_utils
-from tensorflow.python.distribute import values as distribute_values
+from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.framework import kernels
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
@@ -75,9 +73,7 @@ def copy_operation(
             graph._add_function_recursive(_function(op.graph, function.name))
     for name, value in changed.items():
         attributes[name] = _attribute(value)
-    made = graph._create_op_internal(
-        op.type, list(inputs), None, attrs=attributes, name=op.name
-    )
+    made = graph.create_op(op.type, list(inputs), attrs=attributes, name=op.name)
     return list(made.outputs)
 
 
@@ -209,7 +205,8 @@ _OF_ONE_DEVICE = (
 
 
 def _of_strategies() -> list[Any]:
-    return instances_of(tf.random.Generator, distribute_values.MirroredVariable)
+    found = instances_of(tf.random.Generator, tf.distribute.DistributedValues)
+    return [f for f in found if isinstance(f, tf.random.Generator) or _is_mirrored(f)]
 
 
 def _methods(found: Any) -> dict[str, Callable]:
@@ -231,11 +228,8 @@ def as_all_replicas() -> Iterator[None]:
 
 def sum_over_replicas(strategy: Any, parts: list) -> list:
     """Sums what the replicas of this process have over all replicas."""
-    value = (
-        distribute_utils.regroup(tuple(parts))
-        if len(parts) > 1
-        else distribute_values.PerReplica(tuple(parts))
-    )
+    mine = iter(parts)
+    value = strategy.experimental_distribute_values_from_function(lambda _: next(mine))
     (summed,) = strategy.extended.batch_reduce_to(
         tf.distribute.ReduceOp.SUM, [(value, value)]
     )
@@ -247,7 +241,7 @@ def copy_from_first_replica(strategy: Any) -> None:
 
     For steps that run eagerly, on the first copies alone.
     """
-    for variable in _variables_of(strategy, distribute_values.MirroredVariable):
+    for variable in filter(_is_mirrored, _values_of(strategy)):
         first, *others = variable.values
         for other in others:
             other.assign(first.value())
@@ -255,8 +249,7 @@ def copy_from_first_replica(strategy: Any) -> None:
 
 def summed_among(things: list) -> list[tf.Variable]:
     """Those of some objects that are variables which are summed on read, each once."""
-    kind = distribute_values.SyncOnReadVariable
-    found = {id(thing): thing for thing in things if isinstance(thing, kind)}
+    found = {id(thing): thing for thing in things if _is_read_as_one(thing)}
     return [v for v in found.values() if v.aggregation == tf.VariableAggregation.SUM]
 
 
@@ -292,8 +285,25 @@ def set_own_parts(strategy: Any, values: dict[int, tf.Tensor]) -> None:
 
 
 def _summed(strategy: Any) -> list[tf.Variable]:
-    return summed_among(_variables_of(strategy, distribute_values.SyncOnReadVariable))
+    return summed_among(_values_of(strategy))
 
 
-def _variables_of(strategy: Any, kind: type) -> list[Any]:
-    return [v for v in instances_of(kind) if v._distribute_strategy is strategy]
+def _values_of(strategy: Any) -> list[Any]:
+    found = filter(_is_variable, instances_of(tf.distribute.DistributedValues))
+    return [variable for variable in found if variable.distribute_strategy is strategy]
+
+
+def _is_variable(thing: Any) -> bool:
+    return isinstance(thing, tf.distribute.DistributedValues) and isinstance(
+        thing, tf.Variable
+    )
+
+
+def _is_mirrored(thing: Any) -> bool:
+    return _is_variable(thing) and not _is_read_as_one(thing)
+
+
+def _is_read_as_one(thing: Any) -> bool:
+    """Whether it is a variable whose value is made of those of all replicas."""
+    on_read = tf.VariableSynchronization.ON_READ
+    return _is_variable(thing) and thing.synchronization == on_read

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops
 
 _REPLICA = re.compile(r"\bstage\d+(?:_\d+)?/r(\d+)/")
 
@@ -79,7 +78,7 @@ class Template:
         Returns:
             For each device, the outputs.
         """
-        current = ops.get_default_graph()
+        current = tf.compat.v1.get_default_graph()
         for function in self._functions:
             current._add_function_recursive(function)
         # All in one go: bringing in a graph takes as long as the current one is large.

@@ -13,11 +13,10 @@ import keras
 import tensorflow as tf
 from keras.callbacks import BackupAndRestore
 
-from distfit import _keras
 from distfit._keras import scalars
 from distfit.callbacks.chief_files import move_paths, packed_backups, unpack_backups
 from distfit.callbacks.chief_only import ChiefOnly
-from distfit.callbacks.hooks import BATCH_HOOKS
+from distfit.callbacks.hooks import BATCH_HOOKS, listens
 from distfit.callbacks.lazy_logs import LazyLogs
 from distfit.callbacks.non_finite import NonFinite
 from distfit.callbacks.progress_bar import ProgressBar, SharedProgressBar
@@ -75,7 +74,7 @@ class CallbackList(keras.callbacks.CallbackList):
             super().__init__(callbacks, verbose=verbose, **arguments)
             self._moved = moved.pop_all()
         self._listeners = {
-            hook: [c for c in self.callbacks if _keras.listens(c, hook)]
+            hook: [c for c in self.callbacks if listens(c, hook)]
             for hooks in BATCH_HOOKS.values()
             for hook in hooks
         }

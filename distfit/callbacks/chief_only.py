@@ -4,8 +4,7 @@ import functools
 
 import keras
 
-from distfit import _keras
-from distfit.callbacks.hooks import BATCH_HOOKS
+from distfit.callbacks.hooks import BATCH_HOOKS, listens
 from distfit.cluster import workers
 from distfit.cluster.workers import Workers
 
@@ -55,5 +54,5 @@ def _hooks_of(callback: keras.callbacks.Callback) -> list[str]:
     batch_hooks = [hook for hooks in BATCH_HOOKS.values() for hook in hooks]
     # Keras's `on_train_batch_*` call the older two.
     others = {*batch_hooks, "on_batch_begin", "on_batch_end"}
-    listened = [hook for hook in batch_hooks if _keras.listens(callback, hook)]
+    listened = [hook for hook in batch_hooks if listens(callback, hook)]
     return [n for n in names if n not in others] + listened

@@ -24,6 +24,7 @@ from distfit.training.compiling import (
 from distfit.training.eager import EagerStep
 from distfit.training.finite import FiniteWatch
 from distfit.training.global_batches import GlobalBatches
+from distfit.training.logs import as_numbers
 from distfit.training.shards import Shards, next_shards
 from distfit.training.shares import Layout, replicas_of, shares, shares_of_shards
 
@@ -55,7 +56,7 @@ class StepDriver:
         self.replicas = replicas_of(self.strategy)
         self.watch = watch
         step = watch.around(step) if watch else step
-        self._latest: list[list] | None = None
+        self._latest: Any = None
         self.eagerly = checks.runs_eagerly(model)
         if self.eagerly:
             self._eager = EagerStep(model, step, self.replicas)
@@ -123,9 +124,9 @@ class StepDriver:
         if self._latest is None:
             return {}
         if self.eagerly:
-            return _keras.pythonify_logs(self._latest)
+            return as_numbers(self._latest)
         logs = self._read_compiled(self._latest)
-        return _keras.pythonify_logs(logs or {})
+        return as_numbers(logs or {})
 
     def results_of_epoch(self) -> dict[str, float]:
         """The logs of an epoch.
@@ -137,7 +138,7 @@ class StepDriver:
         logs = self.results()
         if not logs or not (self.eagerly or self.step.returned):
             return logs
-        metrics = _keras.pythonify_logs(self.model.get_metrics_result())
+        metrics = as_numbers(self.model.get_metrics_result())
         if metrics.keys() != logs.keys():
             return logs
         return {name: metrics[name] for name in metrics} | {

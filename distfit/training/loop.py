@@ -50,6 +50,7 @@ def fit(
 ) -> keras.callbacks.History:
     """See `Model.fit`."""
     _check_ready(model, "fit")
+    _check_validation_freq(validation_freq)
     team = workers.of(model.distribute_strategy)
     epochs = _capped_epochs(epochs)
     workers.agree_on_randomness(team, "fit()")  # Before data are shuffled.
@@ -104,9 +105,7 @@ def fit(
             callbacks.on_epoch_begin(epoch)
             agreement.settle(model, "train", "the begin of an epoch")
             logs = _run_epoch(model, "train", driver, batches, callbacks)
-            if validation is not None and _keras.should_evaluate(
-                model, epoch, validation_freq
-            ):
+            if validation is not None and _is_due(epoch, validation_freq):
                 logs |= _validate(model, validation, callbacks)
             callbacks.on_epoch_end(epoch, logs)
             agreement.settle(model, "train", "the end of an epoch")
@@ -197,6 +196,23 @@ def _capped_epochs(epochs: int) -> int:
         return epochs
     warnings.warn(f"Limiting epochs to {most}", stacklevel=4)
     return most
+
+
+def _check_validation_freq(validation_freq) -> None:
+    if isinstance(validation_freq, int):
+        check_positive("validation_freq", validation_freq)
+    elif not isinstance(validation_freq, list):
+        raise ValueError(
+            "`validation_freq` must be a number of epochs or a list of them. "
+            f"Received: validation_freq={validation_freq}"
+        )
+
+
+def _is_due(epoch: int, validation_freq: int | list[int]) -> bool:
+    """Whether validation follows an epoch, which `validation_freq` counts from 1."""
+    if isinstance(validation_freq, int):
+        return (epoch + 1) % validation_freq == 0
+    return epoch + 1 in validation_freq
 
 
 def _check_ready(model, method: str) -> None:

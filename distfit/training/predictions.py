@@ -24,8 +24,18 @@ def join(team: Workers, batches: list) -> Any:
     """
     if team.count > 1:
         batches = _of_all(team, batches)
-    joined = tree.map_structure(lambda *p: _keras.join_batches(list(p)), *batches)
-    return tree.map_structure(_keras.to_numpy, joined)
+    return joined(batches)
+
+
+def joined(batches: list) -> Any:
+    """The outputs for several batches, joined, as NumPy arrays where they can be."""
+    return tree.map_structure(lambda *parts: _joined_parts(list(parts)), *batches)
+
+
+def _joined_parts(parts: list) -> Any:
+    value = _keras.join_batches(parts)
+    composite = isinstance(value, tf.RaggedTensor | tf.SparseTensor)
+    return value if composite else value.numpy()
 
 
 def _of_all(team: Workers, batches: list) -> list:

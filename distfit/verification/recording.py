@@ -12,6 +12,7 @@ from keras import tree
 
 from distfit import _keras
 from distfit.training import checks
+from distfit.training.logs import as_numbers
 from distfit.verification.batches import Batch
 
 # Evaluating and predicting come first: they are compared at the initial weights.
@@ -200,7 +201,7 @@ class Gradients:
 
 def log_arrays(logs: Any) -> dict[str, np.ndarray]:
     """Logs as arrays by name."""
-    flat = _keras.pythonify_logs(logs)
+    flat = as_numbers(logs or {})
     return {name: np.asarray(value, "float64") for name, value in flat.items()}
 
 

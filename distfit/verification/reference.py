@@ -12,11 +12,11 @@ import keras
 import ml_dtypes
 import numpy as np
 import tensorflow as tf
-from keras import tree
 
 from distfit import _keras
 from distfit.partition.tracing import operations, place_of
 from distfit.training import checks
+from distfit.training.predictions import joined
 from distfit.verification.batches import Batch, Source
 from distfit.verification.recording import (
     ORDER,
@@ -192,10 +192,7 @@ class OneDevice:
 
     def _predict(self, recording: Recording, predict: Callable, batches: list[Batch]):
         outputs = [predict(batch.tensors) for batch in batches]
-        joined = tree.map_structure(
-            lambda *parts: _keras.to_numpy(_keras.join_batches(list(parts))), *outputs
-        )
-        recording.predict = flat_arrays(joined)
+        recording.predict = flat_arrays(joined(outputs))
 
     def unseeded_draws(self) -> list[str]:
         """The user's lines that draw numbers which nothing can draw again."""
