@@ -1,13 +1,13 @@
-"""How long `fit()` takes to its first step: distfit beside stock Keras.
+"""How long `fit()` takes to finish its first step: distfit and stock Keras.
 
     python -m benchmarks.first_step
     python -m benchmarks.first_step --workloads=resnet50 --replicas 1 2 4 --rounds 3
 
 Both train the same functional model, on replicas that are virtual devices of one
-process. The time is that from the call of `fit()` until the loss of the first step is
-known, in a fresh process: it is that of tracing and of what TensorFlow prepares. One
-process runs at a time, and they take turns. Written to `runs/benchmark/`:
-first_step.json, with every single time, and first_step.md, a table.
+process. The time is from the call of `fit()` until the loss of the first step is known,
+in a fresh process: it is spent on tracing and on TensorFlow's preparation. Processes
+run one at a time, in turn. Written to `runs/benchmark/`: first_step.json, with every
+single time, and first_step.md, a table.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _rows(options) -> list[dict]:
-    """What is measured, without times yet."""
+    """The rows to measure, without times yet."""
     return [
         {
             "workload": workload,

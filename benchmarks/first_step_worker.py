@@ -3,7 +3,7 @@
     python -m benchmarks.first_step_worker CONTENDER WORKLOAD REPLICAS
 
 A line on stdin, an order, is answered by a line on stdout: `{"seconds": s, "logs":
-{...}}`, or what went wrong, `{"error": line}`.
+{...}}` or `{"error": line}`.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import worker  # It sets what TensorFlow is to see, so it comes first.
+from benchmarks import worker  # First, as it sets TensorFlow's environment.
 
 # isort: split
 import keras
@@ -25,13 +25,13 @@ def main(contender: str, workload: str, replicas: str) -> None:
     for _ in sys.stdin:
         try:
             answer = first_step(contender, WORKLOADS[workload], int(replicas))
-        except Exception as error:  # Whatever a contender raises is its result.
+        except Exception as error:  # An exception is the contender's result.
             answer = {"error": worker.first_line(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def first_step(contender: str, workload: Workload, replicas: int) -> dict[str, Any]:
-    """How long a new model takes to the end of its first step."""
+    """Times a new model until the end of its first step."""
     keras.utils.set_random_seed(0)
     with worker.make_strategy(contender, replicas).scope():
         model = keras.Model(*workload.network(keras))
@@ -49,7 +49,7 @@ def first_step(contender: str, workload: Workload, replicas: int) -> dict[str, A
 
 
 class _Stop(keras.callbacks.Callback):
-    """Stops at the first step, and keeps its logs and the time they were there."""
+    """Stops after the first step and keeps its logs and the time."""
 
     def on_train_batch_end(self, batch, logs=None):
         self.logs = {name: float(value) for name, value in logs.items()}

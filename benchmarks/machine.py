@@ -8,7 +8,7 @@ import platform
 
 
 def facts() -> dict:
-    """What the numbers depend on beside the code."""
+    """What the numbers depend on besides the code."""
     packages = ("tensorflow", "keras", "tf_keras", "tf-models-official", "torch")
     return {
         "cpus": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Worker processes as the parent sees them: started when needed, ended in any case."""
+"""Worker processes: started by the parent when needed, and always ended by it."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from typing import IO
 from launch.cluster import hardware, local
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SETTLE = 2.0  # Seconds that workers may take to follow one of them that has failed.
+SETTLE = 2.0  # Seconds that other workers get to fail after one has.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Place:
 
     Attributes:
         environment: Its environment variables.
-        cores: What it may use of the CPU; empty for what this process may.
+        cores: The CPU cores it may use; empty for those of this process.
     """
 
     environment: dict[str, str]
@@ -37,10 +37,10 @@ class Place:
 
 
 def places(workers: int) -> list[Place]:
-    """The places of so many workers: a core and a free port each.
+    """The places of some workers, each with a core and a free port.
 
-    For 0 it is one process that is none. A worker alone is bound to a core, and is
-    told of no cluster.
+    0 stands for one process that is not a worker. A worker alone is bound to a core and
+    gets no TF_CONFIG.
     """
     alone = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
     if workers == 0:
@@ -54,12 +54,12 @@ def places(workers: int) -> list[Place]:
 
 
 class Group:
-    """A contender: its workers. A context manager that kills them.
+    """The workers of a contender, as a context manager that kills them.
 
     Args:
         arguments: The command line of the workers.
-        module: What they run.
-        workers: How many there are, or 0 for a process that is bound to no core.
+        module: The module that they run.
+        workers: Number of workers, or 0 for one process that is not bound to a core.
         timeout: Seconds that an answer may take.
     """
 
@@ -85,9 +85,10 @@ class Group:
         """Sends an order to all workers and waits for their answers.
 
         Returns:
-            The answer of the chief. With several workers, `all` has those of all. An
-            error is that of the first to fail; it ends a process that has died or does
-            not answer in time, and its peers in any case. The next order starts anew.
+            The answer of the chief. With several workers, `all` has every answer. An
+            error is that of the first to fail. It ends several workers; a single
+            process only if it has died or not answered in time. The next order starts
+            them again.
         """
         if not self._children:
             self._children = [
@@ -134,7 +135,7 @@ class Group:
 
 
 def _joined(answers: dict[int, dict]) -> dict:
-    """One answer for those of all workers."""
+    """Joins the answers of all workers."""
     for answer in answers.values():
         if "error" in answer:
             return answer
@@ -149,7 +150,7 @@ def _joined(answers: dict[int, dict]) -> dict:
 
 
 def agree(logs: dict[str, float], other: dict[str, float]) -> bool:
-    """Whether two workers tell the same, but for rounding."""
+    """Whether two workers report the same, up to rounding."""
     return logs.keys() == other.keys() and all(
         math.isclose(logs[name], other[name], rel_tol=1e-5, abs_tol=1e-7)
         for name in logs
@@ -157,7 +158,7 @@ def agree(logs: dict[str, float], other: dict[str, float]) -> bool:
 
 
 class _Child:
-    """A process that runs."""
+    """A running process."""
 
     def __init__(self, command: list[str], place: Place):
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
@@ -175,11 +176,11 @@ class _Child:
         self.stdout = self._popen.stdout
 
     def send(self, order: dict) -> None:
-        with contextlib.suppress(BrokenPipeError):  # Then it answers with its end.
+        with contextlib.suppress(BrokenPipeError):  # Then `answer` reports its end.
             self._popen.stdin.write(json.dumps(order).encode() + b"\n")
 
     def answer(self) -> dict:
-        """Reads the answer, which must have begun to come."""
+        """Reads the answer, which must have begun to arrive."""
         line = self.stdout.readline()
         return json.loads(line) if line else {"error": self._post_mortem()}
 
@@ -193,7 +194,7 @@ class _Child:
         self._stderr.close()
 
     def _post_mortem(self) -> str:
-        """Why it has closed its output, which is its end."""
+        """Why it has closed its output, and so ended."""
         self.ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(SETTLE)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report [FOLDER]
 
-makes them anew from the results.json of a folder, `runs/benchmark` by default.
+recreates them from the results.json of a folder, `runs/benchmark` by default.
 """
 
 import json
@@ -14,7 +14,7 @@ from benchmarks import replicas, scaling
 
 
 def write(folder: pathlib.Path, results: dict) -> None:
-    """Writes results.json, results.md and, where matplotlib is installed, the plots."""
+    """Writes results.json, results.md and, if matplotlib is installed, the plots."""
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "results.md").write_text(text(results))
     try:
@@ -24,7 +24,7 @@ def write(folder: pathlib.Path, results: dict) -> None:
 
 
 def text(results: dict) -> str:
-    """The tables under a line on the machine."""
+    """The tables below a line about the machine."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     return f"Measured on: {machine}.\n\n{tables(results['rows'])}"
 
@@ -43,7 +43,7 @@ def plot(rows: list[dict], folder: pathlib.Path) -> None:
 
 
 def _plot(part: types.ModuleType, rows: list[dict], path: pathlib.Path) -> None:
-    """A panel for each workload, and what its colours stand for below them."""
+    """A panel for each workload, and a legend below them."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Rows of results, and what they say.
+"""Rows of results, and statistics of them.
 
 A row is a dict: workload, replicas, fused, contender, seconds_per_step (a list, one for
-each round), and failure, a line, where there is one. Rows of workers also have workers,
-how many there were, and cluster: the number that a worker alone is to be compared with.
+each round), and failure, a line, if it failed. Rows of workers also have workers, their
+number, and cluster: the number of workers that a worker alone is compared with.
 """
 
 import re
@@ -28,11 +28,11 @@ COLORS = {
     "orbit": "#009e73",
     "torch_ddp": "#cc79a7",
 }
-SLOW = 1.5  # times the median: an epoch that took longer is a slow one.
+SLOW = 1.5  # times the median: an epoch that takes longer is slow.
 
 
 def contenders(rows: list[dict]) -> list[str]:
-    """Those in the rows, in the order of the labels."""
+    """The contenders in the rows, in the order of the labels."""
     present = {row["contender"] for row in rows}
     return [name for name in LABELS if name in present]
 
@@ -61,7 +61,7 @@ def slow_share(row: dict) -> float:
 
 
 def ratio(over: dict | None, under: dict | None) -> float | None:
-    """How long a step of one row takes, as a multiple of one of another."""
+    """The time of a step in one row, as a multiple of that in another."""
     times = median(over), median(under)
     return None if None in times else times[0] / times[1]
 
@@ -94,7 +94,7 @@ def _note(reason: str, notes: list[str]) -> int:
 
 
 def rounds(rows: list[dict]) -> str:
-    """How many there were, in words."""
+    """The number of rounds, or their range, as text."""
     counts = sorted({len(r["seconds_per_step"]) for r in rows if "failure" not in r})
     return " to ".join(map(str, counts[:1] + counts[1:][-1:])) or "no"
 
@@ -104,7 +104,7 @@ def markdown(lines: list[list[str]], left: int, notes: list[str]) -> str:
 
     Args:
         lines: The cells.
-        left: How many columns are words.
+        left: Number of left-aligned columns.
         notes: The footnotes.
     """
     rule = ["---"] * left + ["--:"] * (len(lines[0]) - left)

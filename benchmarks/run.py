@@ -5,12 +5,12 @@
     python -m benchmarks.run --workers 2 --workloads cnn --fused 1 --rounds 5
 
 Replicas: 1, 2 and 4 virtual devices of one process. Workers: 2 processes of one replica
-and one core each, which talk over loopback; each has as many rows as a worker alone on
-one core, which is measured beside them.
+and one core each, which communicate over loopback; each has as many rows as a worker
+alone on one core, which is measured for comparison.
 
-Each contender is a process of its own, or as many as it has workers. One contender
-computes at a time: a round is an epoch of each, in turn, so that a busy moment of the
-machine hits all alike. Rounds are repeated, and medians reported. Written to
+Each contender has a process of its own, or one for each worker. One contender computes
+at a time: a round is an epoch of each, in turn, so that other load on the machine
+affects all alike. Rounds are repeated, and medians reported. Written to
 `runs/benchmark/`: results.json, with every single time; results.md, tables; plots.
 """
 
@@ -80,21 +80,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=20,
-        help=f"rounds are cut, down to {MIN_ROUNDS}, to keep to about this time",
+        help=f"rounds are reduced, to {MIN_ROUNDS} at least, to take about this time",
     )
     add("--contenders", nargs="+", choices=contenders.NAMES, default=contenders.NAMES)
     add(
         "--batches",
         choices=("fixed", "any"),
         default="fixed",
-        help="whether the input pipeline promises batches of a fixed size",
+        help="whether the input pipeline declares a fixed batch size",
     )
     add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/benchmark"))
     return parser.parse_args(argv)
 
 
 def _cells(options) -> dict[str, list[dict]]:
-    """What is measured side by side: rows without times yet, by a name for them."""
+    """The rows to measure side by side, without times yet, by name."""
     cells = {}
     for workers in options.workers:
         for workload in options.workloads:
@@ -124,7 +124,7 @@ def _rows_on_replicas(workload: str, replicas: int, options) -> list[dict]:
 
 
 def _rows_on_workers(workload: str, cluster: int, options) -> list[dict]:
-    """A contender's worker alone comes just before its workers together."""
+    """A contender's worker alone comes right before its workers together."""
     return [
         {
             "workload": workload,
@@ -143,7 +143,7 @@ def _rows_on_workers(workload: str, cluster: int, options) -> list[dict]:
 
 
 def _weight(rows: list[dict]) -> int:
-    """The share of the time that a cell gets: one of workers has more to measure."""
+    """The weight of a cell's share of the time: workers have more to measure."""
     return 2 if "workers" in rows[0] else 1
 
 
@@ -166,7 +166,7 @@ def _measure(name: str, rows: list[dict], options, deadline: float) -> list[dict
 
 
 def _key(row: dict) -> tuple[str, int]:
-    """What tells the processes of a cell apart."""
+    """Identifies the processes of a cell."""
     return row["contender"], row.get("workers", 0)
 
 
@@ -177,7 +177,7 @@ def _group(row: dict, options) -> Group:
 
 
 def _prepare(groups: Groups, rows: list[dict]) -> None:
-    """Has everything imported, built and traced: not timed, so several at once."""
+    """Imports, builds and traces everything: not timed, so several at once."""
 
     def prepare(key: tuple[str, int]) -> None:
         for row in rows:
@@ -192,7 +192,7 @@ def _prepare(groups: Groups, rows: list[dict]) -> None:
 
 
 def _run_round(groups: Groups, rows: list[dict], number: int) -> None:
-    """Times every row once. Each round begins with another row."""
+    """Times every row once. Each round begins with a different row."""
     for fused in dict.fromkeys(row["fused"] for row in rows):
         turn = [row for row in rows if row["fused"] == fused and "failure" not in row]
         start = number % max(len(turn), 1)

@@ -2,13 +2,13 @@
 
     python -m benchmarks.worker CONTENDER WORKLOAD REPLICAS BATCHES
 
-Each line on stdin, `{"fused": k}`, is answered by a line on stdout: what an epoch with
-k steps per execution took, `{"seconds_per_step": s, "logs": {...}}`, or what went
-wrong, `{"error": line}`. The first order for a k is answered by `{}`: the model is
-built and traced, and trained for an epoch. Between orders the process computes nothing.
+Each line on stdin, `{"fused": k}`, is answered by a line on stdout: the time of an
+epoch with k steps per execution, `{"seconds_per_step": s, "logs": {...}}`, or
+`{"error": line}`. The first order for a k is answered by `{}`: the model is built and
+traced, and trained for an epoch. Between orders the process is idle.
 
-Where TF_CONFIG lists workers, this is one of them, with one replica, and REPLICAS is
-how many there are. The parent gives the same orders to all.
+If TF_CONFIG lists workers, this is one of them, with one replica, and REPLICAS is their
+number. The parent gives the same orders to all.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ def main(contender: str, workload: str, replicas: str, batches: str) -> None:
     for line in sys.stdin:
         try:
             answer = times.epoch(**json.loads(line))
-        except Exception as error:  # Whatever a contender raises is its result.
+        except Exception as error:  # An exception is the contender's result.
             answer = {"error": first_line(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 class _Times:
-    """Times epochs; for each k there is a model of its own."""
+    """Times epochs, with a separate model for each k."""
 
     def __init__(self, contender: str, workload, replicas: int):
         self.contender = contender
@@ -70,7 +70,7 @@ class _Times:
         steps = self.workload.epoch_steps
         if steps % fused:
             raise ValueError(
-                "An epoch must be a number of whole executions. "
+                "An epoch must consist of whole executions. "
                 f"Received: {fused} fused steps. Choose a divisor of {steps}."
             )
         train = contenders.load(self.contender)(self.workload, self.strategy, fused)
@@ -79,12 +79,12 @@ class _Times:
 
 
 def make_strategy(contender: str, replicas: int) -> tf.distribute.Strategy:
-    """The same for all contenders, so that loops are compared and not reductions.
+    """The same strategy for all contenders, to compare loops and not reductions.
 
-    For one replica it is none at all, which is what stock Keras and a loop by hand are
-    fastest with; for more it has distfit's choice of how CPU devices exchange tensors.
-    On several workers it is TensorFlow's; distfit's call for it also lets the workers
-    agree on random numbers, which is no part of a step.
+    One replica has the default strategy, with which stock Keras and a hand-written loop
+    are fastest; several have distfit's choice of how CPU devices exchange tensors.
+    Several workers have TensorFlow's; distfit's function for it also makes the workers
+    agree on random numbers, which is not part of a step.
     """
     if "TF_CONFIG" in os.environ:
         if contender == "distfit":
@@ -96,9 +96,9 @@ def make_strategy(contender: str, replicas: int) -> tf.distribute.Strategy:
 
 
 def _end_with_parent() -> None:
-    """Ends the process when nobody can give orders any more.
+    """Ends the process when its parent has ended.
 
-    It may be in a step then, and wait for a worker that is gone.
+    It may be in a step at that time, waiting for a worker that is gone.
     """
     hangup = select.poll()
     hangup.register(0, 0)
@@ -107,7 +107,7 @@ def _end_with_parent() -> None:
 
 
 def own_stdout():
-    """The stream for answers; from now on what libraries print goes to stderr."""
+    """The stream for answers; from now on libraries print to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

@@ -18,7 +18,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is trained.
+    """A model, its data and its epoch.
 
     Attributes:
         name: Its key in `WORKLOADS`.
@@ -29,7 +29,7 @@ class Workload:
         loss: `loss(keras, **kwargs)` returns a Keras loss.
         metric: `metric(keras)` returns a Keras metric.
         optimizer: `optimizer(keras)` returns a Keras optimizer.
-        fixed: Whether the pipeline promises batches of a fixed size.
+        fixed: Whether the pipeline declares a fixed batch size.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Workload:
     fixed: bool = True
 
     def on_workers(self, count: int) -> "Workload":
-        """The same rows for each worker: that many times the global batch."""
+        """The same rows for each worker: a global batch `count` times as large."""
         return dataclasses.replace(self, batch_size=count * self.batch_size)
 
     def dataset(self) -> tf.data.Dataset:
-        """Global batches without end.
+        """Endless global batches.
 
-        A worker that waits has a few in store, too few to matter in the next epoch.
+        An idle worker prefetches a few, too few to affect the next epoch.
         """
         return (
             tf.data.Dataset.from_tensor_slices(self.arrays())
@@ -70,14 +70,14 @@ def _digits() -> Arrays:
 
 
 def _noise() -> Arrays:
-    """Images and labels that have nothing to do with each other."""
+    """Unrelated images and labels."""
     generator = np.random.default_rng(0)
     images = generator.random((8 * 10, 32, 32, 3), "float32")
     return images, generator.integers(10, size=len(images), dtype="int32")
 
 
 def _tokens() -> Arrays:
-    """Sequences that are to be given back."""
+    """Sequences that are their own targets."""
     tokens = np.random.default_rng(0).integers(
         masked_lm.MASK, masked_lm.VOCABULARY, (32 * 10, masked_lm.LENGTH), "int32"
     )
@@ -106,7 +106,7 @@ def _resnet_network(keras) -> tuple:
 
 
 def _transformer_network(keras) -> tuple:
-    """The network of the masked language model, which is one of Keras 3."""
+    """The network of the masked language model, which needs Keras 3."""
     model = masked_lm.make_network(masked_lm.LENGTH, width=64, heads=4, blocks=4)
     return model.inputs[0], model.outputs[0]
 

@@ -31,17 +31,17 @@ def fit(
 ) -> keras.callbacks.History:
     """Trains a model of any class. Arguments are those of `keras.Model.fit`.
 
-    The model is built and compiled in the scope of a strategy, as from
-    `distfit.create_strategy`; its `train_step` is run as for one device. `batch_size`
-    is that of the global batch, and a dataset, PyDataset or generator gives global
+    Build and compile the model in the scope of a strategy, e.g. that of
+    `distfit.create_strategy`, and write its `train_step` for one device. `batch_size`
+    is the size of the global batch; a dataset, PyDataset or generator yields global
     batches.
 
     Returns:
         A `keras.callbacks.History`.
 
     Raises:
-        ValueError: for data, arguments or objects that cannot be trained, before any
-            work.
+        ValueError: before any work, for data, arguments or objects that cannot be
+            trained.
     """
     return loop.fit(**locals())
 
@@ -99,7 +99,7 @@ def predict(
 
 
 class Model(keras.Model):
-    """A `keras.Model` whose `fit`, `evaluate` and `predict` are those of distfit.
+    """A `keras.Model` whose `fit`, `evaluate` and `predict` are distfit's.
 
     Write `train_step`, `test_step`, `compute_loss` and the rest as for one device, and
     build the model in the scope of a strategy from `distfit.create_strategy`. Inside a
@@ -152,7 +152,7 @@ class Model(keras.Model):
 
 @keras.saving.register_keras_serializable(package="distfit")
 class Functional(Model, _keras.Functional):
-    """What `distfit.Model(inputs, outputs)` returns."""
+    """The class of `distfit.Model(inputs, outputs)`."""
 
 
 @keras.saving.register_keras_serializable(package="distfit")
@@ -161,11 +161,11 @@ class Sequential(Model, keras.Sequential):
 
 
 def _become_functional_or_not(model: Model, args, kwargs) -> None:
-    """Makes the class of a subclass called with inputs and outputs functional.
+    """Makes a subclass functional if it is called with inputs and outputs.
 
     Keras does so by rewriting the bases of that class and of all classes above it, up
     to `keras.Model`: `distfit.Model` itself would become functional, and the next
-    subclassed model could not be made. Here only the class itself gets another base.
+    subclassed model could not be built. Here only the class itself gains a base.
     """
     cls = type(model)
     if not _is_functional(args, kwargs):

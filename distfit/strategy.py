@@ -25,14 +25,14 @@ def create_strategy(
     Args:
         name: `"one_device"`; `"mirrored"`: one replica on each device of this host;
             `"multi_worker"`: the devices of all workers that the environment variable
-            TF_CONFIG lists; or `"auto"`: multi_worker where TF_CONFIG lists several
-            workers, else mirrored where there is more than one device to use. A worker
-            has a replica on each of its GPUs, or one on its CPU.
+            TF_CONFIG lists; or `"auto"`: multi_worker if TF_CONFIG lists several
+            workers, else mirrored if there is more than one device. A worker has a
+            replica on each of its GPUs, or one on its CPU.
         devices: The devices to use, e.g. `["GPU:0", "GPU:2"]`. Defaults to every GPU,
-            or to the CPU's virtual devices where there is no GPU. Not for multi_worker:
-            there CUDA_VISIBLE_DEVICES tells.
+            or to the CPU's virtual devices if there is no GPU. Not for multi_worker,
+            which uses CUDA_VISIBLE_DEVICES.
         virtual_devices: If positive, splits the CPU into this many virtual devices and
-            uses them, to try a job of many replicas on a machine without GPUs.
+            uses them, to try a job with many replicas on a machine without GPUs.
 
     Returns:
         A `tf.distribute.Strategy`.
@@ -40,8 +40,8 @@ def create_strategy(
     Raises:
         ValueError: for an unknown name, a negative number of virtual devices,
             `devices` together with `virtual_devices`, or either with multi_worker.
-        RuntimeError: if TensorFlow is initialised already with fewer virtual devices,
-            or before a strategy of several workers.
+        RuntimeError: if TensorFlow is already initialised, with fewer virtual devices
+            or before a multi_worker strategy.
     """
     if name not in NAMES:
         raise ValueError(
@@ -66,14 +66,14 @@ def create_strategy(
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the worker that reports and writes; it is if alone."""
+    """Whether this process is the worker that reports and writes, or the only one."""
     return workers.of(strategy).is_chief
 
 
 def wait_for_all(strategy: tf.distribute.Strategy) -> None:
-    """Returns when every worker has called it.
+    """Blocks until every worker has called it.
 
-    At the end of a program: a worker that leaves while others still train fails them.
+    Call it at the end of a program: workers that still train fail when one exits.
     """
     workers.of(strategy).tell("wait_for_all()")
 
@@ -81,12 +81,12 @@ def wait_for_all(strategy: tf.distribute.Strategy) -> None:
 def make_virtual_devices(count: int) -> list[str]:
     """Splits the CPU into `count` virtual devices and returns their names.
 
-    TensorFlow fixes its devices when it runs its first operation, so this must come
-    before it; asking again for as many or fewer is fine.
+    TensorFlow fixes its devices when it runs its first operation, so call this before;
+    later calls may ask for as many or fewer.
 
     Raises:
         ValueError: for a count below 1.
-        RuntimeError: if TensorFlow is initialised already with fewer.
+        RuntimeError: if TensorFlow is already initialised with fewer.
     """
     if count < 1:
         raise ValueError(
@@ -101,7 +101,7 @@ def make_virtual_devices(count: int) -> list[str]:
             tf.config.set_logical_device_configuration(cpu, configuration)
         except RuntimeError as error:
             raise RuntimeError(
-                f"TensorFlow is initialised already with {max(len(existing), 1)} CPU "
+                f"TensorFlow is already initialised with {max(len(existing), 1)} CPU "
                 f"device(s). Received: virtual_devices={count}. Create the strategy "
                 "before any other use of TensorFlow in the process."
             ) from error
@@ -111,8 +111,8 @@ def make_virtual_devices(count: int) -> list[str]:
 def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
     if devices or virtual_devices:
         raise ValueError(
-            "A worker takes its devices from CUDA_VISIBLE_DEVICES, and without a GPU "
-            "TensorFlow gives it one replica. Received: strategy multi_worker with "
+            "A multi_worker strategy takes no devices: a worker has a replica on each "
+            "GPU in CUDA_VISIBLE_DEVICES, or one on its CPU. Received: "
             f"devices={devices}, virtual_devices={virtual_devices}. Start more workers."
         )
     if _listed_workers() == 0:
@@ -126,9 +126,9 @@ def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
         raise RuntimeError(
-            "TensorFlow joins other workers before its first operation. Received: a "
-            f"strategy multi_worker in a process that has used it ({error}). Create "
-            "the strategy first of all."
+            "A multi_worker strategy must precede any other TensorFlow operation. "
+            "Received: a multi_worker strategy in a process that has used TensorFlow "
+            f"({error}). Create the strategy first."
         ) from error
     _restore_sigterm()
     _keras.keep_initial_values_local(strategy)
@@ -137,9 +137,9 @@ def _multi_worker(devices, virtual_devices) -> tf.distribute.Strategy:
 
 
 def _restore_sigterm() -> None:
-    """Lets SIGTERM do what it did: TensorFlow has just taken it, to be asked about it.
+    """Restores the SIGTERM handler, which TensorFlow has just replaced by its own.
 
-    Otherwise a worker that is told to end would go on.
+    Otherwise SIGTERM would not stop the worker.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -152,10 +152,10 @@ def _listed_workers() -> int:
 
 
 def _cross_device_ops(devices: Sequence[str]) -> tf.distribute.CrossDeviceOps | None:
-    """How replicas exchange tensors: TensorFlow's choice, but for virtual devices.
+    """How replicas exchange tensors: TensorFlow's default, except for virtual devices.
 
-    For those it takes ring collectives, whose groups clash as soon as a process has
-    strategies of different sizes. A sum on one device is faster there, too.
+    There the default is ring collectives, whose groups clash as soon as a process has
+    strategies of different sizes. Summing on one device is also faster.
     """
     if all("CPU" in device.upper() for device in devices):
         return tf.distribute.ReductionToOneDevice()

@@ -1,12 +1,11 @@
 """python -m launch [train|evaluate|verify] --flag=value ...: `train` is the default.
 
-This process is a worker of the cluster that cluster/discovery.py finds; without one it
-does all the work, or, with --num_workers, starts and watches workers and imports no
-TensorFlow.
+This process is a worker of the cluster that cluster/discovery.py finds. Without a
+cluster it does all the work itself, or, with --num_workers, starts and supervises
+workers without importing TensorFlow.
 
-Exit codes: 0 done; 1 training failed, or `verify` found numbers that differ; 2
-something given is wrong, and nothing was trained; 130 interrupted; 143 told to end
-(SIGTERM).
+Exit codes: 0 success; 1 training failed, or `verify` found differences; 2 invalid
+input, nothing was trained; 130 interrupted; 143 terminated (SIGTERM).
 """
 
 import contextlib
@@ -37,11 +36,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         return _run(arguments)
-    except (UsageError, FloatingPointError) as error:  # these say all there is to say
+    except (UsageError, FloatingPointError) as error:  # no traceback needed
         return _fail(_code(error), str(error))
     except KeyboardInterrupt as error:
         return _fail(_code(error), "interrupted")
-    except SystemExit as end:  # of a signal, or of sys.exit() in code of the user
+    except SystemExit as end:  # a signal, or sys.exit() in user code
         if isinstance(end.code, int | None):
             return _code(end)
         return _fail(_code(end), str(end.code))
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # Modules of the user are looked up where the command is started.
+    # User modules are looked up in the folder where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     command_line = flags.parse(arguments)
@@ -70,7 +69,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _find_cluster(
     command_line: CommandLine, config: ml_collections.ConfigDict
 ) -> Cluster | None:
-    if command_line.command == "verify":  # it makes replicas of its own, in one process
+    if command_line.command == "verify":  # it makes its own replicas in one process
         return None
     given = command_line.cluster
     found = discovery.discover(
@@ -125,7 +124,7 @@ def _join(
 def _watchdog(
     found: Cluster, command_line: CommandLine, workdir: pathlib.Path
 ) -> stall.Watchdog:
-    """Watches a worker that has others to wait for."""
+    """Returns the watchdog of this worker, disabled if it is the only one."""
     timeout = command_line.cluster.get("stall_timeout", stall.TIMEOUT)
     if found.num_workers == 1:
         timeout = None
@@ -146,7 +145,7 @@ def _work(
 
 @contextlib.contextmanager
 def _recorded(record: Callable[[BaseException], None]) -> Iterator[None]:
-    """Keeps what ends a worker: the first to fail can be told from the others then."""
+    """Records the exception that ends a worker, so that the root cause can be found."""
     try:
         yield
     except BaseException as error:
@@ -166,19 +165,20 @@ def _code(error: BaseException) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    """Says why on one line of stderr, without the colours that Keras puts in."""
+    """Prints one line to stderr, without the colours that Keras adds."""
     line = " ".join(re.sub(r"\x1b\[\d*m", "", message).split())
     print("launch:", line, file=sys.stderr)
     return code
 
 
 def _exit(code: int) -> None:
-    """Ends the process. A worker that has failed does not wait for the others first.
+    """Exits the process; a failed worker exits without waiting for the others.
 
-    TensorFlow would, for half a minute and more, and threads that make data may.
+    TensorFlow's shutdown would wait for half a minute or more, and so may threads that
+    make data.
     """
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as after `>&-`
+        if stream is not None:  # None if closed, as by `>&-`
             stream.flush()
     if code != 0 and "TF_CONFIG" in os.environ:
         os._exit(code)

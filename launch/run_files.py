@@ -1,7 +1,7 @@
-"""Where the workers of a run leave what they say: `<workdir>/logs/worker-<i>.*`.
+"""The files that the workers of a run write: `<workdir>/logs/worker-<i>.*`.
 
-Each file has one writer. The small JSON files appear whole or not at all, so that
-another process, maybe on another host, can read them at any time.
+Each file is written by one process. The JSON files are written atomically, so another
+process, possibly on another host, can read them at any time.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-# Set in workers that the local launcher starts: the path of the log of each. Others
-# write where whatever has started them sends it.
+# The path of the worker's log, set in workers that the supervisor starts. The output of
+# other workers goes wherever their own launcher sends it.
 LOG_VARIABLE = "DISTFIT_WORKER_LOG"
 FOLDER = "logs"
 _KINDS = ("log", "error.json", "progress.json")
 
 
 def log(workdir: pathlib.Path, index: int) -> pathlib.Path:
-    """What worker `index` writes to its standard output and error."""
+    """The stdout and stderr of worker `index`."""
     return workdir / FOLDER / f"worker-{index}.log"
 
 
@@ -30,15 +30,15 @@ def error(workdir: pathlib.Path, index: int) -> pathlib.Path:
 
 
 def progress(workdir: pathlib.Path, index: int) -> pathlib.Path:
-    """How far worker `index` is."""
+    """The progress of worker `index`."""
     return workdir / FOLDER / f"worker-{index}.progress.json"
 
 
 def clear(workdir: pathlib.Path) -> None:
-    """Makes the folder, and removes what the workers of a former run have left there.
+    """Makes the folder, and removes the files that an earlier run's workers left there.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: the folder cannot be made or written to.
     """
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,9 @@ def clear(workdir: pathlib.Path) -> None:
 
 
 def clear_worker(workdir: pathlib.Path, index: int) -> None:
-    """Removes what worker `index` of a former run has left for the other workers.
+    """Removes the files that worker `index` of an earlier run left for other workers.
 
-    Where it cannot, the worker cannot write either, and says so when it tries.
+    If that fails, so will writing, and the worker reports that when it tries.
     """
     for path in (error(workdir, index), progress(workdir, index)):
         with contextlib.suppress(OSError):
@@ -58,10 +58,10 @@ def clear_worker(workdir: pathlib.Path, index: int) -> None:
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes a file in one move; one that is there is replaced.
+    """Writes a file atomically, replacing any existing one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two threads of a worker may write the same file.
@@ -76,7 +76,7 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """Returns what a file holds, or None: there is none, or it is broken."""
+    """Returns the content of a file; None if it is missing or malformed."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -22,7 +22,7 @@ class Case:
         build: Makes a compiled model; takes what `outside` returns.
         data: The arguments of `fit`.
         options: Keyword arguments of `fit`.
-        outside: Makes objects that no strategy's scope surrounds.
+        outside: Makes objects outside of any strategy's scope.
     """
 
     build: Callable
@@ -55,7 +55,7 @@ def net(cls: type) -> keras.Model:
 
 
 def squares(model, x, y, predictions):
-    """The mean of squares by hand."""
+    """The mean squared error by hand."""
     return tf.reduce_mean(tf.square(y - predictions))
 
 
@@ -66,13 +66,13 @@ def stepping(
     gradients_of: Callable = lambda gradients: gradients,
     after: Callable | None = None,
 ) -> type:
-    """A class of models whose step takes `loss_of(model, x, y, predictions)`.
+    """A class of models whose step minimizes `loss_of(model, x, y, predictions)`.
 
     Args:
         base: Its base class.
         loss_of: Returns the loss.
-        gradients_of: What is made of gradients before they are applied.
-        after: Called with `(model, x, loss)` when they were applied.
+        gradients_of: Changes gradients before they are applied.
+        after: Called with `(model, x, loss)` after they are applied.
     """
 
     class Stepping(base):
@@ -90,7 +90,7 @@ def stepping(
 
 
 def simple(base: type, loss_of: Callable, rate: float = 0.1, **parts) -> Case:
-    """A case of the small model with such a step."""
+    """A case of the small model with a step made by `stepping`."""
     cls = stepping(base, loss_of, **parts)
 
     def build():
@@ -311,7 +311,7 @@ def accumulation(base):
 
 
 class BatchNumber(keras.callbacks.Callback):
-    """Tells the model which batch it is."""
+    """Gives the model the index of the batch."""
 
     def on_train_batch_begin(self, batch, logs=None):
         self.model.number[0] = batch

@@ -16,7 +16,7 @@ ABSOLUTE = 1e-5  # of weights
 
 @dataclasses.dataclass
 class Run:
-    """What a training left behind."""
+    """The results of a training."""
 
     history: dict
     weights: list

@@ -1,8 +1,8 @@
 """Eight virtual CPU devices for every test, and the strategies on them.
 
-Where TF_CONFIG makes this process one of several workers, as in
-integration/test_on_workers.py, all of them run the same tests: a strategy of more than
-one replica is then that of the workers. REPLICAS_PER_WORKER tells how many each has.
+If TF_CONFIG makes this process one of several workers, as in
+integration/test_on_workers.py, all of them run the same tests, and a strategy of more
+than one replica is that of the workers. Each has REPLICAS_PER_WORKER replicas.
 """
 
 import os
@@ -30,7 +30,7 @@ VIRTUAL_DEVICES = 8
 def _create_cluster() -> tf.distribute.Strategy:
     """The strategy of the workers, each with its replicas on virtual CPU devices.
 
-    TensorFlow takes more than one device of a worker only where they are GPUs.
+    TensorFlow supports more than one device per worker only if they are GPUs.
     """
     replicas = int(os.environ.get("REPLICAS_PER_WORKER", "1"))
     devices = make_virtual_devices(replicas) if replicas > 1 else ["CPU:0"]
@@ -49,9 +49,9 @@ if CLUSTER is None:
     make_virtual_devices(VIRTUAL_DEVICES)
 
 
-gc.freeze()  # What was imported stays.
+gc.freeze()  # Imported objects stay.
 
-# The same examples in each run: a change that is tested is what a failure comes from.
+# The same examples in each run, so that failures come from the change under test.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -72,7 +72,7 @@ def make_strategy():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what the workers cannot do, or would only repeat."""
+    """Leaves out tests that workers cannot run, or would only repeat."""
     if CLUSTER is None:
         unwanted = [item for item in items if item.get_closest_marker("workers")]
     else:
@@ -91,8 +91,8 @@ def _replicas_of(item) -> int | None:
 def clean_session():
     """Every test starts with the same names and seeds.
 
-    Memory is left to the garbage collector: to go through all objects before each test
-    would take longer than many a test.
+    Memory is left to the garbage collector: a full collection before each test would
+    take longer than many a test.
     """
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
@@ -102,9 +102,9 @@ def clean_session():
 
 
 def _meet_again(team: workers.Workers) -> None:
-    """Waits for the others, which a failed test may have led to another place.
+    """Waits for the other workers, which may be at another place after a failed test.
 
-    They learn it at their next exchange, fail as well and come here, too.
+    They learn of it at their next exchange, fail as well and come here, too.
     """
     for _ in range(100):
         with contextlib.suppress(RuntimeError):

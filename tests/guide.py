@@ -1,7 +1,7 @@
 """The classes of the Keras guide "Customizing what happens in `fit()`".
 
 https://keras.io/guides/custom_train_step_in_tensorflow/ (Apache 2.0, by fchollet). The
-steps stand as in the guide; only the base class is a parameter, so that the same text
+steps are those of the guide; only the base class is a parameter, so that the same code
 runs under stock Keras and under distfit.
 """
 

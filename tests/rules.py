@@ -18,13 +18,13 @@ from distfit.training.shares import replicas_of, shares
 
 @dataclasses.dataclass
 class Outcome:
-    """What a partitioned run gave.
+    """The results of a partitioned run.
 
     Attributes:
         results: The outputs, flat, as arrays.
         layouts: Their layouts, as `"replicated"`, `"partial"` or `"rows"`.
         fallen: The types of operations that were computed in full on every replica.
-        exchanges: How many levels of the program exchange something.
+        exchanges: Number of levels of the program that exchange something.
     """
 
     results: list[np.ndarray]
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def splits(max_rows: int = 7) -> st.SearchStrategy[list[int]]:
-    """The rows of 2 or 3 replicas: uneven, single and none at all."""
+    """Row counts of 2 or 3 replicas: uneven, one and zero."""
     return st.lists(st.integers(0, max_rows), min_size=2, max_size=3).filter(any)
 
 
@@ -49,7 +49,7 @@ def partitioned(
 
     Args:
         function: A TensorFlow function. An array has rows if its first dimension is the
-            sum of `counts`; if that is so by chance, give it as a constant instead.
+            sum of `counts`; if that is a coincidence, pass it as a constant instead.
         arrays: The arguments.
         counts: The rows of each replica.
         rows: The number of rows, if it is to be known while tracing.
@@ -74,7 +74,7 @@ def partitioned(
 
     @tf.function(autograph=False)
     def run(counts):
-        # Not as constants, which a graph optimizer would follow, where no step does.
+        # `counts` is an argument: as a constant it would be folded, as in no real step.
         tensors = [tf.constant(a) for a in arrays]
         parts = [
             tf.split(t, counts, num=every) if r else [t] * every

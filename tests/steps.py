@@ -22,11 +22,11 @@ BATCHES = (7, 5)  # Rows; on 3 replicas 2, 2, 3 and 1, 2, 2.
 
 @dataclasses.dataclass
 class Trained:
-    """What two steps left behind.
+    """The results of two steps.
 
     Attributes:
         state: Every variable of the model.
-        logs: What each step has returned.
+        logs: What each step returned.
         fallen: The types of operations that every replica computed in full.
     """
 
@@ -112,7 +112,7 @@ def _on_replicas(strategy, build: Callable, batches: Sequence[Any]) -> Trained:
         model = build()
     spec = spec_of(batches[0])
     driver = StepDriver(model, model.train_step, Layout(spec), False)
-    # With a signature: otherwise it is traced anew for another number of rows.
+    # With a signature, it is not traced again for another number of rows.
     run = {
         few_rows: tf.function(
             functools.partial(driver._run_batch, few_rows=few_rows),

@@ -1,4 +1,4 @@
-"""Gradients accumulate on each replica, and are summed in every k-th step alone."""
+"""Gradients accumulate on each replica, and are summed only in every k-th step."""
 
 import functools
 
@@ -145,9 +145,9 @@ def test_loss_scale_factor(make_strategy):
 
 @pytest.fixture
 def exchanges(monkeypatch):
-    """Counts the exchanges of floats that are no scalars.
+    """Counts the exchanges of floats that are not scalars.
 
-    The counter is part of the graph: what counts is what runs, not what is traced.
+    The counter is part of the graph, so it counts what runs, not what is traced.
     """
     counter = tf.Variable(0)
     place = Exchange.place
@@ -170,7 +170,7 @@ def exchanges(monkeypatch):
         (lambda: SGD(0.1, gradient_accumulation_steps=3), STEPS // 3),
         (lambda: SGD(0.1, gradient_accumulation_steps=2), STEPS // 2),
         (
-            # Whether a sum overflows is asked of the sum, in each step.
+            # Overflow is checked on the sum, in each step.
             lambda: LossScaleOptimizer(SGD(0.1, gradient_accumulation_steps=4)),
             STEPS + STEPS // 4,
         ),
@@ -185,7 +185,7 @@ def test_gradients_are_exchanged_once_per_k_steps(
 
 
 class KeepsState(keras.callbacks.Callback):
-    """Keeps what an optimizer has in its variables after each step."""
+    """Keeps the values of an optimizer's variables after each step."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Keras's callbacks act as on one device; logs cost nothing where nobody reads them."""
+"""Keras's callbacks act as on one device; logs cost nothing unless they are read."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def _fit(strategy, callbacks, epochs=4, **arguments):
 
 
 class Reads(keras.callbacks.Callback):
-    """Reads the logs in the hook of every kind."""
+    """Reads the logs in every kind of hook."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def test_lazy_logs_are_read_once_and_behave_like_a_dict():
     ],
 )
 def test_any_look_at_lazy_logs_reads_them(look):
-    """Code in C may look past the methods of a `dict` that is a subclass."""
+    """C code may bypass the methods of a `dict` subclass."""
     logs = LazyLogs(lambda: {"loss": 2.0})
     assert isinstance(logs, dict) and logs
     assert dict(look(logs)) == {"loss": 2.0}
@@ -194,7 +194,7 @@ def _linear(strategy, cls=keras.Sequential):
 
 
 def _watched(model, y, epochs=1, x=None):
-    """Trains in batches of 10 rows under the eyes of `NonFinite`."""
+    """Trains in batches of 10 rows with `NonFinite`."""
     x = comparing.regression_data(len(y))[0] if x is None else x
     watching = [distfit.callbacks.NonFinite()]
     data = {"x": x, "y": y, "batch_size": 10, "epochs": epochs, "shuffle": False}
@@ -239,7 +239,7 @@ def test_steps_are_counted_within_the_epoch(make_strategy, eagerly):
 
 
 class OwnLosses(keras.Model):
-    """Logs plain tensors: a loss, one that is not finite, and what is no number."""
+    """Logs plain tensors: a loss, an infinite number, and an integer."""
 
     def __init__(self, bad):
         super().__init__()
@@ -290,7 +290,7 @@ def test_the_watch_changes_no_number(make_strategy):
 
 
 def test_callbacks_take_step_counts_and_learning_rates_for_numbers(make_strategy):
-    """Also where replicas have copies, and without a change to the class of Keras."""
+    """Also where replicas have copies, and without changing the class of Keras."""
     before = dict(vars(keras.Variable))
     seen = []
 

@@ -24,12 +24,12 @@ PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Nothing here uses Keras, whose session takes longer to clean than these tests."""
+    """Nothing here uses Keras, whose session takes longer to clear than these tests."""
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Starts each test in an empty folder and in no cluster."""
+    """Starts each test in an empty folder and outside of any cluster."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in list(os.environ):
@@ -189,7 +189,7 @@ def test_workers_on_one_host_share_its_gpus(gpus, shares, by_flags):
     assert [one.gpus for one in found] == shares
     told = [one.environment().get("CUDA_VISIBLE_DEVICES") for one in found]
     assert told == shares
-    for value in ("0,1,2,3", "-1", ""):  # who sets it has divided them already
+    for value in ("0,1,2,3", "-1", ""):  # if it is set, they are divided already
         assert find(0, CUDA_VISIBLE_DEVICES=value).gpus is None
 
 
@@ -202,8 +202,8 @@ def addresses(*workers):
 
 
 BAD_TF_CONFIGS = {
-    "no JSON": ("{'cluster': 1}", "no JSON.*Received: TF_CONFIG={'cluster': 1}"),
-    "no object": ("[1]", r"no JSON object. Received: \[1\]"),
+    "no JSON": ("{'cluster': 1}", "not valid JSON.*Received: TF_CONFIG={'cluster': 1}"),
+    "no object": ("[1]", r"not a JSON object. Received: \[1\]"),
     "cluster no object": ('{"cluster": [1]}', r'no object "cluster".*cluster=\[1\]'),
     "no task": (json.dumps({"cluster": TWO}), 'no object "task".*Received: task=None'),
     "no type": (task(None), "Received: task type=None. Give one of chief, master"),
@@ -218,7 +218,7 @@ BAD_TF_CONFIGS = {
     "chief that is none": (task("chief"), "0 of type chief"),
     "parameter servers": (
         task(jobs={**TWO, "ps": ["p:1"]}),
-        r"parameter servers is another kind.*Received: ps=\['p:1'\]",
+        r"Parameter servers are not supported.*Received: ps=\['p:1'\]",
     ),
     "unknown job": (task(jobs={**TWO, "extra": ["p:1"]}), r"Received: extra=\['p:1'\]"),
     "job no list": (task(jobs={"worker": "a:1"}), "Received: worker='a:1'"),
@@ -297,7 +297,7 @@ def test_flags_that_describe_no_cluster_are_refused(given, expected):
 def test_the_number_of_workers_has_to_agree_with_any_source():
     assert discovery.discover(tf_config(TWO), num_workers=2).num_workers == 2
     for environ in (tf_config(TWO), slurm_step(0, 0, total=2, tasks="1(x2)")):
-        with pytest.raises(UsageError, match="another size.*--num_workers=4, and 2"):
+        with pytest.raises(UsageError, match="different size.*--num_workers=4, and 2"):
             discovery.discover(environ, num_workers=4)
 
 
@@ -404,10 +404,10 @@ def test_block_distributions_are_accepted(distribution):
         (slurm_step(0, 0, SLURM_DISTRIBUTION="cyclic"), "SLURM_DISTRIBUTION=cyclic"),
         (slurm_step(0, 0, SLURM_DISTRIBUTION="plane=2"), "--distribution=block"),
         (slurm_step(0, 0, SLURM_DISTRIBUTION="arbitrary:block"), "arbitrary:block"),
-        (slurm_step(1, 0), "task 1 is number 0 of its node. Give srun"),
+        (slurm_step(1, 0), "task 1 is number 0 on its node. Give srun"),
         (slurm_step(4, 0), "SLURM_PROCID=4"),
         (slurm_step(0, 0, tasks="2,1"), "4 tasks, nodes .*TASKS_PER_NODE=2,1"),
-        (slurm_step(0, 0, tasks="4"), "do not fit together"),
+        (slurm_step(0, 0, tasks="4"), "are inconsistent"),
         (slurm_step(0, 0, tasks="2x2"), "SLURM_STEP_TASKS_PER_NODE=2x2"),
         (slurm_step(0, 0, nodes="n[1-"), r"Received: n\[1-"),
         (slurm_step("x", 0), "Received: SLURM_PROCID=x"),
@@ -465,7 +465,7 @@ def test_a_task_that_is_alone_on_its_node_has_all_of_its_gpus():
     [
         (
             slurm_step(0, 0, CUDA_VISIBLE_DEVICES="0,1,2"),
-            "GPUs 0,1,2 for 2 tasks on this node, of 2, 2.*--gpus-per-task",
+            "for 2 tasks on this node; tasks per node: 2, 2.*--gpus-per-task",
         ),
         (
             slurm_step(2, 0, tasks="2,1", total=3, CUDA_VISIBLE_DEVICES="0,1"),
@@ -523,7 +523,7 @@ def test_a_pod_whose_peers_cannot_be_named_is_refused(
 
 
 class Time:
-    """A clock that only sleeping moves on."""
+    """A clock that advances only by sleeping."""
 
     def __init__(self):
         self.now = 100.0
@@ -653,8 +653,8 @@ PACKAGES = {"worker": "launch.run", "supervisor": "launch.supervisor"}
 
 @pytest.fixture
 def replace(monkeypatch):
-    """Puts a function in the place of run() of the worker, or of the supervisor."""
-    monkeypatch.setenv("TF_CONFIG", "")  # so that it is put back after each test
+    """Replaces run() of the worker, or of the supervisor, by a function."""
+    monkeypatch.setenv("TF_CONFIG", "")  # so that it is restored after each test
 
     def replace(name, run):
         package = importlib.import_module(PACKAGES[name])
@@ -768,12 +768,12 @@ REFUSED = {
         "--strategy=multi_worker --virtual_devices=2",
         "Received: --virtual_devices=2",
     ),
-    "malformed": ({"TF_CONFIG": "{"}, "", "TF_CONFIG is no JSON"),
+    "malformed": ({"TF_CONFIG": "{"}, "", "TF_CONFIG is not valid JSON"),
     "malformed over lines": ({"TF_CONFIG": '{"cluster":\n 1}'}, "", "cluster=1"),
     "disagreement": (tf_config(TWO), "--num_workers=3", "--num_workers=3, and 2"),
     "half a description": ({}, "--workers=a:1,b:1", "--workers=a:1,b:1 alone"),
     "pod": ({"JOB_COMPLETION_INDEX": "0"}, "", "no --num_workers"),
-    # The flags and the settings are looked at before any worker is started.
+    # The flags and the settings are checked before any worker is started.
     "bad setting": ({}, "--num_workers=2 --epochs=0", "epochs=0"),
     "bad model": ({}, "--num_workers=2 --model=gann", "Did you mean gan?"),
 }

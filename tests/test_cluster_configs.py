@@ -21,7 +21,7 @@ NCCL = {"protocol": "TCP", "port": 32768, "endPort": 60999}
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Nothing here uses Keras, whose session takes longer to clean than these tests."""
+    """Nothing here uses Keras, whose session takes longer to clear than these tests."""
 
 
 def documents(name):
@@ -33,7 +33,7 @@ def documents(name):
 
 
 def discovered(arguments, environ, **options):
-    """Returns the cluster that a process finds which is started like this."""
+    """Returns the cluster that a process started like this finds."""
     command_line = flags.parse(arguments)
     config = configuration.preview(command_line)
     given = command_line.cluster
@@ -86,7 +86,7 @@ def test_objects_have_the_versions_that_kubernetes_serves(name):
 
 
 def assert_admits_only(policy, labels):
-    """Asserts that pods with these labels are reached by each other and nobody else."""
+    """Asserts that pods with these labels can be reached only by each other."""
     assert policy["spec"] == {
         "podSelector": {"matchLabels": labels},
         "policyTypes": ["Ingress"],
@@ -117,7 +117,7 @@ def test_the_indexed_job_finds_its_pods_by_name():
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == 2
-    assert pod["restartPolicy"] == "Never"  # Jobs take no Always
+    assert pod["restartPolicy"] == "Never"  # Jobs do not accept Always
     assert pod["subdomain"] == service["metadata"]["name"]
     [container] = pod["containers"]
     domain = f"{pod['subdomain']}.default.svc.cluster.local"
@@ -151,7 +151,7 @@ def test_the_logs_to_follow_are_those_of_the_chief():
 def test_the_service_names_pods_that_only_just_start():
     objects = documents("kubernetes.yaml")
     service, template = objects["Service"]["spec"], objects["Job"]["spec"]["template"]
-    assert service["clusterIP"] == "None"  # headless; YAML's None is text
+    assert service["clusterIP"] == "None"  # headless; YAML's None is a string
     assert service["publishNotReadyAddresses"] is True
     assert service["selector"].items() <= template["metadata"]["labels"].items()
     [port] = service["ports"]
@@ -330,7 +330,7 @@ def test_tasks_of_the_batch_script_find_their_cluster(script, tmp_path):
 
 
 def run_with_a_false_srun(script, folder, arguments):
-    """Runs the script and returns what it would have started by srun."""
+    """Runs the script and returns what it would have started with srun."""
     false = folder / "srun"
     false.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
     false.chmod(0o755)

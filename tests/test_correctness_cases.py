@@ -3,7 +3,7 @@
 tf_keras (https://github.com/keras-team/tf-keras, Apache 2.0, by the TensorFlow authors)
 compares a strategy with one device in `tf_keras/distribute/`: the tests of correctness
 for DNN, image, RNN, embedding and custom training loop models, and those of strategies,
-metrics, optimizers and utilities. What they check is checked here, in words of its own
+metrics, optimizers and utilities. The same is checked here, in code of our own
 and for Keras 3: the reference is a plain `keras.Model` without a strategy, or a number
 worked out by hand, and partial batches get no wider tolerance than any other.
 """
@@ -27,7 +27,7 @@ REPLICAS = (2, 3, 4)
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Unlike elsewhere, the models stay, and the steps that they have compiled."""
+    """Unlike elsewhere, models and their compiled steps are kept."""
     keras.utils.set_random_seed(0)
 
 
@@ -57,7 +57,7 @@ def computing_in(policy):
         keras.config.set_floatx("float32")
 
 
-# --- Whole flows: load weights, fit, evaluate, predict, and all of it once more.
+# --- Whole flows: load weights, fit, evaluate, predict, and all of it again.
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ class Case:
     """A model, `rows -> (x, y)`, and the number of replicas to try.
 
     The last batch of 16 rows has `rows % 16` rows: 1, or 12 where rows are normalized,
-    since normalizing leaves nothing of one row, and of few mostly rounding.
+    since normalizing leaves nothing of one row, and mostly rounding of few.
     """
 
     build: Callable
@@ -138,7 +138,7 @@ def cnn(normalize):
 
 
 def two_normalizations(x):
-    """Side by side: the replicas meet for both."""
+    """Side by side: both need an exchange."""
     return layers.Add()([layers.BatchNormalization()(x) for _ in range(2)])
 
 
@@ -233,7 +233,7 @@ FLOWS = [
 
 @functools.cache
 def compiled(strategy, name):
-    """The model of a case, with weights that another model had at first."""
+    """The model of a case, with the initial weights of another model."""
     case = CASES[name]
     loss, metrics = LOSSES[case.data]
     keras.utils.set_random_seed(11)
@@ -246,7 +246,7 @@ def compiled(strategy, name):
 
 
 def as_inputs(kind, data, steps):
-    """Batches of 16 rows as arguments; `steps` is how the number of steps is called."""
+    """Batches of 16 rows as arguments; `steps` names that of the number of steps."""
     if kind == "arrays":
         return {"x": data[0], "y": data[1], "batch_size": 16}
     dataset = tf.data.Dataset.from_tensor_slices(data)
@@ -259,7 +259,7 @@ def as_inputs(kind, data, steps):
 
 
 def run_flow(strategy, name, kind, validates):
-    """Trains twice, at two learning rates; returns what is seen after each time."""
+    """Trains twice, at two learning rates; returns the results after each."""
     case = CASES[name]
     model, initial = compiled(strategy, name)
     model.set_weights(initial)
@@ -427,7 +427,7 @@ def test_gradients_are_changed_after_they_are_summed(
 
 
 def test_masked_rows_have_no_loss(strategy):
-    """What is wrong is masked: the second row, alone on its replica."""
+    """The row that is wrong is masked: the second, alone on its replica."""
     x, y = np.array([[[1], [1]], [[0], [0]]], "float32"), np.ones((2, 2, 1), "float32")
     with strategy.scope():
         model = distfit.Sequential(
@@ -457,7 +457,7 @@ def test_moving_statistics_are_those_of_the_whole_batch(strategy):
 
 
 METRICS = {
-    # Of scores 0.1 and 0.7 for what is not, 0.3 and 0.9 for what is.
+    # Negatives have scores 0.1 and 0.7, positives 0.3 and 0.9.
     "Precision": ({}, 1 / 2),
     "Recall": ({}, 1 / 2),
     "TruePositives": ({}, 1.0),
@@ -472,7 +472,7 @@ METRICS = {
 
 
 def test_metrics_of_classification(make_strategy):
-    """Replica by replica they are others: only sums over all rows give these."""
+    """They differ on each replica: only sums over all rows give these."""
     strategy = make_strategy(3)
     scores = np.array([[0.1], [0.7], [0.3], [0.9]], "float32")
     labels = np.array([[0], [0], [1], [1]], "float32")
@@ -511,7 +511,7 @@ class Averages(distfit.Model):
 
 
 def test_metrics_of_a_step_of_ones_own(strategy):
-    """The mean of 0 to 9 is 4.5, in batches of 2 and of 3 rows, and so outside."""
+    """The mean of 0 to 9 is 4.5, in batches of 2 or 3 rows, and outside a step."""
     with strategy.scope():
         model = Averages()
         model.compile()
@@ -542,7 +542,7 @@ def test_dropout_is_on_in_training_alone(strategy):
 
 
 class Counts(keras.callbacks.Callback):
-    """Notes the steps that executions begin and end with."""
+    """Records the steps that executions begin and end with."""
 
     def __init__(self):
         super().__init__()
@@ -561,7 +561,7 @@ class Counts(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_hooks_of_fused_steps(make_strategy, known):
-    """25 batches of 2 rows, of a number that is known beforehand or not."""
+    """25 batches of 2 rows, whose number is known in advance or not."""
     model = ones_model(make_strategy(3))
     x = np.ones((50, 1), "float32")
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
@@ -588,7 +588,7 @@ def test_hooks_of_fused_steps(make_strategy, known):
 
 
 def test_validation_between_epochs_equals_evaluation_by_hand(strategy):
-    """Bit by bit."""
+    """Bit for bit."""
     data = tf.data.Dataset.from_tensor_slices(numbers(50)).batch(7)
     validation = tf.data.Dataset.from_tensor_slices(numbers(13)).batch(7)
     arguments = {"steps_per_epoch": 4, "verbose": 0}
@@ -625,7 +625,7 @@ def test_data_of_unknown_length_are_like_any_other(strategy):
 
 
 def test_too_few_batches_for_the_steps_asked_for(strategy):
-    """It is said so, and what there is counts."""
+    """A warning says so, and the existing batches count."""
     x, y = numbers(10)
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
     model = ones_model(strategy)
@@ -773,7 +773,7 @@ def test_checkpoint_continues_on_other_replicas(make_strategy, tmp_path):
 
 
 class Penalizes(layers.Layer):
-    """Adds a mean over rows as a loss, and tracks the rows it is the mean of."""
+    """Adds a mean over rows as a loss, and tracks the mean."""
 
     def __init__(self, name, factor, of_row):
         super().__init__(name=name)
@@ -789,7 +789,7 @@ class Penalizes(layers.Layer):
 
 
 def penalized(model, sequential):
-    """A part that is used for its inputs, for zeros and for ones."""
+    """A submodel that is applied to its inputs, to zeros and to ones."""
     part = keras.Sequential(
         [keras.Input((8,)), layers.Dense(6, activation="relu"), layers.Dense(4)]
     )
@@ -855,7 +855,7 @@ def test_losses_and_metrics_that_layers_add(make_strategy):
 
 
 def test_lstm_in_mixed_precision(make_strategy):
-    """What differs are sums of float16: 11 bits, of gradients near 0.1."""
+    """Only sums of float16 differ: 11 bits, of gradients near 0.1."""
     tokens, kinds = words(48)
 
     def run(strategy):
@@ -878,7 +878,7 @@ def test_lstm_in_mixed_precision(make_strategy):
 
 
 def test_inputs_with_a_fixed_batch_size(strategy):
-    """Replicas have fewer rows each, and 10 is divisible by 3 no more than by 4."""
+    """Replicas have fewer rows each, and 10 is not divisible by 3 or 4."""
     x, y = comparing.regression_data(30)
 
     def run(strategy):

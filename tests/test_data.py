@@ -21,7 +21,7 @@ ROWS, BATCH = 45, 10  # Four batches of 10 and one of 5 rows.
 
 
 class Records(distfit.Model):
-    """Adds up what it sees, so that a lost or doubled row shows."""
+    """Adds up its rows, so that a lost or doubled row shows."""
 
     def train_step(self, data):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -125,7 +125,7 @@ def test_running_out_of_data_warns_as_keras_does(make_strategy):
 
 
 def test_a_generator_is_not_started_anew(make_strategy):
-    """Keras keeps the first batches of a generator to look at, and replays them."""
+    """Keras reads the first batches of a generator ahead, and replays them."""
     model = _records(make_strategy(2))
     with pytest.warns(UserWarning, match="ran out of data"):
         history = model.fit(
@@ -180,7 +180,7 @@ def test_first_batch_that_splits_unevenly(make_strategy):
 
 
 def test_what_has_other_rows_by_an_open_spec(make_strategy):
-    """A table beside the rows: its size tells that it has none, where it is known."""
+    """A table beside the rows: its size, if known, shows that it has none."""
     x, table = np.ones((7, 4), "float32"), np.ones((3, 4), "float32")
 
     class Tabled(distfit.Model):
@@ -301,7 +301,7 @@ def test_rows_of_replicas_cover_every_row_once(rows, replicas):
 
 def test_rows_of_shards_follow_each_other():
     own = Replicas(None, [f"CPU:{i}" for i in range(4)], 4)
-    # Whoever has no rows brings one that counts for nothing.
+    # A replica without rows brings one that counts as 0.
     batches = [(tf.constant(rows),) for rows in ([0], [1, 2, 3], [0], [4, 5])]
     share = shares_of_shards(batches, tf.constant([0, 3, 0, 2]), [True], own)
     (parts,) = share.parts
@@ -311,7 +311,7 @@ def test_rows_of_shards_follow_each_other():
 
 
 class Mixes(distfit.Model):
-    """Does in a step all that needs to know which rows are whose."""
+    """Does everything in a step that depends on which replica has which rows."""
 
     def __init__(self):
         super().__init__()
@@ -347,7 +347,7 @@ class Mixes(distfit.Model):
 def test_batches_that_replicas_bring_themselves_equal_one_device(
     make_strategy, replicas
 ):
-    """Of unequal sizes; at the end some replicas, or all but one, bring none."""
+    """Batches of unequal sizes; at the end some replicas, or all but one, have none."""
     sizes = [3, 1, 2, 4, 1, 1, 2, 5, 2]
     x, y = comparing.regression_data(sum(sizes))
     ends = np.cumsum([0, *sizes])
@@ -404,13 +404,13 @@ def test_a_function_for_data_returns_a_dataset(make_strategy):
     model = _records(make_strategy(2))
     with pytest.raises(ValueError, match="must return the `tf.data.Dataset`"):
         model.fit(lambda context: _x(), verbose=0)
-    with pytest.raises(ValueError, match="gives targets and weights itself"):
+    with pytest.raises(ValueError, match="must contain targets and weights"):
         model.fit(lambda context: _x(), _x(), verbose=0)
 
 
 @pytest.mark.parametrize("kind", ["ragged", "sparse", "table", "scalar"])
 def test_a_function_for_data_gives_nothing_but_rows(make_strategy, kind):
-    """Each replica would bring another table, and nobody could tell."""
+    """Each replica would bring a different table, unnoticed."""
     beside = {
         "ragged": lambda rows: tf.RaggedTensor.from_tensor(rows),
         "sparse": lambda rows: tf.sparse.from_dense(rows),
@@ -420,7 +420,7 @@ def test_a_function_for_data_gives_nothing_but_rows(make_strategy, kind):
     dataset = tf.data.Dataset.from_tensor_slices(_x()).batch(2, drop_remainder=True)
     dataset = dataset.map(lambda rows: ({"x": rows, "z": beside(rows)},))
     model = _records(make_strategy(2))
-    with pytest.raises(ValueError, match="dense tensors with as many rows"):
+    with pytest.raises(ValueError, match="dense tensors with the same number of rows"):
         model.fit(lambda context: dataset, verbose=0)
 
 
@@ -466,7 +466,7 @@ def test_a_batch_tells_which_of_the_open_sizes_are_its_rows():
 
 
 class Beside(distfit.Model):
-    """Rows, and beside them a table and more rows of their own number."""
+    """Has rows, a table, and other rows with a number of their own."""
 
     def __init__(self):
         super().__init__()
@@ -540,7 +540,7 @@ class Quadruples(keras.Model):
 
 
 def _rows_and_their_order(fit, strategy, **options):
-    """Trains on what tells the order of its rows: the logs of each epoch."""
+    """Trains with logs that depend on the order of rows; returns those of epochs."""
     keras.utils.set_random_seed(1)
     with comparing.scope_of(strategy):
         inputs = keras.Input((8,))
@@ -555,7 +555,7 @@ def test_rows_are_shuffled_as_by_stock_keras(make_strategy, kind):
     """Also those of a dataset whose seed gives another order for each iterator."""
 
     def options():
-        keras.utils.set_random_seed(1)  # Which the order of a dataset depends on, too.
+        keras.utils.set_random_seed(1)  # The order of a dataset depends on it, too.
         x, y = comparing.regression_data(22)
         if kind == "dataset":
             dataset = tf.data.Dataset.from_tensor_slices((x, y))
@@ -628,7 +628,7 @@ def _convolutional(strategy, fused):
 def test_convolutions_of_batches_that_leave_replicas_without_rows(
     make_strategy, length, fused
 ):
-    """Kernels for images fail or err where there are none."""
+    """Image kernels fail or give wrong results without rows."""
     signature = (
         tf.TensorSpec((None, 6, 6, 1), tf.float32),
         tf.TensorSpec((None, 2), tf.float32),
@@ -671,7 +671,7 @@ def test_no_warning_of_shuffling_for_datasets_and_generators(make_strategy):
 
 
 class Shuffles(Batches):
-    """Notes when it is told that an epoch begins and ends."""
+    """Records when it is called at the start and end of an epoch."""
 
     def __init__(self):
         super().__init__()
@@ -723,7 +723,7 @@ def test_limits_of_keras_count(make_strategy, limits):
     with pytest.warns(UserWarning, match="Limiting"):
         model = _records(make_strategy(2))
         history = model.fit(_x(), batch_size=BATCH, epochs=5, shuffle=False, verbose=0)
-    # The second epoch goes on where the first has stopped.
+    # The second epoch continues where the first stopped.
     assert history.history["rows"] == [30, 15]
     assert history.epoch == [0, 1]
 
@@ -809,7 +809,7 @@ def test_an_optional_input_whose_first_leaf_is_none(make_strategy, replicas, giv
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(6, 6), (6, 2, 1)])
 def test_predictions_of_another_width_in_each_batch(make_strategy, replicas, sizes):
-    """As wide as the longest text of the whole batch; ragged, if batches differ."""
+    """As wide as the longest string of the whole batch; ragged, if batches differ."""
     texts = ["a b c", "d", "e f", "g h i j", "k", "l"] + ["m", "n o", "p q r s t", "u"]
     texts += ["v w", "x"]
     texts = tf.constant(texts[: sum(sizes)])
@@ -933,7 +933,7 @@ def _pictures(*shape):
 
 
 def test_data_of_other_sizes_are_not_taken_for_those_before(make_strategy):
-    """Sizes that a step knows are numbers in its graph."""
+    """Sizes that a step knows are constants in its graph."""
 
     def numbers(model, fit, evaluate, predict):
         found = []
@@ -961,9 +961,9 @@ class NeedsSizes(distfit.Model):
 
 @pytest.mark.parametrize("base", [distfit.Model, NeedsSizes])
 def test_batches_may_change_their_sizes(make_strategy, base):
-    """Steps are not compiled for each: as a `tf.function` relaxes what it takes.
+    """Steps are not compiled for each size, as a `tf.function` relaxes shapes.
 
-    Unless the step needs to know them, which is beyond stock Keras.
+    Unless the step must know the sizes, which stock Keras does not support.
     """
 
     def losses(base, strategy):

@@ -9,7 +9,7 @@ from distfit.datasets import mnist, synthetic
 
 @pytest.fixture
 def full_mnist(tmp_path):
-    """Writes a tiny archive of the form of the full MNIST and returns its path."""
+    """Writes a tiny archive in the format of the full MNIST and returns its path."""
     path = tmp_path / "mnist.npz"
     images = np.arange(3 * 28 * 28, dtype="uint8").reshape(3, 28, 28)
     labels = np.array([3, 1, 2], "uint8")
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, full_mnist, content):
         bytes_of = {"text": b"x_train", "empty": b"", "truncated": archive[:999]}
         path.write_bytes(bytes_of[content])
     with pytest.raises(
-        ValueError, match=r"no readable \.npz archive\. Received: file="
+        ValueError, match=r"not a readable \.npz archive\. Received: file="
     ):
         mnist.load(path)
 

@@ -43,7 +43,7 @@ def test_strategy_arguments(arguments, message):
 def test_more_virtual_devices_than_an_initialised_tensorflow_has():
     tf.constant(1.0)
     with pytest.raises(
-        RuntimeError, match="initialised already with 8 .*Received: virt"
+        RuntimeError, match="already initialised with 8 .*Received: virt"
     ):
         distfit.create_strategy("mirrored", virtual_devices=9)
 
@@ -191,7 +191,7 @@ def test_log_of_changing_shape_is_that_of_stock_keras(make_strategy, known, fuse
 
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_compile_in_a_callback(make_strategy, kind):
-    """As in stock Keras, which cannot go on with another optimizer either."""
+    """As in stock Keras, which cannot continue with another optimizer either."""
     model = _model(make_strategy(2))
 
     class Compiles(keras.callbacks.Callback):

@@ -1,4 +1,4 @@
-"""What the process says, and its exit code, when code of the user calls sys.exit()."""
+"""The output and the exit code of a process when user code calls sys.exit()."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""The reference models with losses over the global batch: checked by hand, and on N.
+"""The reference models with losses over the global batch: by hand, and on N replicas.
 
-The batches of 4, 5 and 1 rows part evenly among 4 replicas, unevenly, and not at all.
+Batches of 4, 5 and 1 rows divide among 4 replicas evenly, unevenly, and not at all.
 """
 
 import comparing
@@ -56,10 +56,10 @@ def batches(name):
 
 
 def trained(name, strategy):
-    """What 2 epochs leave behind, and how the model then evaluates and predicts."""
+    """The results of 2 epochs, and of evaluating and predicting after them."""
     data = batches(name)
-    # Adam divides a gradient by its own size, so where that is next to nothing the
-    # rounding errors of a sum come through: in steps of the learning rate.
+    # Adam divides a gradient by its own size, so where that is almost zero, rounding
+    # errors of a sum become steps of the size of the learning rate.
     config = configure(name, learning_rate=0.0001)
 
     def fit(model):
@@ -78,7 +78,7 @@ def trained(name, strategy):
 def test_four_replicas_equal_one(name, make_strategy):
     one = trained(name, make_strategy(1))
     comparing.assert_same(one, trained(name, make_strategy(4)))
-    # Also in the batch with one row, of which some losses have nothing to count.
+    # Also in the batch with one row, in which some losses have nothing to count.
     assert np.all(np.isfinite(list(one.history.values())))
     assert all(np.all(np.isfinite(weights)) for weights in one.weights)
 
@@ -101,7 +101,7 @@ def test_four_replicas_equal_one(name, make_strategy):
 )
 def test_settings_that_make_no_sense_are_refused(name, settings, make_strategy):
     key, value = next(iter(settings.items()))
-    with pytest.raises(ValueError, match=f"Received: {key}={value}.* Give "):
+    with pytest.raises(ValueError, match=f"Received: {key}={value}.* Pass "):
         build(name, make_strategy(1), **settings)
 
 
@@ -292,7 +292,7 @@ def test_distillation_losses_are_those_worked_out_by_hand(make_strategy):
 
 
 class HidesEvenTokens(masked_lm.MaskedLM):
-    """Hides what a test can hide too."""
+    """Hides tokens that a test can hide, too."""
 
     def choose(self, tokens):
         return tf.logical_and(tokens % 2 == 0, tokens != masked_lm.PADDING)

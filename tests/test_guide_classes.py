@@ -1,8 +1,8 @@
 """The guide's classes, trained by distfit, equal stock Keras on one device.
 
-Their base is `keras.Model`: who wrote them has never heard of distfit. A model is built
-once for each class and number of replicas and set back to its first weights before each
-training, so that the whole product of cases takes minutes.
+Their base is `keras.Model`: they know nothing of distfit. A model is built once for
+each class and number of replicas and reset to its initial weights before each training,
+so that all combinations take only minutes.
 """
 
 import functools
@@ -29,7 +29,7 @@ CLOSE = 1e-6
 
 @functools.cache
 def _model(name, strategy, base):
-    """A compiled model and a function that sets it back to its start."""
+    """A compiled model and a function that resets it."""
     keras.utils.set_random_seed(7)
     with strategy.scope():
         model = guide.mlp(getattr(guide.classes(base), name))
@@ -49,7 +49,7 @@ def _model(name, strategy, base):
 
 @functools.cache
 def _run(library, name, strategy, rows, batch_size, fused=1, base=keras.Model):
-    """What a training by the `fit` of a library leaves behind.
+    """The results of training by the `fit` of a library.
 
     Args:
         library: `distfit`, or `keras.Model` for its methods.
@@ -74,9 +74,9 @@ def _run(library, name, strategy, rows, batch_size, fused=1, base=keras.Model):
 
 
 def _data(library, batch_size, *arrays):
-    """Arrays for distfit. For stock Keras, what it makes of them, but not tuned.
+    """Arrays for distfit; for stock Keras, its dataset without autotuning.
 
-    TensorFlow 2.21 now and then crashes when it releases the iterator of a tuned
+    TensorFlow 2.21 sometimes crashes when it releases the iterator of an autotuned
     pipeline.
     """
     if library is distfit:

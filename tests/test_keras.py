@@ -1,4 +1,4 @@
-"""Tells when Keras or TensorFlow moves something that distfit relies on."""
+"""Fails when Keras or TensorFlow changes something that distfit relies on."""
 
 import itertools
 import threading
@@ -273,7 +273,7 @@ def test_objects_are_found_wherever_they_are_held():
 
 
 def test_looking_for_objects_leaves_tuples_of_other_threads_alone():
-    """A tuple that somebody else holds cannot be finished."""
+    """A tuple cannot be completed while something else refers to it."""
     until = threading.Event()
     failures = []
 

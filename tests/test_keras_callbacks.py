@@ -27,7 +27,7 @@ VALIDATION = comparing.regression_data(9, seed=3)
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Unlike elsewhere, the models stay, and the steps that they have compiled."""
+    """Unlike elsewhere, models and their compiled steps are kept."""
     keras.utils.set_random_seed(0)
 
 
@@ -40,7 +40,7 @@ def _mlp(base, optimizer):
 
 
 def _embedding(base):
-    """Rows of the table that no batch has looked up stay what they are."""
+    """Rows of the table that no batch looks up do not change."""
     model = base([keras.Input((8,)), layers.Embedding(ROWS + 1, 2), layers.Flatten()])
     model.add(layers.Dense(1))
     model.compile(keras.optimizers.SGD(0.1), "mse")
@@ -80,7 +80,7 @@ def _variables(model):
 
 
 def _model(strategy, kind="sgd"):
-    """A model that nothing has happened to yet."""
+    """A model in its initial state."""
     model, state = _cached(strategy, kind)
     for variable, value in zip(_variables(model), state, strict=True):
         variable.assign(value)
@@ -120,7 +120,7 @@ def _assert_same(one, other):
 
 
 def _assert_as_on_one_device(make_strategy, make_callbacks, kind="sgd", **arguments):
-    """Returns what one device did, to see that the callback did anything."""
+    """Returns the results of one device, to check that the callback had an effect."""
     one = _fit(_model(None, kind), None, make_callbacks, **arguments)
     for replicas in REPLICAS:
         strategy = make_strategy(replicas)
@@ -130,7 +130,7 @@ def _assert_as_on_one_device(make_strategy, make_callbacks, kind="sgd", **argume
 
 
 class Watches(keras.callbacks.Callback):
-    """Notes every hook, and the numbers it is given."""
+    """Records every hook, and the numbers it gets."""
 
     def __init__(self, notes):
         super().__init__()
@@ -296,7 +296,7 @@ def test_early_stopping(make_strategy, name):
 
 @pytest.mark.parametrize("row", [7, 9, 10, 12, 13, 21])
 def test_nan_in_one_row_on_any_replica_terminates_at_its_step(make_strategy, row):
-    """A step that sees it spoils what it updates; rows looked up later stay whole."""
+    """A step with it spoils what it updates; rows looked up later are intact."""
     y = Y.copy()
     y[row] = np.nan
     tokens = np.repeat(np.arange(ROWS)[:, None], 8, axis=1)

@@ -39,9 +39,9 @@ ONE_HOT = np.eye(3, dtype="float32")[CLASSES]
 POSITIVE = np.abs(_numbers(3, seed=2)) + 0.1
 
 # What falls back, and why.
-_ORDER = "the order of rows takes all of them"
-_PLACE = "the place of a row among all of them"
-_UP_TO = "each row is joined with those before it"
+_ORDER = "the order of all rows is needed"
+_PLACE = "the index of a row among all rows is needed"
+_UP_TO = "each row depends on those before it"
 _SPARSE = "finds out which rows of a table a sparse gradient has"
 FALLS_BACK: dict[str, str] = {
     **dict.fromkeys(("ops.sort", "ops.argsort", "ops.median"), _ORDER),
@@ -102,7 +102,7 @@ LOSSES = {
         ("softplus", POSITIVE),
     ),
 }
-_OF_ALL_ROWS = {"Dice", "Tversky", "CTC"}  # They take no weights of rows.
+_OF_ALL_ROWS = {"Dice", "Tversky", "CTC"}  # They take no sample weights.
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -179,7 +179,7 @@ METRICS = {
     "regression": (REGRESSION, "softplus", POSITIVE),
     "signed": (SIGNED, "tanh", SIGNS),
 }
-# Keras takes whole weights, and for BinaryIoU one for each element.
+# Keras makes weights integers; BinaryIoU takes one for each element.
 _UNWEIGHTED = {"BinaryIoU", "IoU", "MeanIoU", "OneHotIoU", "OneHotMeanIoU"}
 
 
@@ -289,7 +289,7 @@ def test_optimizer(make_strategy, name):
             ]
         )
         model.compile({**OPTIMIZERS, **VARIANTS}[name](), "mse")
-        # In a step, Keras loses the values from which ScheduleFreeAdamW starts.
+        # Built in a step, ScheduleFreeAdamW loses its initial values in Keras.
         model.optimizer.build(model.trainable_variables)
         return model
 
@@ -314,7 +314,7 @@ def test_all_optimizers_are_here():
     assert found - _ABSTRACT == set(OPTIMIZERS)
 
 
-# --- Functions: of a batch that weights have scaled.
+# --- Functions of a batch that weights have scaled.
 
 
 class Computing(keras.Model):
@@ -343,7 +343,7 @@ class Computing(keras.Model):
         return {f"raw_{i}": number for i, number in enumerate(numbers)}
 
     def weighted(self, output, y):
-        """A mean, in which rows count differently."""
+        """A mean with different weights of rows."""
         output = tf.cast(output, tf.float32)
         if output.shape.rank and output.shape[0] is None:
             ones = [1] * (output.shape.rank - 1)
@@ -470,7 +470,7 @@ REDUCTIONS = {
 
 
 def _segments(x):
-    """A segment for each row: every third row is of the same."""
+    """The segment of each row: every third row has the same."""
     return ops.arange(ops.shape(x)[0]) % 3
 
 

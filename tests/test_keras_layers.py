@@ -18,7 +18,7 @@ ROWS = sum(steps.BATCHES)
 
 
 class Case(NamedTuple):
-    """A layer and what it is called with.
+    """A layer and the arguments of its call.
 
     Attributes:
         make: Makes the layer.
@@ -352,7 +352,7 @@ class Around(keras.Model):
         return {"raw": loss}
 
     def of_output(self, output, y):
-        """A mean in which each row has a weight of its own."""
+        """A mean with a different weight for each row."""
         output = tf.cast(output, tf.float32)
         output = tf.tanh(0.1 * output * self.size)
         ones = [1] * (len(output.shape) - 1)

@@ -82,7 +82,7 @@ BAD_COMMAND_LINES = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Starts each test in an empty folder and puts the import path back after it."""
+    """Starts each test in an empty folder and restores the import path after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     pathlib.Path("file").touch()
@@ -90,7 +90,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def model_defaults(**settings):
-    """Returns what the get_config() of a reference model might."""
+    """Returns settings as the get_config() of a reference model might."""
     config = ml_collections.ConfigDict({"dataset": "mnist", "batch_size": 64})
     config.update(settings)
     return config
@@ -208,7 +208,7 @@ def test_an_override_none_lifts_a_limit_of_the_model():
 
 def test_an_override_of_an_unknown_setting_is_refused_with_those_there_are():
     line = CommandLine(overrides=("--config.latent=3",))
-    configuration.preview(line)  # a setting of the model, for all that is known yet
+    configuration.preview(line)  # as far as known yet, it is a setting of the model
     with pytest.raises(UsageError, match="Received: --config.latent=3.*latent_dim"):
         configuration.resolve(line, model_defaults(latent_dim=128))
 
@@ -248,7 +248,7 @@ def test_a_value_of_the_wrong_type_in_the_file_is_refused_by_its_key():
         ("def get_config(): return 1 / 0", "ZeroDivisionError.*line 1"),
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "KeyError: 'get_config'"),
-        ("def get_config(): return 3", "returns no ConfigDict"),
+        ("def get_config(): return 3", "does not return a ConfigDict"),
     ],
 )
 def test_a_config_file_that_fails_is_refused_in_one_line(text, expected):

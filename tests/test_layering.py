@@ -1,4 +1,4 @@
-"""Who may import whom, and that one place touches private names and one exchanges."""
+"""Which modules may import which; private names and exchanges are in one place each."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""What is reported is what one device reports."""
+"""Reported logs are those of one device."""
 
 import comparing
 import keras
@@ -109,7 +109,7 @@ def test_logs_are_those_of_stock_keras(make_strategy, name):
 
 
 def test_log_of_a_vector(make_strategy):
-    """Stock Keras hands it on as it is."""
+    """Stock Keras passes it on unchanged."""
 
     def logs_of(model, x, y, loss):
         return {"vector": tf.reduce_mean(x, axis=0)}
@@ -363,7 +363,7 @@ class ReturnsVariables(keras.Model):
 
 
 class ChangesVariables(keras.callbacks.Callback):
-    """After each batch, before anybody looks at its logs."""
+    """After each batch, before anybody reads its logs."""
 
     def on_train_batch_end(self, batch, logs=None):
         self.model.optimizer.learning_rate = 0.01 * (batch + 1)

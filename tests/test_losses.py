@@ -231,7 +231,7 @@ class NonLinear(Minimizes):
 
 
 def test_product_of_losses(make_strategy):
-    """The gradient of a product holds the values of its factors."""
+    """The gradient of a product contains the values of its factors."""
 
     def build():
         model = guide_model(NonLinear)
@@ -301,7 +301,7 @@ OUTSIDE = keras.losses.MeanSquaredError()
 
 
 class UsesLossFromOutside(Minimizes):
-    """Calls a loss that is no attribute of it, and reads the losses of a part."""
+    """Calls a loss that is not its attribute, and reads the losses of a submodel."""
 
     def __init__(self):
         super().__init__()
@@ -345,7 +345,7 @@ def test_step_that_divides_its_rows(make_strategy):
 
 
 class Nested(Minimizes):
-    """Has its loss in a function of its own, and pairs of rows in another."""
+    """Computes its loss in one nested function, and pairs of rows in another."""
 
     def logs_of(self, x, y):
         @tf.function
@@ -411,7 +411,7 @@ OVER_THE_BATCH = {
 
 @pytest.mark.parametrize("name", OVER_THE_BATCH)
 def test_loss_that_is_no_mean_of_rows(make_strategy, name):
-    """With stock Keras, what replicas compute apart is averaged."""
+    """Stock Keras averages what replicas compute separately."""
 
     def build():
         inputs = keras.Input((8,))
@@ -425,7 +425,7 @@ def test_loss_that_is_no_mean_of_rows(make_strategy, name):
 
 
 class Positions(layers.Layer):
-    """Adds a learned vector for each place."""
+    """Adds a learned vector for each position."""
 
     def build(self, shape):
         self.places = layers.Embedding(shape[1], shape[2])
@@ -436,7 +436,7 @@ class Positions(layers.Layer):
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adagrad"])
 def test_learned_positions(make_strategy, optimizer):
-    """The same place comes from every replica, and is one place all the same."""
+    """Every replica uses the same positions, and each position counts once."""
 
     def build():
         inputs = keras.Input((7,), dtype="int32")
@@ -597,7 +597,7 @@ def test_the_value_of_a_loss_is_there_for_steps_that_read_it(make_strategy, how)
 
 
 class OverZero(keras.Model):
-    """Weighs its gradients by a loss over its average, which is 0 at first."""
+    """Weights its gradients by a loss divided by its average, which is 0 at first."""
 
     def __init__(self, *args, only_first_rows=False, **kwargs):
         super().__init__(*args, **kwargs)

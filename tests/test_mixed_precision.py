@@ -1,4 +1,4 @@
-"""Mixed precision: everyone skips a step together, and scales are those of one device.
+"""Mixed precision: all replicas skip a step together, and scales equal one device.
 
 Low precision rounds the sums of a batch differently when it is cut into parts, so these
 numbers agree within the rounding of the type and not better.
@@ -36,7 +36,7 @@ class KeepsState(keras.callbacks.Callback):
 
 
 def _train(strategy, optimizer, x, y, batch_size):
-    """By distfit with a strategy, and by stock Keras on one device with None."""
+    """Trains by distfit with a strategy, by stock Keras on one device without."""
     state = KeepsState()
     keras.utils.set_random_seed(0)
     base = keras.Model if strategy is None else distfit.Model
@@ -117,9 +117,9 @@ def test_the_scale_that_the_policy_makes_is_that_of_one_device(
 ):
     """It begins too large for these data, and is halved until it fits.
 
-    The optimizer is built in the first step, which therefore takes another scale than
-    those after it. One row makes almost all of the gradients, so that where sums of
-    rows overflow, those of this row's replica do.
+    The optimizer is built in the first step, which therefore uses another scale than
+    the later ones. One row dominates the gradients, so that where sums of rows
+    overflow, those of this row's replica do.
     """
     policy("mixed_float16")
     x, y = comparing.regression_data(6)

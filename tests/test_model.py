@@ -193,7 +193,7 @@ def test_xla_on_one_replica_equals_the_same_without(make_strategy):
 
 
 def _of_keras(kind):
-    """A compiled model of a class of Keras's, or of a user who has no other."""
+    """A compiled model of a class of Keras, or of a user's own."""
 
     class UsersOwn(keras.Model):
         def __init__(self):
@@ -322,7 +322,7 @@ def test_an_optimizer_held_by_a_layer(make_strategy):
 
 
 class LoopsOverRows(distfit.Model):
-    """Uses the number of rows as a number of Python."""
+    """Uses the number of rows as a Python number."""
 
     def train_step(self, data):
         x, y = data
@@ -367,7 +367,7 @@ class Scaled(keras.Model):
 
 
 def test_steps_are_traced_anew_where_functions_are_made_anew(make_strategy):
-    """As in stock Keras, after a change of what a step reads when it is traced."""
+    """As in stock Keras, after a change of what a step reads while it is traced."""
     with make_strategy(2).scope():
         inputs = keras.Input((8,))
         model = Scaled(inputs, layers.Dense(1)(inputs))
@@ -382,7 +382,7 @@ def test_steps_are_traced_anew_where_functions_are_made_anew(make_strategy):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_nothing_keeps_a_model_that_was_trained(make_strategy, replicas):
-    """Of many that are tried out in a process, only those are there that are held."""
+    """Of the many models that a process may try, only those still in use are kept."""
     strategy = make_strategy(replicas)
     with strategy.scope():
         inputs = keras.Input((8,))

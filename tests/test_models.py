@@ -118,7 +118,7 @@ def test_seed_and_learning_rate_are_honoured(name, make_strategy):
 
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_two_replicas_equal_one(name, make_strategy):
-    # 31 rows do not part evenly, and the last batch has 8.
+    # 31 rows do not divide evenly, and the last batch has 8.
     settings = {"batch_size": 31, "epochs": 2, "learning_rate": 0.01}
     expected_model, expected = train(name, make_strategy(1), **settings)
     model, history = train(name, make_strategy(2), **settings)
@@ -146,7 +146,7 @@ def test_weights_of_rows_and_classes_count_as_worked_out_by_hand(given, make_str
         history = fit(model, (x, y, weights), config)
     else:
         history = fit(model, (x, y), config, class_weight={0: 0.5, 1: 3.0})
-    errors = x @ model.get_weights()[0] - y  # the weights stand still
+    errors = x @ model.get_weights()[0] - y  # the weights do not change
     weighted_mae = np.sum(weights * np.abs(errors)) / np.sum(weights)
     assert history["loss"] == pytest.approx([np.mean(weights * errors**2)], rel=1e-5)
     assert history["mae"] == pytest.approx([np.mean(np.abs(errors))], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Whatever an optimizer does with a gradient, it does with that of the batch."""
+"""Whatever an optimizer does with gradients, it does with those of the batch."""
 
 import functools
 import inspect
@@ -65,7 +65,7 @@ def test_classes_are_found():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_equals_one_device(make_strategy, name):
-    """The classes are those that Keras has: a new one is tried like the others."""
+    """All optimizer classes of Keras, so that a new one is tested, too."""
     make = MAKE.get(name, lambda cls: cls(learning_rate=0.02))
     one, three = (_run(make_strategy(n), lambda: make(CLASSES[name])) for n in (1, 3))
     comparing.assert_same(one, three)
@@ -133,7 +133,7 @@ def test_constraint_equals_one_device(make_strategy):
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_swapped_averages_equal_one_device(make_strategy, swap_on_epoch):
-    """Validation sees the averages, training goes on with the weights."""
+    """Validation sees the averages, training continues with the weights."""
 
     def run(replicas):
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)

@@ -1,4 +1,4 @@
-"""Steps in float64: the same steps, and nothing of them left to rounding."""
+"""Steps in float64: the same steps, without the rounding of float32."""
 
 import comparing
 import keras
@@ -13,7 +13,7 @@ from distfit.verification.precision import doubled
 
 
 def _flow(x):
-    """Branches, loops and lists, with an effect in a branch that gives nothing."""
+    """Branches, loops and lists, with an effect in a branch that returns nothing."""
 
     @tf.function
     def nested(rows):
@@ -30,7 +30,7 @@ def _flow(x):
 
 
 def _others(x):
-    """What has no kernel of float64, or must stay as it is."""
+    """Operations that have no float64 kernel, or must not change."""
     image = tf.image.resize(x[:, :, None, None], [8, 1])[:, :, 0, 0]
     doubled = tf.numpy_function(lambda t: 2 * t, [x], tf.float32)
     bits = tf.cast(tf.bitcast(x, tf.int32) % 7, tf.float32)
@@ -83,7 +83,7 @@ def test_steps_in_float64_are_the_same_on_all_replicas(make_strategy, name):
 
 
 def test_what_rounds_in_float32_does_not_in_float64():
-    """A step of 1e8 + 1 - 1e8: nothing is left of the 1 in float32."""
+    """A step of 1e8 + 1 - 1e8: the 1 is lost in float32."""
 
     def step(batch):
         large = 1e8 * tf.reduce_sum(batch)

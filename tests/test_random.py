@@ -90,10 +90,10 @@ DRAWS = {
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_equal_stock_keras_on_one_device(make_strategy, name):
-    """Bit by bit, in batches of 5 and of 2 rows.
+    """Bit for bit, in batches of 5 and of 2 rows.
 
-    Where the size of a batch changes, stock Keras traces its function anew, and an
-    operation with a seed of its own starts again: that one draws for even batches.
+    When the size of a batch changes, stock Keras traces its function again, and an
+    operation with a seed of its own restarts: that case has even batches.
     """
     rows = 10 if name == "seeded operation" else 12
     stock = tf.distribute.get_strategy()
@@ -199,7 +199,7 @@ def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, re
 
 
 def test_draws_in_a_nested_function_can_be_used_by_every_step(make_strategy):
-    """TensorFlow takes the trace of one step for the next."""
+    """TensorFlow uses the trace of one step for the next."""
 
     class Nested(distfit.Model):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""What a worker records of its failure, and which failure the others follow from."""
+"""What a worker records of its failure, and which failure caused the others."""
 
 import json
 import os
@@ -200,10 +200,10 @@ def test_report_of_a_death_has_the_last_lines_of_the_log(tmp_path):
 
 def test_report_tells_a_kill_for_lack_of_memory(tmp_path):
     end = End(1, -9, 2.0)
-    assert "memory had run out" in failure_report.text(
+    assert "out of memory, according to" in failure_report.text(
         end, tmp_path, out_of_memory=True
     )
-    assert "as the kernel does when" in failure_report.text(end, tmp_path)
+    assert "perhaps by the kernel" in failure_report.text(end, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import distfit
 
 @keras.saving.register_keras_serializable(package="tests")
 class Custom(distfit.Model):
-    """A functional model with a step of its own."""
+    """A functional model with its own step."""
 
     def train_step(self, data):
         return super().train_step(data)

@@ -12,7 +12,7 @@ from launch.supervisor.screen import Lines, Screen
 
 @pytest.fixture(autouse=True)
 def clean_session():
-    """Nothing here uses Keras, whose session takes longer to clean than these tests."""
+    """Nothing here uses Keras, whose session takes longer to clear than these tests."""
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_too_much_for_a_screen_is_dropped_with_a_note(pipe, monkeypatch)
     writing.close()
     reader.join(10)
     xs, note, more = got[0].split(b"\n")
-    dropped = int(re.search(rb"launch: (\d+) bytes were too much", note)[1])
+    dropped = int(re.search(rb"launch: (\d+) bytes were dropped", note)[1])
     assert more == b"more" and 0 < dropped == 500_000 - len(xs)
 
 

@@ -1,4 +1,4 @@
-"""A signal raises in a process that works, and ends one whose main thread hangs."""
+"""A signal raises in a responsive process, and ends one whose main thread hangs."""
 
 import contextlib
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
-# `hang()` waits in C for ever, and lets other threads run, as a collective does.
+# `hang()` waits in C forever, and lets other threads run, as a collective does.
 PROGRAM = """
 import asyncio, ctypes, multiprocessing, os, signal, sys, time
 from launch.watchdog import signals
@@ -48,7 +48,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Of a test run in the background, children would ignore the signal.
+            # If the tests run in the background, children would ignore the signal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -59,7 +59,7 @@ class Run:
         self.process.send_signal(number)
 
     def end(self):
-        """Returns the exit code, what was written, and the seconds that it took."""
+        """Returns the exit code, the output, and the seconds that it took."""
         began = time.monotonic()
         out, err = self.process.communicate(timeout=30)
         return self.process.returncode, out, err, time.monotonic() - began

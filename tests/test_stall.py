@@ -1,4 +1,4 @@
-"""Who holds the others up, and when a watchdog ends a worker."""
+"""Which worker holds the others up, and when a watchdog ends a worker."""
 
 import dataclasses
 import os
@@ -27,24 +27,24 @@ def at(worker, step, phase, entered, alive=100.0, reading=False):
 PLACES = {
     "one between steps": (
         [at(0, 58, IN, 58), at(1, 57, BETWEEN, 57), at(2, 58, IN, 58)],
-        "worker 1 between steps after step 57, where workers 0, 2 wait in step 58",
+        "worker 1 between steps after step 57, while workers 0, 2 wait in step 58",
     ),
     "two behind": (
         [at(0, 58, IN, 58), at(1, 57, BETWEEN, 57), at(2, 57, "saving", 57)],
         "worker 1 between steps after step 57 and worker 2 saving after step 57, "
-        "where worker 0 waits in step 58",
+        "while worker 0 waits in step 58",
     ),
     "executions of ten steps": (
         [at(0, 21, IN, 3), at(1, 20, BETWEEN, 2)],
-        "worker 1 between steps after step 20, where worker 0 waits in step 21",
+        "worker 1 between steps after step 20, while worker 0 waits in step 21",
     ),
     "before the first step": (
         [at(0, 1, IN, 1), at(1, 0, "preparing", 0)],
-        "worker 1 preparing, where worker 0 waits in step 1",
+        "worker 1 preparing, while worker 0 waits in step 1",
     ),
     "before the model is built": (
         [at(0, 0, progress.BEFORE_STEPS, 3), at(1, 0, progress.MAKING_DATA, 1)],
-        "worker 1 making the data, where worker 0 waits before the first step",
+        "worker 1 making the data, while worker 0 waits before the first step",
     ),
     "some have not joined": (
         [at(0, 0, progress.waiting_for([1]), 0), at(1, 0, progress.JOINING, 0)],
@@ -57,7 +57,7 @@ PLACES = {
     ),
     "one whose data do not come": (
         [at(0, 58, IN, 58), at(1, 58, IN, 58, reading=True)],
-        "worker 1 in step 58, making its data, where worker 0 waits in step 58",
+        "worker 1 in step 58, making its data, while worker 0 waits in step 58",
     ),
     "all make data": (
         [at(i, 58, IN, 58, reading=True) for i in range(2)],
@@ -78,7 +78,7 @@ def test_a_worker_that_is_silent_is_named_though_it_is_as_far():
     found = {0: at(0, 58, IN, 58), 1: at(1, 58, IN, 58, alive=60.0)}
     text = progress.explain(found, 2, silence=30)
     assert text.startswith("worker 1 not responding since ")
-    assert text.endswith("(process 1234 on a-host), where worker 0 waits in step 58")
+    assert text.endswith("(process 1234 on a-host), while worker 0 waits in step 58")
     assert "not responding" not in progress.explain(found, 2, silence=50)
 
 
@@ -86,7 +86,7 @@ def test_one_that_joins_waits_for_the_one_that_is_silent():
     waits = at(0, 0, progress.waiting_for([1, 2]), 0)
     found = {0: waits, 1: at(1, 0, "preparing", 0, alive=60.0)}
     text = progress.explain(found, 2, silence=30)
-    assert text.endswith(", where worker 0 waits for workers 1, 2 to join")
+    assert text.endswith(", while worker 0 waits for workers 1, 2 to join")
 
 
 def test_without_files_of_others_a_worker_tells_where_it_is_itself():
@@ -112,7 +112,7 @@ class Clock:
 
 
 class Watched:
-    """A watchdog whose threads are the test, with a clock and an end of its own."""
+    """A watchdog without threads, with a clock and an exit that the test controls."""
 
     def __init__(self, workdir, index=0, num_workers=2, timeout=10.0):
         self.clock = Clock()
@@ -163,7 +163,7 @@ def test_the_stages_before_the_first_step_are_told_apart(tmp_path):
     works.pass_time(1)
     waits.pass_time(11)
     assert (
-        "Received: worker 1 building the model, where worker 0 waits before the first "
+        "Received: worker 1 building the model, while worker 0 waits before the first "
         "step. See" in root_cause.read(tmp_path, 0).message
     )
 
@@ -176,7 +176,7 @@ def test_who_waits_for_others_to_join_says_so_and_which_were_seen(tmp_path):
     watched.pass_time(11)
     message = root_cause.read(tmp_path, 0).message
     assert "workers 0, 1 waiting for worker 2 to join, worker 2 without a" in message
-    assert message.endswith("workers may start late, or may not reach each other.")
+    assert message.endswith("workers may start late, or be unable to reach each other.")
 
 
 def test_what_a_worker_of_a_former_run_has_left_says_nothing(tmp_path):
@@ -202,7 +202,7 @@ def test_a_worker_removes_what_it_left_in_a_former_run_itself(tmp_path):
 @pytest.mark.parametrize(
     "log, expected",
     [
-        (None, "the stacks in each worker's standard error:"),
+        (None, "the stacks in each worker's stderr:"),
         ("/a/logs/worker-0.log", "the stacks in /a/logs/worker-*.log:"),
     ],
 )
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_not_fatal(tmp_path, ca
     (tmp_path / "logs").write_text("a file in the way")
     watched = Watched(tmp_path)
     watched.pass_time(8)
-    assert capsys.readouterr().err.count("no progress is kept") == 1
+    assert capsys.readouterr().err.count("cannot write progress") == 1
     watched.pass_time(8)
     assert watched.codes == [1]
 
@@ -293,7 +293,7 @@ def test_the_threads_watch_and_end_with_the_context(tmp_path, capfd):
 def test_a_folder_that_hangs_when_read_is_said_and_keeps_nobody(tmp_path, capfd):
     path = run_files.progress(tmp_path, 1)
     path.parent.mkdir()
-    os.mkfifo(path)  # to open it takes somebody who writes
+    os.mkfifo(path)  # opening it blocks until somebody writes
     watched = Watched(tmp_path)
     watched.dog.note(3, IN)
     watched.pass_time(11)

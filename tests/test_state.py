@@ -205,7 +205,7 @@ class SumsOfRoundedTerms(keras.Model):
 
 
 def test_replicas_add_in_the_order_that_the_step_has(make_strategy):
-    """However TensorFlow orders sums, which may depend on who else reads them."""
+    """However TensorFlow orders sums, which may depend on what else reads them."""
     strategy = make_strategy(3)
     with strategy.scope():
         model = SumsOfRoundedTerms()
@@ -215,7 +215,7 @@ def test_replicas_add_in_the_order_that_the_step_has(make_strategy):
     assert [copy.numpy().tolist() for copy in copies] == [[0] * 4] * len(copies)
 
 
-# What is made in the first step: as with `tf.function`, the step is traced once more.
+# Variables made in the first step: as with `tf.function`, the step is traced once more.
 
 
 class AverageMadeInStep(keras.Model):
@@ -315,4 +315,4 @@ class OfAVariable(MakesOneOfItsData):
 
 @pytest.mark.parametrize("Base", [OfTheBatch, OfAVariable])
 def test_a_variable_of_what_the_step_computes_is_refused(make_strategy, Base):
-    _assert_refused(Base, make_strategy(2), "from a value of the batch or of variables")
+    _assert_refused(Base, make_strategy(2), "from the batch or from variables")

@@ -1,4 +1,4 @@
-"""Graphs that are placed for each replica: what is alike is there once."""
+"""Graphs that are placed for each replica, which share what is the same."""
 
 import collections
 
@@ -13,14 +13,14 @@ DEVICES = ["CPU:0", "CPU:1"]
 
 
 def template(function):
-    """That of a function of two scalars, whose results are its outputs."""
+    """The template of a function of two scalars, whose results are its outputs."""
     spec = (tf.TensorSpec(()), tf.TensorSpec(()))
     graph = graphs.trace(lambda given: tf.nest.flatten(function(*given)), spec)
     return Template(graph, graph.inputs, graph.outputs)
 
 
 def placed(made):
-    """Its results on two devices, and the graph that they are in."""
+    """The results of a template on two devices, and their graph."""
 
     @tf.function(autograph=False)
     def run():
@@ -78,5 +78,5 @@ def test_what_is_taken_from_outside_must_be_given():
     variable = tf.Variable(1.0)
     spec = (tf.TensorSpec(()),)
     graph = graphs.trace(lambda given: given[0] * variable, spec)
-    with pytest.raises(AssertionError, match="takes from outside"):
+    with pytest.raises(AssertionError, match="captures unfed tensors"):
         Template(graph, graph.inputs[:1], graph.outputs)

@@ -1,4 +1,4 @@
-"""Keras and TensorFlow stay what they are, beside distfit and after it."""
+"""Keras and TensorFlow are unchanged, beside distfit and after it."""
 
 import pathlib
 import subprocess
@@ -49,7 +49,7 @@ def _trained(strategy):
 
 
 def _at_once(*jobs):
-    """Runs functions in a thread each, from the same moment on."""
+    """Runs functions in a thread each, all started at once."""
     results: list = [None] * len(jobs)
     barrier = threading.Barrier(len(jobs))
 
@@ -82,7 +82,7 @@ def test_repeats_are_equal_bit_by_bit(make_strategy):
 
 
 def test_a_stock_model_in_another_thread_is_unaffected(make_strategy):
-    """Its optimizer has methods of its own while a step of distfit is traced."""
+    """Its optimizer keeps its own methods while a step of distfit is traced."""
     alone = _trained(None), _trained(make_strategy(2))
     together = _at_once(lambda: _trained(None), lambda: _trained(make_strategy(2)))
     for one, other in zip(alone, together, strict=True):
@@ -98,7 +98,7 @@ def test_two_models_train_in_two_threads(make_strategy):
 
 
 def test_a_stock_model_under_a_strategy_trains_as_before(make_strategy):
-    """Also one that was made while distfit has trained under the same strategy."""
+    """Also one that was made while distfit trained under the same strategy."""
     strategy = make_strategy(2)
 
     def stock():

@@ -30,7 +30,7 @@ def divided():
 
 
 def test_a_factor_of_the_gradient_is_told(divided):
-    """With Adam the weights hardly show it: the gradients do."""
+    """With Adam the weights hardly show it, but the gradients do."""
     assert not divided.ok and not divided.problems
     first = [d for d in divided.deviations if d.check == "gradient" and d.step == 0]
     assert {(d.replicas, round(d.ratio, 4)) for d in first} == {(2, 0.5), (4, 0.25)}
@@ -100,8 +100,8 @@ def test_state_of_a_python_function_cannot_be_compared():
 def right():
     """The report on a right model, by several numbers of replicas.
 
-    The bias before BatchNormalization has no gradient but rounding errors, of which
-    this optimizer makes whole steps: they must not count.
+    The gradient of the bias before BatchNormalization is only rounding errors, which
+    this optimizer turns into whole steps: they must not count.
     """
     make = mistakes.build(
         mistakes.Right,
@@ -159,7 +159,7 @@ def test_an_optimizer_that_accumulates_parts_on_each_replica():
 
 
 class Words(mistakes.Right):
-    """Draws with a seed of TensorFlow, and predicts texts and ragged rows."""
+    """Draws with a seed of TensorFlow, and predicts strings and ragged rows."""
 
     def loss_of(self, x, y):
         noise = tf.random.normal(tf.shape(x), seed=3)
@@ -191,7 +191,7 @@ class Spread(keras.metrics.Metric):
 
 
 class Twins(keras.Model):
-    """Two layers of one name, built by the first step."""
+    """Two layers with the same name, built by the first step."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,7 @@ TRACKER = keras.metrics.Mean(name="tracked")
 
 
 class Tracked(mistakes.Right):
-    """Keeps its loss in a metric of the module."""
+    """Keeps its loss in a module-level metric."""
 
     @property
     def metrics(self):
@@ -255,8 +255,8 @@ def test_right_model_passes(name):
 class AlmostTied(keras.Model):
     """The larger of two sums of the batch decides which way the weights go.
 
-    Of 10,000 + 0.0004 float32 keeps nothing, of 1 + 0.0004 it does: whether the first
-    sum is 1 or 1.0004 depends on the order of its terms, and the second lies between.
+    In float32, 10,000 + 0.0004 loses the 0.0004, but 1 + 0.0004 does not: whether the
+    first sum is 1 or 1.0004 depends on the order of its terms, the second is between.
     """
 
     ROWS = np.array([[1e4, 1.0002], [4e-4, 0], [-9999, 0], [4e-4, 0]], "float32")

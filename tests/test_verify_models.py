@@ -1,4 +1,4 @@
-"""The reference models are those of one device on 1, 2, 4 and 8 replicas."""
+"""The reference models match one device on 1, 2, 4 and 8 replicas."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""Several workers: what they agree on, and what they are told when they cannot.
+"""Several workers: what they agree on, and the errors they get when they cannot.
 
 Every worker runs each of these tests; integration/test_on_workers.py starts them.
 """
@@ -44,7 +44,7 @@ def local_replicas(strategy, team):
 
 @pytest.fixture
 def shared(team, tmp_path):
-    """A folder that all workers have in common."""
+    """A folder that all workers share."""
     return pathlib.Path(team.from_chief("a folder", str(tmp_path)))
 
 
@@ -202,7 +202,7 @@ def test_a_stop_from_outside_of_callbacks_stops_all_after_the_epoch(strategy, te
 
     model = _model(strategy)
     history = _fit(model, epochs=3, callbacks=[Signals()])
-    assert len(history["loss"]) == 3  # The next batch has taken it back.
+    assert len(history["loss"]) == 3  # The next batch has reset it.
     Signals.on_train_batch_begin = lambda self, batch, logs=None: setattr(
         self.model, "stop_training", batch >= 2 and team.index == 1
     )
@@ -238,7 +238,7 @@ def test_a_learning_rate_that_differs_becomes_that_of_the_chief(strategy, team, 
         assert rate == 0.5
 
 
-# What they are told.
+# The errors they get.
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_arguments_and_data_that_differ_are_told_so(strategy, team, own, expecte
     with pytest.raises(ValueError, match="must run the same program") as error:
         _fit(model, **own(min(team.index, 1)))
     assert expected in str(error.value)
-    _fit(model, epochs=1)  # And they are still able to do it right.
+    _fit(model, epochs=1)  # And they can still train.
 
 
 def test_data_of_the_same_size_that_differ_are_told_so(strategy, team):
@@ -294,7 +294,7 @@ def test_data_of_the_same_size_that_differ_are_told_so(strategy, team):
 
 
 def test_datasets_that_are_read_in_different_order_are_told_so(strategy, team):
-    """As where each worker shuffles without a seed, or reads a shard of its own."""
+    """As when each worker shuffles without a seed, or reads a shard of its own."""
     dataset = tf.data.Dataset.from_tensor_slices(comparing.regression_data(40))
     model = _model(strategy)
     alike = dataset.shuffle(40, seed=1).batch(8)
@@ -342,7 +342,7 @@ def test_what_the_chief_calls_alone_is_told_to_all(strategy, team):
             self.model.evaluate(*comparing.regression_data(8), verbose=0)
 
     callbacks = [Evaluates()] if team.is_chief else []
-    with pytest.raises(RuntimeError, match="gone different ways") as error:
+    with pytest.raises(RuntimeError, match="called different methods") as error:
         _fit(_model(strategy), epochs=2, callbacks=callbacks)
     assert "worker 0: evaluate()" in str(error.value)
     assert "worker 1: the end of an epoch in train" in str(error.value)
@@ -352,7 +352,7 @@ def test_what_the_chief_calls_alone_is_told_to_all(strategy, team):
 
 
 class _Notes(keras.callbacks.Callback):
-    """Saves the model, tries what takes all, and notes the logs of batches."""
+    """Saves the model, tries calls that need all workers, and records batch logs."""
 
     def __init__(self, folder):
         super().__init__()
@@ -438,7 +438,7 @@ def test_logs_that_one_worker_reads_are_those_of_all(strategy, team):
 
 
 class _Board(keras.callbacks.TensorBoard):
-    """Notes what it would write with TensorBoard installed, and where."""
+    """Records what it would write with TensorBoard installed, and where."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -615,7 +615,7 @@ def test_a_step_has_one_exchange(strategy, local_replicas, own_step):
 
 
 class _Returns(distfit.Model):
-    """Predicts what it gets, in several forms."""
+    """Predicts its input, in several forms."""
 
     def predict_step(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -704,7 +704,7 @@ def test_dropout_is_that_of_one_device(make_strategy, strategy):
 
 
 def _write_shards(folder, team):
-    """Files of 11, 3 and 5 rows: with two workers, 16 rows for one and 3 for other."""
+    """Files of 11, 3 and 5 rows: for two workers, 16 rows and 3 rows."""
     x, y = comparing.regression_data(19)
     paths = [str(folder / f"{i}.tfrecord") for i in range(3)]
     if team.is_chief:
@@ -828,7 +828,7 @@ def test_rows_that_stand_in_count_for_nothing_and_are_read_once(
         model = Spread()
         model.compile()
     history = model.fit(dataset_fn, epochs=1, verbose=0).history
-    last = x[40 - 4 * local_replicas : 40]  # Which the first worker alone has.
+    last = x[40 - 4 * local_replicas : 40]  # Only the first worker has them.
     latest = last.var(axis=0, ddof=1).sum()
     assert history["spread"][0] == pytest.approx(latest, rel=1e-5)
     assert model.latest.numpy() == pytest.approx(latest, rel=1e-5)

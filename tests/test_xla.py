@@ -75,7 +75,7 @@ def test_masks_sparse_gradients_and_accumulation_equal_one_device(
 
 
 class TwoParts(distfit.Model):
-    """Both parts are called by the step, one on what the other returns."""
+    """The step calls both parts, one on the output of the other."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_rows_lose_different_units(make_strategy):
 
 
 def _through_text(x):
-    """What XLA cannot compile."""
+    """Something that XLA cannot compile."""
     return tf.strings.to_number(tf.strings.as_string(x))
 
 
@@ -175,7 +175,7 @@ class Centers(layers.Layer):
 
 
 class Doubles(layers.Layer):
-    """Calls a function of Python, between what is compiled."""
+    """Calls a Python function, between compiled parts."""
 
     @tf.custom_gradient
     def call(self, x):
@@ -196,7 +196,7 @@ def test_a_layer_that_is_compiled_in_parts(make_strategy, layer):
 
 
 def test_auto_is_no_xla_on_several_replicas(make_strategy, monkeypatch):
-    """Keras compiles with XLA by itself where there is a GPU, but not so here."""
+    """Keras compiles with XLA by itself if there is a GPU, but not here."""
     stock = tf.config.list_physical_devices
     gpu = tf.config.PhysicalDevice("GPU:0", "GPU")
     monkeypatch.setattr(

@@ -1,6 +1,6 @@
 """Run as a program: what `import distfit` and training change in Keras and TensorFlow.
 
-Prints the names of functions, classes and properties that are others than before.
+Prints the names of functions, classes and properties that differ from before.
 """
 
 import inspect
@@ -55,7 +55,7 @@ def snapshot() -> dict:
 
 
 def changed(before: dict, after: dict) -> list[str]:
-    """What is another, and what classes have got."""
+    """What differs, and what classes have gained."""
     others = [key for key, value in before.items() if after.get(key) is not value]
     owners = {owner for owner, _ in before if inspect.isclass(owner)}
     added = [key for key in after if key not in before and key[0] in owners]
@@ -76,7 +76,7 @@ def train(distfit) -> None:
 
 
 def warm_up() -> None:
-    """Does what makes Keras and TensorFlow fill in names by themselves."""
+    """Makes Keras and TensorFlow fill in the names that they fill in later."""
     model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
     model.compile("sgd", "mse")
     data = tf.data.Dataset.from_tensors((np.ones((2, 3)), np.ones((2, 1))))

@@ -9,7 +9,7 @@ function `train()`: it trains for an epoch of `workload.epoch_steps` steps, `fus
 them per call of the compiled function, and returns the logs, `{name: float}`.
 
 All have the network, the data, the metrics and the optimizer of the workload. The
-iterator lives on from epoch to epoch; metrics are reset and read once an epoch.
+iterator is kept across epochs; metrics are reset and read once an epoch.
 
 On several workers each worker calls both functions, with the workload of all of them.
 """
@@ -45,7 +45,7 @@ def is_installed(name: str) -> bool:
 
 
 def on_replicas(name: str, replicas: int) -> bool:
-    """Whether a contender differs from the others on replicas of one process."""
+    """Whether a contender takes part on this number of replicas of one process."""
     if name == "stock_keras_default":
         return replicas > 1
     return name in ON_REPLICAS

@@ -1,13 +1,13 @@
-"""Epochs of one long `fit`, one at a time, so that what `fit` sets up counts once."""
+"""Epochs of one long `fit`, one at a time, so that the setup of `fit` counts once."""
 
 import queue
 import threading
 
 
 class Fit:
-    """A `fit` in a thread of its own that waits before each epoch to be called.
+    """A `fit` in a thread of its own that waits to be called before each epoch.
 
-    A call lets it go on until it waits again, and returns the logs of the epoch.
+    A call runs it until it waits again, and returns the logs of the epoch.
 
     Args:
         keras: Keras 3 or tf_keras.
@@ -49,7 +49,7 @@ class Fit:
     def _run(self) -> None:
         try:
             self._model.fit(**self._arguments)
-        except Exception as error:  # It is the caller's.
+        except Exception as error:  # For the caller to raise.
             self._results.put(error)
 
     def _wait(self, epoch, logs=None) -> None:

@@ -1,6 +1,6 @@
-"""A loop by hand, as TensorFlow's guides write it: the least that such a loop costs.
+"""A hand-written loop as in TensorFlow's guides: the least that such a loop costs.
 
-It is right for full batches and a plain loss, and checks neither: each replica
+It is correct for full batches and a plain loss, and checks neither: each replica
 divides its loss by the size of the global batch, and its metrics see its own rows.
 """
 

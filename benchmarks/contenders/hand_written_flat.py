@@ -1,7 +1,7 @@
-"""The loop by hand, with what makes it faster on several workers.
+"""The hand-written loop, made faster on several workers.
 
-TensorFlow's collectives over the network pay for every tensor. So the gradients are
-summed as one, for which Keras offers no setting: its optimizer is told by a subclass.
+TensorFlow's collectives over the network have a cost for every tensor. So the gradients
+are summed as one tensor, by a subclass of Keras's optimizer, which has no such setting.
 """
 
 import keras

@@ -1,7 +1,7 @@
-"""`fit` of Keras 3 with a `MirroredStrategy` as it is without arguments.
+"""`fit` of Keras 3 with the default reduction of `MirroredStrategy`.
 
-That one sums over replicas by TensorFlow's collective operations, with which Keras's
-loop over the steps of an execution crashes.
+It sums over replicas by TensorFlow's collective operations, with which Keras's loop
+over the steps of an execution crashes.
 """
 
 import keras

@@ -1,7 +1,7 @@
-"""A loop by hand in PyTorch: DistributedDataParallel over gloo.
+"""A hand-written loop in PyTorch: DistributedDataParallel over gloo.
 
-It gets what is fast: tensors that are cut into batches in place of a DataLoader, and
-the fused form of Adam. Layers start as those of Keras do. Alone, the model is plain.
+It uses what is fast: tensors cut into batches instead of a DataLoader, and fused Adam.
+Layers are initialised as in Keras. A worker alone uses the plain model.
 """
 
 import json
@@ -62,7 +62,7 @@ def _join() -> tuple[int, int]:
 
 
 def _batches(workload, rank: int, size: int):
-    """This worker's rows of the global batches, without end."""
+    """This worker's rows of the global batches, endlessly."""
     x, y = workload.arrays()
     if x.ndim == 4:
         x = x.transpose(0, 3, 1, 2)  # Channels come first.

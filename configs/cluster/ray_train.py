@@ -4,21 +4,21 @@
     python configs/cluster/ray_train.py
 
 Ray sets TF_CONFIG in its workers, where `create_strategy("multi_worker")` reads it.
-What follows is as without Ray: build in scope, and fit() with the global batch size.
+The rest is as without Ray: build in scope, and fit() with the global batch size.
 Stock Keras 3 fails in that fit() (github.com/ray-project/ray/issues/47464).
 
-Each worker's TensorFlow listens on all network devices and asks for no password: who
-reaches its port can run code in the worker. So run it where nobody else can.
+Each worker's TensorFlow listens on all network interfaces without a password: anyone
+who reaches its port can run code in the worker. So run it where nobody else can.
 
 Measured with Ray 2.60: loss 7.1581, 6.5169, 5.8986, as on one device, in 73 seconds
-on 2 CPU cores that were busy with other work, too; 30 of them to start Ray's processes.
+on 2 CPU cores that were also busy with other work, 30 of them to start Ray.
 """
 
 import os
 
-# Ray reads these when it is imported. The first: no reports of its usage. The second:
-# its ports are on the loopback device alone, as who reaches one can run code here. Take
-# it out to join more machines by ray.init(address=...), in a closed network.
+# Ray reads these when it is imported. The first turns off usage reports. The second
+# keeps its ports on the loopback interface, since anyone who reaches one can run code
+# here. Remove it to join more machines by ray.init(address=...), on a closed network.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 

@@ -1,23 +1,22 @@
 """Every private name of Keras and TensorFlow that distfit touches, with its reason.
 
-Nothing outside of this package imports from `keras.src` or `tensorflow.python`, or uses
-a private attribute of an object of theirs, and nothing in it changes a class or a
-module of theirs. `tests/test_keras.py` fails when a name moves or when what is relied
-on changes. This file has what is around the steps; `graphs`, `optimizers` and
-`generators` have what tracing a step takes, `rewriting` and `calls` what running it
-takes, `scalars` what callbacks ask of variables.
+Only this package imports from `keras.src` or `tensorflow.python` or uses private
+attributes of their objects, and it patches none of their classes and modules.
+`tests/test_keras.py` fails when a name moves or its behaviour changes. This file serves
+the code around the steps; `graphs`, `optimizers` and `generators` serve tracing a step,
+`rewriting` and `calls` running it, and `scalars` callbacks that read variables.
 
 | names | why |
 |---|---|
 | `get_data_adapter`, `ArrayDataAdapter` | arrays, datasets, PyDatasets, generators, \
-data frames, torch loaders: Keras makes each a `tf.data.Dataset`, with its own checks |
+data frames, torch loaders: Keras checks each and turns it into a `tf.data.Dataset` |
 | `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
-`class_weight`, as Keras means them |
-| `CompileMetrics` | where `compile()` keeps metrics |
-| `Functional` | what `Model(inputs, outputs)` is |
-| `global_state`, `GLOBAL_SEED_GENERATOR` | the names and the generator of a thread |
-| `join_batches` | predictions of any kind, joined |
-| `tf_context` | the seed of TensorFlow's random operations, to compare on workers |
+`class_weight`, as Keras defines them |
+| `CompileMetrics` | holds the metrics passed to `compile()` |
+| `Functional` | the class of `Model(inputs, outputs)` |
+| `global_state`, `GLOBAL_SEED_GENERATOR` | name counters and seeds of each thread |
+| `join_batches` | predictions of batches, joined; ragged ones, too |
+| `tf_context` | the seed of TensorFlow's random operations, compared across workers |
 """
 
 import contextlib
@@ -55,16 +54,16 @@ __all__ = [
 ]
 
 
-# --- Models: what stock `fit()` and `evaluate()` ask of them.
+# --- Models: the methods that stock `fit()` and `evaluate()` use.
 
 
 def initial_epoch(model: keras.Model) -> int | None:
-    """The epoch at which a callback, such as BackupAndRestore, wants to begin."""
+    """The epoch at which a callback such as BackupAndRestore wants to start."""
     return model._initial_epoch
 
 
 def compilation(model: keras.Model) -> Any:
-    """An object that is a new one after each `compile()`; None before the first."""
+    """An object that each `compile()` replaces; None before the first."""
     return getattr(model, "_compile_config", None)
 
 
@@ -90,12 +89,12 @@ def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
 
 
 def is_compiled(metric: keras.metrics.Metric) -> bool:
-    """Whether it stands for the metrics that were passed to `compile()`."""
+    """Whether it is the container of the metrics passed to `compile()`."""
     return isinstance(metric, CompileMetrics)
 
 
 def parts_of(metric: keras.metrics.Metric) -> list[keras.metrics.Metric]:
-    """A metric, or those that `compile()` has made one of."""
+    """The metrics in the container that `compile()` makes, or the metric itself."""
     return metric.metrics if isinstance(metric, CompileMetrics) else [metric]
 
 
@@ -103,21 +102,21 @@ def parts_of(metric: keras.metrics.Metric) -> list[keras.metrics.Metric]:
 
 
 def underlying(variable: Any) -> tf.Variable:
-    """The TensorFlow variable, also in a scope where Keras shows another value."""
+    """The TensorFlow variable, even in a scope where Keras substitutes a value."""
     return variable._value if isinstance(variable, keras.Variable) else variable
 
 
 def fresh_names() -> contextlib.AbstractContextManager:
-    """Numbers the names of new layers, metrics and variables from the start.
+    """Restarts the numbers in names of new layers, metrics and variables.
 
-    A function that makes a model gives its parts the same names each time then.
+    A function that builds a model then gives its parts the same names each time.
     """
     return _with_global("object_name_uids", None)
 
 
 @contextlib.contextmanager
 def _with_global(name: str, value: Any) -> Iterator[None]:
-    """Sets a global of Keras, which it keeps for each thread, for the time being."""
+    """Sets a per-thread global of Keras for the duration of the block."""
     before = global_state.get_global_attribute(name)
     global_state.set_global_attribute(name, value)
     try:
@@ -143,22 +142,21 @@ def with_inner(optimizer: Any) -> list[keras.optimizers.Optimizer]:
 
 
 def global_seed_generator(generator: Any) -> contextlib.AbstractContextManager:
-    """Makes `generator`, or none at all, the source of unseeded draws in this thread.
+    """Makes `generator`, or None, the source of unseeded draws in this thread.
 
-    Keras keeps one for each thread, and makes it when it is first asked for.
+    Keras keeps one per thread and creates it on first use.
     """
     return _with_global(GLOBAL_SEED_GENERATOR, generator)
 
 
-# --- Workers: what TensorFlow does for them on its own, and what it does not tell.
+# --- Workers: TensorFlow's implicit exchanges and hidden state.
 
 
 def keep_initial_values_local(strategy: tf.distribute.Strategy) -> None:
-    """Stops a strategy of several workers from sending around each initial value.
+    """Stops a multi_worker strategy from broadcasting each initial value.
 
-    One exchange for each variable that is made would wait for ever where workers make
-    different models. distfit compares the models first and then exchanges at once what
-    differs.
+    An exchange for each new variable would hang if workers build different models.
+    distfit compares the models first, then exchanges all differing values at once.
     """
     extended = strategy.extended
     alike = super(type(extended), extended)._get_variable_creator_initial_value
@@ -166,7 +164,7 @@ def keep_initial_values_local(strategy: tf.distribute.Strategy) -> None:
 
 
 def tensorflow_random_state() -> str | None:
-    """What TensorFlow's next random operation depends on; None if nobody seeded it."""
+    """The seed and a checksum of TensorFlow's generator; None if it is unseeded."""
     seed = tf_context.global_seed()
     if seed is None:
         return None
@@ -176,18 +174,18 @@ def tensorflow_random_state() -> str | None:
 
 
 def tensorflow_generator() -> random.Random | None:
-    """What seeds TensorFlow's next random operation comes from; None if unseeded."""
+    """The generator of TensorFlow's operation seeds; None if it is unseeded."""
     return tf_context.context()._rng
 
 
 def is_summed_on_read(variable: Any) -> bool:
-    """Whether replicas have parts of a variable, and its value is made of them."""
+    """Whether each replica holds a part of a variable, aggregated on read."""
     value = underlying(variable)
     return value.synchronization == tf.VariableSynchronization.ON_READ
 
 
 def local_value(variable: Any) -> np.ndarray:
-    """The value that the first replica of this worker has of a variable."""
+    """The value of a variable on the first replica of this worker."""
     strategy = tf.distribute.get_strategy()
     return np.asarray(strategy.experimental_local_results(underlying(variable))[0])
 
@@ -195,7 +193,7 @@ def local_value(variable: Any) -> np.ndarray:
 # --- Callbacks.
 
 
-# Where BackupAndRestore writes, beside its public `backup_dir`.
+# Where BackupAndRestore writes, besides its public `backup_dir`.
 BACKUP_PATHS = (
     "_weights_path",
     "_training_metadata_path",

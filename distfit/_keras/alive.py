@@ -1,19 +1,19 @@
-"""Objects of a class, wherever they are held: nobody keeps a list of them."""
+"""Finds the live objects of a class; neither Keras nor TensorFlow lists them."""
 
 import gc
 from typing import Any
 
 
 def instances_of(*classes: type) -> list[Any]:
-    """All objects of some classes and of their subclasses that are alive.
+    """All live objects of some classes and their subclasses.
 
-    It goes through all objects once, however many classes there are.
+    It makes one pass over all objects, however many classes there are.
 
-    They are found as what refers to their class. A list of all objects would hold
-    tuples that other threads are just making, and these would fail to finish them.
+    They are found as referrers of their class. A list of all objects would hold tuples
+    that other threads are still building, and make those threads fail.
     """
     kinds = set().union(*map(_with_subclasses, classes))
-    # Not isinstance(): that asks the object, which may be a lazy module or a proxy.
+    # Not isinstance(): it reads `__class__`, which lazy modules and proxies define.
     return [found for found in gc.get_referrers(*kinds) if type(found) in kinds]
 
 

@@ -1,12 +1,12 @@
-"""Compiled functions that are called again and again for one iterator.
+"""Repeated calls of a compiled function with one iterator, with little overhead.
 
 | names | why |
 |---|---|
-| `ConcreteFunction._call_flat` | runs a function on tensors: a `tf.function` finds \
-out at each call, in Python, what it is given and what it captures, which takes longer \
-than a small step |
-| `deferred_external_captures` | what each call captures anew: on several workers, the \
-keys of its exchanges |
+| `ConcreteFunction._call_flat` | runs a function on tensors: a `tf.function` inspects \
+its arguments and captures in Python at each call, which takes longer than a small \
+step |
+| `deferred_external_captures` | captures that change with each call: on several \
+workers, the keys of its exchanges |
 """
 
 import weakref
@@ -17,7 +17,7 @@ import tensorflow as tf
 
 
 class IteratorCalls:
-    """A `tf.function` of an iterator, which is looked at once and not at each call.
+    """A `tf.function` of an iterator, inspected once instead of at each call.
 
     Args:
         function: A `tf.function`.
@@ -25,8 +25,8 @@ class IteratorCalls:
 
     def __init__(self, function: Any):
         self._function = function
-        # Nothing of an iterator is kept: where a cycle holds it, the garbage collector
-        # stops the program until TensorFlow has released it, which takes seconds.
+        # A weak reference: if a cycle held the iterator, the garbage collector would
+        # block the program for seconds, until TensorFlow has released it.
         self._iterator: Callable[[], Any] = lambda: None
         self._calls: dict[tuple, Callable] = {}
 
@@ -35,8 +35,8 @@ class IteratorCalls:
 
         Args:
             iterator: The first argument.
-            tensors: Structures of tensors; for one iterator always the same structures,
-                of the same dtypes.
+            tensors: Structures of tensors; for one iterator always the same structures
+                and dtypes.
             options: Python values.
         """
         if self._iterator() is not iterator:
@@ -49,7 +49,7 @@ class IteratorCalls:
         return self._calls[key](iterator, *tensors)
 
     def get_concrete_function(self, *args: Any, **options: Any) -> Any:
-        """What the `tf.function` runs for such arguments."""
+        """The concrete function that the `tf.function` runs for these arguments."""
         return self._function.get_concrete_function(*args, **options)
 
 

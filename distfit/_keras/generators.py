@@ -3,8 +3,8 @@
 | names | why |
 |---|---|
 | `skip`, `_preprocess_key` | methods that act on the copies of all replicas, or draw \
-other numbers on each; others stand in for them while a step is traced |
-| `_skip_single_var` | moves the state of one copy |
+different numbers on each; replaced while a step is traced |
+| `_skip_single_var` | advances the state of one copy |
 | `_distribution_strategy` | the strategy in whose scope a generator was made |
 """
 
@@ -18,11 +18,10 @@ def is_of_strategy(generator: Any) -> bool:
 
 
 def methods_of_one_device(generator: Any) -> dict[str, Callable]:
-    """Methods by which a generator of a strategy draws as on one device.
+    """Methods with which a generator of a strategy draws as on one device.
 
-    It has a state on each replica. Its own methods would move all of them; in a step
-    that is traced as for one device, the first is moved, and moving it is then done to
-    all alike.
+    It has a state on each replica, and its own methods would advance all of them. In a
+    step traced for one device only the first advances; the emitted step advances all.
     """
 
     def skip(delta):

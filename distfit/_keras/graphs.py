@@ -1,11 +1,11 @@
-"""Private names of TensorFlow that reading and making graphs takes.
+"""Private names of TensorFlow for reading and building graphs.
 
 | names | why |
 |---|---|
-| `FuncGraph` | stages are graphs that captures nothing by accident |
+| `FuncGraph` | the graph of a stage, which reports accidental captures |
 | `_functions`, `_add_function_recursive` | bodies of branches and loops, by name |
-| `function_def_to_graph` | the graph of a body that is only there as a definition |
-| `kernels` | which types there are kernels for |
+| `function_def_to_graph` | the graph of a body that exists only as a definition |
+| `kernels` | which types have kernels |
 | `UpdateContext` | variables act as their first copy while a step is traced |
 | `_distributed_container` | the variable whose copy a handle belongs to |
 """
@@ -44,10 +44,9 @@ def new_graph(name: str) -> Any:
 
 
 def trace(function: Callable, spec: Any) -> Any:
-    """The graph of `function(batch)` for a batch of a structure of specs.
+    """The graph of `function(batch)`; `spec` is the structure of specs of a batch.
 
-    Unlike with `tf.function`, variables that it makes are created as they are asked
-    for.
+    Unlike with `tf.function`, variables are created at once.
     """
     return func_graph_from_py_func("step", function, (spec,), {})
 
@@ -57,12 +56,12 @@ def copy_operation(
 ) -> list[tf.Tensor]:
     """Adds an operation like `op` with other inputs, and returns its outputs.
 
-    It has the same name, by which an error can be traced back.
+    The copy keeps the name, so that errors can be traced back to the user's line.
 
     Args:
         graph: The graph to add it to.
         op: The operation.
-        inputs: Its inputs there.
+        inputs: The inputs of the copy.
         **changed: Attributes to set: integers, types or lists of types.
     """
     definition = op.node_def
@@ -87,7 +86,7 @@ def _attribute(value: Any) -> Any:
 
 
 def has_kernel(op: tf.Operation, types: dict[str, Any]) -> bool:
-    """Whether a CPU can do what an operation does, with these attributes of types."""
+    """Whether there is a CPU kernel for an operation with these type attributes."""
 
     def does(kernel: Any) -> bool:
         return kernel.device_type == "CPU" and all(
@@ -117,7 +116,7 @@ def called(op: tf.Operation) -> Any:
 
 
 def branches_of(op: tf.Operation) -> list[Any]:
-    """The graphs of which an operation calls one: that at an index, or a condition."""
+    """The graphs of an operation's branches, by index; False comes before True."""
     if "branches" not in op.node_def.attr:
         return [body_of(op, f"{name}_branch") for name in ("else", "then")]
     functions = op.node_def.attr["branches"].list.func
@@ -127,17 +126,17 @@ def branches_of(op: tf.Operation) -> list[Any]:
 def _graph_of(op: tf.Operation, graph: Any, name: str) -> Any:
     found = _function(graph, name)
     traced = getattr(found, "graph", None)
-    # For derivatives TensorFlow adds to the graph of a function that was called before.
+    # For gradients, TensorFlow extends the graph of a function after it was called.
     taken = len(op.inputs) - (op.type in BRANCHING)
     if traced is not None and len(traced.inputs) == taken:
         if len(traced.outputs) in (1, len(op.outputs)):  # A condition has one.
             return traced
-    with graph.as_default():  # Of a `Defun`, as CTC uses it: only its definition.
+    with graph.as_default():  # A `Defun`, as in CTC, has only a definition.
         return function_def_to_graph(found.definition)
 
 
 def functions_of(graph: Any) -> list[Any]:
-    """The graphs of all functions that a graph calls, also within one another."""
+    """The graphs of all functions that a graph calls, including nested calls."""
     functions = [getattr(f, "graph", None) for f in graph._functions.values()]
     return [function for function in functions if function is not None]
 
@@ -148,7 +147,7 @@ def _function(graph: Any, name: str) -> Any:
         if found is not None:
             return found
         graph = getattr(graph, "outer_graph", None)
-    raise ValueError(f"The graph calls a function that it lacks. Received: {name!r}.")
+    raise ValueError(f"The graph calls an unknown function. Received: {name!r}.")
 
 
 def variable_of(handle: tf.Tensor) -> Any:
@@ -157,14 +156,14 @@ def variable_of(handle: tf.Tensor) -> Any:
 
 
 def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
-    """What a captured tensor is on the replicas of this process.
+    """The counterparts of a captured tensor on the replicas of this process.
 
     Returns:
         The kind of resource, as in `values.Resource`, and the tensors.
 
     Raises:
-        RuntimeError: for a copy of a variable other than the first: the step was not
-            traced as for one device.
+        RuntimeError: for a copy of a variable other than the first (the step was not
+            traced for one device), or one that is aggregated on read, but not summed.
     """
     container = getattr(handle, "_distributed_container", lambda: None)()
     if container is None:
@@ -173,13 +172,13 @@ def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
     if copies[0].handle is not handle:
         raise RuntimeError(
             "A step must be traced as for one device. Received: an operation on "
-            f"another replica's copy of the variable {container.name!r}. Something in "
-            "the step uses tf.distribute itself: remove it."
+            f"another replica's copy of the variable {container.name!r}. Remove the "
+            "code in the step that uses tf.distribute."
         )
     summed = container.synchronization == tf.VariableSynchronization.ON_READ
     if summed and container.aggregation != tf.VariableAggregation.SUM:
         raise RuntimeError(
-            "A variable that is aggregated on read must be a sum. Received: "
+            "A variable that is aggregated on read must be summed. Received: "
             f"{container.name!r} with {container.aggregation}. Create it with "
             "aggregation SUM, or without synchronization."
         )
@@ -191,13 +190,13 @@ def copies_of(handle: tf.Tensor, strategy: Any, count: int) -> tuple[str, list]:
 def as_first_replica() -> Iterator[None]:
     """Makes distributed variables act as their first copy, in this thread.
 
-    Generators of random numbers then draw as on one device.
+    Random generators then draw as on one device.
     """
     with shadowed(_of_strategies, _methods), distribute_lib.UpdateContext(0):
         yield
 
 
-# What variables have, and TensorFlow has not written for mirrored ones.
+# Methods of variables that TensorFlow has not implemented for mirrored ones.
 _OF_ONE_DEVICE = (
     *("scatter_nd_add", "scatter_nd_sub", "scatter_nd_update"),
     *("scatter_nd_max", "scatter_nd_min", "batch_scatter_update"),
@@ -210,7 +209,7 @@ def _of_strategies() -> list[Any]:
 
 
 def _methods(found: Any) -> dict[str, Callable]:
-    """The methods that stand in for those of a generator or a variable."""
+    """The methods that replace those of a generator or a variable."""
     if isinstance(found, tf.random.Generator):
         is_of_strategy = generators.is_of_strategy(found)
         return generators.methods_of_one_device(found) if is_of_strategy else {}
@@ -221,13 +220,13 @@ def _methods(found: Any) -> dict[str, Callable]:
 
 @contextlib.contextmanager
 def as_all_replicas() -> Iterator[None]:
-    """Undoes `as_first_replica`: what is assigned is assigned to all copies."""
+    """Undoes `as_first_replica`: assignments reach all copies."""
     with distribute_lib.UpdateContext(None):
         yield
 
 
 def sum_over_replicas(strategy: Any, parts: list) -> list:
-    """Sums what the replicas of this process have over all replicas."""
+    """All-reduces a tensor over all replicas, by sum; `parts` are this process's."""
     mine = iter(parts)
     value = strategy.experimental_distribute_values_from_function(lambda _: next(mine))
     (summed,) = strategy.extended.batch_reduce_to(
@@ -237,9 +236,9 @@ def sum_over_replicas(strategy: Any, parts: list) -> list:
 
 
 def copy_from_first_replica(strategy: Any) -> None:
-    """Gives all copies of mirrored variables the value of the first one.
+    """Copies the value of each mirrored variable from its first copy to the others.
 
-    For steps that run eagerly, on the first copies alone.
+    For steps that run eagerly, on the first copies only.
     """
     for variable in filter(_is_mirrored, _values_of(strategy)):
         first, *others = variable.values
@@ -248,15 +247,15 @@ def copy_from_first_replica(strategy: Any) -> None:
 
 
 def summed_among(things: list) -> list[tf.Variable]:
-    """Those of some objects that are variables which are summed on read, each once."""
+    """The variables among some objects that are summed on read, without duplicates."""
     found = {id(thing): thing for thing in things if _is_read_as_one(thing)}
     return [v for v in found.values() if v.aggregation == tf.VariableAggregation.SUM]
 
 
 def gather_parts(strategy: Any, variables: list[tf.Variable]) -> None:
-    """Gives the first replica of each worker what all replicas together have.
+    """Puts the sum over all replicas on the first replica of each worker.
 
-    A collective: all workers call it with the same variables in the same order.
+    A collective: all workers must call it with the same variables in the same order.
     """
     for variable in variables:
         parts = [tf.identity(part.value()) for part in variable.values]
@@ -268,7 +267,7 @@ def gather_parts(strategy: Any, variables: list[tf.Variable]) -> None:
 
 
 def own_parts(strategy: Any, all_but: list[tf.Variable]) -> dict[int, tf.Tensor]:
-    """What this process' first replica has of variables that are summed on read."""
+    """The parts of variables summed on read on the first replica of this process."""
     left_out = {id(variable) for variable in all_but}
     return {
         id(variable): tf.identity(variable.values[0].value())
@@ -278,7 +277,7 @@ def own_parts(strategy: Any, all_but: list[tf.Variable]) -> dict[int, tf.Tensor]
 
 
 def set_own_parts(strategy: Any, values: dict[int, tf.Tensor]) -> None:
-    """Sets what `own_parts` has given, and parts of other variables to zero."""
+    """Sets the parts that `own_parts` returned, and those of others to zero."""
     for variable in _summed(strategy):
         part = variable.values[0]
         part.assign(values.get(id(variable), tf.zeros_like(part)))

@@ -3,8 +3,8 @@
 | names | why |
 |---|---|
 | `_PLAIN`, `_tf_apply`, `_distributed_tf_update_step` | methods that Keras overrides \
-for tf.distribute; their originals stand in for them while a step is traced |
-| `_distribution_strategy` | the strategy for which an optimizer was made |
+for tf.distribute; replaced by the originals while a step is traced |
+| `_distribution_strategy` | the strategy in whose scope an optimizer was created |
 """
 
 import contextlib
@@ -33,13 +33,13 @@ _PLAIN = (
 def of_one_device(
     scope: Callable, accumulate_parts: bool = True
 ) -> Iterator[Callable[[], bool]]:
-    """Lets all optimizers update variables as on one device, in this thread.
+    """Makes all optimizers update variables as on one device, in this thread.
 
-    The block gets a function that tells whether there are others since it began.
+    Yields a function that returns whether optimizers were created in the meantime.
 
-    Keras's own methods would update the copies of all replicas. Methods of single
-    objects are replaced, for the time of the block, and act in this thread only: in
-    others, the optimizers do what they always do.
+    Keras's own methods would update the copies of all replicas. They are replaced on
+    each object, for the duration of the block, and in this thread only: in others, the
+    optimizers behave as usual.
 
     Args:
         scope: Returns the context in which variables are created.
@@ -65,7 +65,7 @@ def _methods(optimizer: Any, scope: Callable, parts: bool) -> dict[str, Callable
         if getattr(type(optimizer), name) is getattr(TFOptimizer, name):
             plain = getattr(BaseOptimizer, name)
             methods[name] = types.MethodType(plain, optimizer)
-    # For classes with a `_backend_update_step` of their own, as Nadam has.
+    # For classes with their own `_backend_update_step`, such as Nadam.
     methods["_distributed_tf_update_step"] = types.MethodType(_update_each, optimizer)
     if hasattr(optimizer, "_common_apply"):
         methods["_tf_apply"] = optimizer._common_apply
@@ -93,7 +93,7 @@ def _built_in(scope: Callable, optimizer: Any, parts: bool) -> Callable:
 
 @contextlib.contextmanager
 def _at_home(optimizer: Any) -> Iterator[None]:
-    """Lets an optimizer make variables in the scope, wherever it was made itself."""
+    """Lets an optimizer create variables in the scope, wherever it was created."""
     name, own = "_distribution_strategy", optimizer._distribution_strategy
     object.__setattr__(optimizer, name, tf.distribute.get_strategy())
     try:
@@ -107,7 +107,7 @@ def _as_asked(next_creator, **kwargs):
 
 
 def _summed_accumulators(next_creator, **kwargs):
-    """A part of accumulated gradients stays on each replica until it is used."""
+    """Accumulates gradients per replica; they are summed when they are used."""
     if "gradient_accumulator" in (kwargs.get("name") or ""):
         kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
         kwargs["aggregation"] = tf.VariableAggregation.SUM

@@ -2,8 +2,8 @@
 
 | names | why |
 |---|---|
-| `context.function_call_options`, `FunctionCallOptions` | the options of one \
-function, for this thread: the public ones are those of the whole process |
+| `context.function_call_options`, `FunctionCallOptions` | options of function calls \
+in this thread; the public ones apply to the whole process |
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from typing import Any
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context
 
-# These take sums and products apart and put them together in another order, by the
-# names of operations and by who else reads them.
+# These reorder sums and products, depending on the names of operations and on their
+# other readers.
 _BY_NAME = ("arithmetic_optimization", "constant_folding", "remapping")
 
 
 def alike_on_replicas(function: Callable) -> Callable:
-    """A compiled function, called so that all replicas round alike.
+    """Wraps a compiled function so that all replicas round alike.
 
-    What replicas compute in full must be the same on each, bit for bit, or their copies
-    of the variables drift apart. TensorFlow adds the terms of a sum in another order on
-    one replica than on the next, unless it is told to leave them.
+    What replicas compute in full must be bitwise equal, or their copies of the
+    variables drift apart. By default, TensorFlow may add the terms of a sum in a
+    different order on each replica.
     """
-    options = functools.cache(_options)  # As they are at the first call.
+    options = functools.cache(_options)  # Read at the first call.
 
     def call(*args, **kwargs):
         with _as_options(options()):

@@ -1,7 +1,7 @@
 """Replicated scalars as Python numbers.
 
-Callbacks ask `float(optimizer.learning_rate)` and `int(optimizer.iterations)`. Keras
-hands the question on to TensorFlow, whose distributed variables cannot answer it.
+Callbacks call `float(optimizer.learning_rate)` and `int(optimizer.iterations)`. Keras
+delegates both to TensorFlow, whose distributed variables do not support them.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from distfit import _keras
 
 
 class ReplicatedScalar(keras.Variable):
-    """A variable of one number, of which each replica has a copy."""
+    """A scalar variable with a copy on each replica."""
 
     def __float__(self):
         return float(self.numpy())
@@ -25,7 +25,7 @@ class ReplicatedScalar(keras.Variable):
 def make_convertible(variables: Iterable[keras.Variable]) -> None:
     """Lets `float(variable)` and `int(variable)` work for replicated scalars.
 
-    These objects get another class; Keras's own stays what it is.
+    Only these objects change their class; Keras's own class stays as it is.
     """
     for variable in variables:
         value = _keras.underlying(variable)

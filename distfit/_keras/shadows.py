@@ -1,7 +1,7 @@
-"""Methods of single objects that are replaced for a while, in one thread.
+"""Replaces methods of single objects temporarily, in one thread.
 
-Nothing of a class is patched. Other threads that use the objects meanwhile get the
-methods that these always have.
+No class is patched. Other threads that use the objects meanwhile get the original
+methods.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ def shadowed(
     find: Callable[[], Sequence[Any]],
     methods_of: Callable[[Any], Mapping[str, Callable]],
 ) -> Iterator[Sequence[Any]]:
-    """Replaces methods of objects for the time of the block, in this thread.
+    """Replaces methods of objects for the duration of the block, in this thread.
 
-    The block gets the objects: those that are made in it are not among them.
+    Yields the objects; those created in the block are not among them.
 
     Args:
         find: Returns the objects.
-        methods_of: Returns the methods of an object that stand in for its own, by name.
-            One that is shadowed already stays as it is.
+        methods_of: Returns the methods that replace an object's own, by name. Methods
+            that are already shadowed stay as they are.
     """
     owner = threading.get_ident()
     with _shadowing:

@@ -2,8 +2,8 @@
 
 | names | why |
 |---|---|
-| `_functions`, `_add_function_recursive` | what the graph calls comes with it |
-| `capture` | tensors of outer graphs are inputs, too |
+| `_functions`, `_add_function_recursive` | copy the functions that the graph calls |
+| `capture` | tensors of outer graphs as inputs |
 """
 
 import re
@@ -16,21 +16,20 @@ _REPLICA = re.compile(r"\bstage\d+(?:_\d+)?/r(\d+)/")
 
 
 class Template:
-    """A graph as a definition that is brought into other graphs.
+    """A graph as a definition that is imported into other graphs.
 
-    What the graph computes twice alike, constants above all, is merged, and what
-    nothing needs is left out: the time that TensorFlow takes to prepare a step goes
-    with the number of operations.
+    Duplicate nodes, mostly constants, are merged, and unused ones are dropped: the time
+    that TensorFlow takes to prepare a step grows with the number of operations.
 
     Args:
         graph: A `FuncGraph`.
-        inputs: Its tensors that are given; all others must be computed in it.
-        outputs: Its tensors that are asked for.
-        reads_only: Whether to take what the outputs depend on by data, and nothing
-            else.
+        inputs: Its tensors that are fed; all others must be computed in it.
+        outputs: Its tensors that are returned.
+        reads_only: Whether to keep only the data dependencies of the outputs, without
+            effects and control dependencies.
 
     Raises:
-        AssertionError: if the graph takes from outside what is not given.
+        AssertionError: if the graph captures tensors that are not fed.
     """
 
     def __init__(
@@ -47,11 +46,13 @@ class Template:
         nodes = {node.name: node for node in whole.node}
         kept = _needed(graph, [t.op for t in outputs], reads_only)
         for name in given.union(nodes.keys() - kept):
-            # XLA compiles no placeholders, not even unused ones.
+            # XLA cannot compile placeholders, not even unused ones.
             nodes.pop(name, None)
         missing = {t.op.name for _, t in graph.captures if t.op.name in kept} - given
         if missing:
-            raise AssertionError(f"A graph takes from outside: {sorted(missing)}.")
+            raise AssertionError(
+                f"A graph captures unfed tensors. Received: {sorted(missing)}."
+            )
         if reads_only:
             for node in nodes.values():
                 node.input[:] = [n for n in node.input if not n.startswith("^")]
@@ -72,7 +73,7 @@ class Template:
         """Adds the graph to the current one, once for each device.
 
         Args:
-            given: For each device, what to use as the inputs.
+            given: For each device, the tensors to feed as inputs.
             devices: The devices.
 
         Returns:
@@ -81,7 +82,7 @@ class Template:
         current = tf.compat.v1.get_default_graph()
         for function in self._functions:
             current._add_function_recursive(function)
-        # All in one go: bringing in a graph takes as long as the current one is large.
+        # All at once: the time of an import grows with the size of the current graph.
         definition = tf.compat.v1.GraphDef()
         definition.versions.CopyFrom(self._versions)
         feeds: dict[str, tf.Tensor] = {}
@@ -104,7 +105,7 @@ class Template:
             replica = _REPLICA.search(op.name)[1]  # type: ignore[index]
             return op.device or full[int(replica)]
 
-        # A function, as TensorFlow makes a context for each device of a definition.
+        # A device function: TensorFlow makes a context for each device in a definition.
         with tf.compat.v1.device(device_of):
             found = tf.graph_util.import_graph_def(
                 definition,
@@ -125,7 +126,7 @@ class Template:
         return placed
 
     def place_compiled(self, given: Sequence[Any], device: str) -> list[tf.Tensor]:
-        """As `place` for one device, as a computation that XLA compiles."""
+        """Like `place`, for one device and compiled by XLA."""
 
         def computation(*tensors):
             return self.place([tensors], [device])[0]
@@ -136,10 +137,10 @@ class Template:
 
 
 def value_of(tensor: tf.Tensor) -> tf.Tensor | None:
-    """The value of a tensor that its graph computes from nothing, as zeros.
+    """The value of a tensor that depends on no inputs, such as zeros.
 
     Returns:
-        An eager tensor; None if the value depends on what the graph is given.
+        An eager tensor; None if the value depends on inputs of the graph.
     """
     kept = _needed(tensor.graph, [tensor.op], reads_only=True)
     if any(tensor.graph.get_operation_by_name(n).type == "Placeholder" for n in kept):
@@ -153,15 +154,15 @@ def value_of(tensor: tf.Tensor) -> tf.Tensor | None:
 def _depth(graph: Any) -> int:
     """How many graphs surround a graph.
 
-    A body names what it takes from outside as it is named there. Operations that were
-    brought in by such a name would have names twice, which TensorFlow does not notice.
+    A body's captures have the names of the outer tensors. Operations imported under
+    such a name would be duplicates, which TensorFlow does not notice.
     """
     outer = getattr(graph, "outer_graph", None)
     return 0 if outer is None else 1 + _depth(outer)
 
 
 def _merged(graph: Any, nodes: Iterable[Any]) -> dict[str, str]:
-    """The nodes that others do not need to be computed again, with the first alike."""
+    """Maps each duplicate node to the first node that computes the same."""
     first: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for node in nodes:
@@ -181,7 +182,7 @@ def _merged(graph: Any, nodes: Iterable[Any]) -> dict[str, str]:
 
 
 def _needed(graph: Any, ops: Sequence[tf.Operation], reads_only: bool) -> set[str]:
-    """The names of what operations depend on, and of what has an effect."""
+    """The names of the given operations, those with effects, and all dependencies."""
     stack = list(ops)
     if not reads_only:
         stack += [op for op in graph.get_operations() if op.op_def.is_stateful]
@@ -196,7 +197,7 @@ def _needed(graph: Any, ops: Sequence[tf.Operation], reads_only: bool) -> set[st
 
 
 def _renamed(name: str, first: dict[str, str]) -> str:
-    """The name of an input or of a tensor, with that of its node replaced."""
+    """The name of an input or of a tensor, with its node's name replaced."""
     control = "^" if name.startswith("^") else ""
     node, colon, index = name.removeprefix("^").partition(":")
     return control + first.get(node, node) + colon + index

@@ -1,6 +1,6 @@
-"""Callbacks, and Keras's list of them, called so that they cost nothing unheard.
+"""Callbacks, and Keras's list of them, where unused hooks cost nothing.
 
-`callback_list` is where to begin.
+Begin with `callback_list`.
 """
 
 from distfit.callbacks.callback_list import CallbackList

@@ -1,7 +1,7 @@
 """Keras's list of callbacks, for one worker or several.
 
-On several workers each has the same callbacks, which see the same logs and so decide
-alike. Those of Keras that write files write them on the chief.
+On several workers each has the same callbacks, which see the same logs and so make the
+same decisions. Keras callbacks that write files write them on the chief.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from distfit.training.finite import FiniteWatch
 
 
 class CallbackList(keras.callbacks.CallbackList):
-    """Keras's list of callbacks, with logs that are read when somebody reads them.
+    """Keras's list of callbacks, with logs that are fetched only if they are read.
 
-    It is a context manager. Until it is left, what callbacks of Keras write on other
-    workers than the chief goes to a folder that is removed then. They cannot just be
-    left out there: saving a model takes all workers.
+    It is a context manager. Until it exits, Keras callbacks on workers other than the
+    chief write to a temporary folder. They cannot be left out there, because saving a
+    model takes all workers.
 
     Args:
         callbacks: Callbacks, as `fit()` takes them.
-        team: The workers, all of which make this list at the same place; by default
-            those of the strategy in whose scope it is made.
-        add_progbar: Whether to add a progress bar; on several workers, the chief's
-            word counts.
+        team: The workers, which must all create this list at the same place; by default
+            those of the current strategy.
+        add_progbar: Whether to add a progress bar; on several workers, the chief
+            decides.
         arguments: As for Keras's list.
 
     Attributes:
-        may_stop_alone: For each kind of step, whether a callback of some worker may
-            stop it after an execution, although those of other workers perhaps do not.
+        may_stop_alone: For each kind of step, whether a callback may stop it after an
+            execution on some workers but not on others.
     """
 
     def __init__(
@@ -90,22 +90,22 @@ class CallbackList(keras.callbacks.CallbackList):
 
     @property
     def watch_losses(self) -> bool:
-        """Whether a callback wants to know of losses that are not finite."""
+        """Whether a callback watches for non-finite losses."""
         return any(isinstance(c, NonFinite) for c in self.callbacks)
 
     def use_watch(self, watch: FiniteWatch | None) -> None:
-        """Hands on what looks at the losses in the compiled steps."""
+        """Gives callbacks the watch of losses that is part of the compiled steps."""
         for callback in self.callbacks:
             if isinstance(callback, NonFinite):
                 callback.watch = watch
 
     def _independent(self, kind: str) -> list[str]:
-        """What listens to batches and may do other things than on other workers."""
+        """Callbacks for batches that may behave differently on other workers."""
         listeners = [c for hook in BATCH_HOOKS[kind] for c in self._listeners[hook]]
         return [type(c).__name__ for c in listeners if not _in_step_with_others(c)]
 
     def __enter__(self) -> "CallbackList":
-        """Gives all workers what the chief has backed up: loading it takes all."""
+        """Copies the chief's backups to all workers: loading one takes all of them."""
         if self._backs_up:
             own = packed_backups(self.callbacks) if self._team.is_chief else b""
             backups = self._team.gather("its backups", own)[0]
@@ -122,18 +122,18 @@ class CallbackList(keras.callbacks.CallbackList):
             getattr(callback, BATCH_HOOKS[kind][0])(step, logs={})
 
     def batch_end(self, kind: str, step: int, read: Callable[[], dict]) -> None:
-        """Calls `on_{kind}_batch_end` with logs that `read()` gives when asked."""
+        """Calls `on_{kind}_batch_end` with logs that call `read()` on first access."""
         logs = LazyLogs(read)
         if self.may_stop_alone[kind]:
-            logs.read()  # It takes all workers, and some may not ask for them.
+            logs.read()  # Takes all workers, and callbacks on some may not read them.
         for callback in self._listeners[BATCH_HOOKS[kind][1]]:
             getattr(callback, BATCH_HOOKS[kind][1])(step, logs=logs)
-        if sys.getrefcount(logs) > 2:  # Somebody keeps them: they must not change.
+        if sys.getrefcount(logs) > 2:  # A callback keeps them: they must not change.
             logs.read()
 
 
 def _make_scalars_convertible(model: keras.Model | None) -> None:
-    """Lets callbacks take learning rates and step counts of a model for numbers."""
+    """Lets callbacks use a model's learning rates and step counts as numbers."""
     if model is not None:
         scalars.make_convertible(model.variables)
         for optimizer in checks.optimizers_of(model):
@@ -143,7 +143,7 @@ def _make_scalars_convertible(model: keras.Model | None) -> None:
 def _fit_for_workers(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
     if isinstance(callback, keras.callbacks.OrbaxCheckpoint):
         raise ValueError(
-            "OrbaxCheckpoint knows nothing of TensorFlow's workers: all would write to "
+            "OrbaxCheckpoint does not support TensorFlow's workers: all would write to "
             f"the same folder. Received: directory={callback.directory!r}. Use "
             "`keras.callbacks.ModelCheckpoint` or `BackupAndRestore`."
         )
@@ -153,10 +153,10 @@ def _fit_for_workers(callback: keras.callbacks.Callback) -> keras.callbacks.Call
 
 
 def _in_step_with_others(callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback reads logs at the same steps everywhere, and stops at none.
+    """Whether a callback reads logs at the same steps on all workers and stops at none.
 
-    Callbacks of Keras do, but for one. Others, or those made of functions, may look at
-    a clock or at a file.
+    Keras callbacks do, except TerminateOnNaN. Others, and LambdaCallback, may depend on
+    a clock or a file.
     """
     if isinstance(
         callback, keras.callbacks.LambdaCallback | keras.callbacks.TerminateOnNaN

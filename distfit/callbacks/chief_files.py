@@ -1,4 +1,4 @@
-"""The files that callbacks of Keras write, which on several workers are the chief's."""
+"""Files that Keras callbacks write: on several workers, only the chief's remain."""
 
 import contextlib
 import io
@@ -23,14 +23,14 @@ _PATHS: dict[type, tuple[str, ...]] = {
 
 
 def _paths_of(callback: keras.callbacks.Callback) -> tuple[str, ...]:
-    """The attributes of a callback of Keras that say where it writes."""
+    """The attributes of a Keras callback that hold the paths it writes to."""
     return next((p for cls, p in _PATHS.items() if isinstance(callback, cls)), ())
 
 
 def move_paths(
     callbacks: Iterable[keras.callbacks.Callback], until: contextlib.ExitStack
 ) -> None:
-    """Sends what callbacks write to a folder that goes `until` the stack is closed."""
+    """Redirects callbacks to a temporary folder `until` the stack is closed."""
     folder = until.enter_context(tempfile.TemporaryDirectory())
     for callback in callbacks:
         for name in _paths_of(callback):
@@ -58,7 +58,7 @@ def packed_backups(callbacks: Iterable[keras.callbacks.Callback]) -> bytes:
 def unpack_backups(
     archive: bytes, callbacks: Iterable[keras.callbacks.Callback]
 ) -> None:
-    """Puts files that were packed on the chief where callbacks look for their own."""
+    """Unpacks the chief's backups to where callbacks look for their own."""
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         for name, path in _backup_files(callbacks):
             if name in files.namelist():
@@ -68,7 +68,7 @@ def unpack_backups(
 def _backup_files(
     callbacks: Iterable[keras.callbacks.Callback],
 ) -> Iterator[tuple[str, str]]:
-    """A name for each file that a backup may consist of, and its path."""
+    """The name and path of each file of a backup."""
     backing_up = (c for c in callbacks if isinstance(c, BackupAndRestore))
     for number, callback in enumerate(backing_up):
         for attribute in _keras.BACKUP_PATHS:

@@ -1,4 +1,4 @@
-"""What only the chief does."""
+"""A callback that runs on the chief only."""
 
 import functools
 
@@ -10,14 +10,14 @@ from distfit.cluster.workers import Workers
 
 
 class ChiefOnly(keras.callbacks.Callback):
-    """Calls another callback on the chief alone, for what writes or reports.
+    """Runs another callback on the chief only, for writing or reporting.
 
-    On several workers that callback must not do what takes all of them: `evaluate()`,
-    `predict()`, `fit()` and their `*_on_batch` forms raise an error in it. Saving a
-    model works, except that of metrics and of gradients that are being accumulated it
-    saves the part of the chief. What it draws of the random numbers of Python, NumPy
-    and TensorFlow is drawn again after it. Hooks for batches cost an exchange after
-    every execution, in which the logs are read.
+    On several workers that callback must not call anything that takes all of them:
+    `evaluate()`, `predict()`, `fit()` and their `*_on_batch` forms raise an error in
+    it. Saving a model works, but saves only the chief's part of metrics and of
+    accumulated gradients. The random generators of Python, NumPy and TensorFlow are
+    restored after it. Hooks for batches cost an exchange after every execution, which
+    reads the logs.
 
     Args:
         callback: The callback.
@@ -49,7 +49,7 @@ class ChiefOnly(keras.callbacks.Callback):
 
 
 def _hooks_of(callback: keras.callbacks.Callback) -> list[str]:
-    """The names of the hooks in which a callback does something."""
+    """The names of the hooks that a callback implements."""
     names = [n for n in vars(keras.callbacks.Callback) if n.startswith("on_")]
     batch_hooks = [hook for hooks in BATCH_HOOKS.values() for hook in hooks]
     # Keras's `on_train_batch_*` call the older two.

@@ -1,15 +1,15 @@
-"""Logs that cost nothing where nobody reads them."""
+"""Logs that cost nothing unless they are read."""
 
 import functools
 from collections.abc import Callable
 
 
 class LazyLogs(dict):
-    """Logs that are read from the devices at the first look.
+    """Logs that are fetched from the devices on first access.
 
-    A callback may insist on a `dict`, as TensorBoard does, so they are one. It starts
-    with a placeholder: code in C, such as that of `json`, asks how many entries there
-    are before it asks for them.
+    They are a `dict` because some callbacks, such as TensorBoard, require one. It
+    starts with a placeholder: C code, such as that of `json`, reads the length before
+    the entries.
 
     Args:
         read: Returns the logs.
@@ -20,7 +20,7 @@ class LazyLogs(dict):
         self._read: Callable[[], dict] | None = read
 
     def read(self) -> None:
-        """Reads the logs, unless that is done."""
+        """Reads the logs, unless that was done."""
         if self._read is not None:
             read, self._read = self._read, None
             super().clear()

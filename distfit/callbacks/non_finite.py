@@ -8,16 +8,16 @@ from distfit.training.finite import FiniteWatch, bad_replica
 class NonFinite(keras.callbacks.Callback):
     """Stops training with an error at the first loss that is NaN or infinite.
 
-    The error names the step and, where that can be found out, the replica whose rows
-    gave the value. The check is part of the compiled step, and its outcome is read
-    after every execution.
+    The error names the step and, where it can be determined, the replica whose rows
+    gave the value. The check is part of the compiled step, and its result is read after
+    every execution.
     """
 
     in_step_with_others = True
 
     def __init__(self):
         super().__init__()
-        self.watch: FiniteWatch | None = None  # That of the steps; `fit()` sets it.
+        self.watch: FiniteWatch | None = None  # Set by `fit()`.
 
     def on_train_batch_end(self, batch, logs=None):
         if self.watch is None:

@@ -1,4 +1,4 @@
-"""Keras's progress bar, of one worker or of several."""
+"""Keras's progress bar, for one worker or several."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from distfit.cluster.workers import Workers
 class ProgressBar(keras.callbacks.ProgbarLogger):
     """Keras's progress bar, which reads the metrics only when it is redrawn.
 
-    The numbers it shows are those of the epoch so far, as reported at its end.
+    It shows the metrics of the epoch so far, as they are reported at its end.
 
     Args:
         interval: Seconds between two updates of the bar.
@@ -48,7 +48,7 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         super()._finalize_progbar(logs)
 
     def _show(self, logs):
-        """The values are means already: the bar must not average them once more."""
+        """The values are means already: the bar must not average them again."""
         self._maybe_init_progbar()
         self.progbar.stateless_metrics.update(logs or {})
 
@@ -56,8 +56,8 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 class SharedProgressBar(ProgressBar):
     """The progress bar of several workers, shown by the chief.
 
-    To read the metrics takes all workers. So all have the bar, and each time it is
-    redrawn the chief says after how many executions it will be next.
+    Reading the metrics takes all workers. So all have the bar, and at each redraw the
+    chief announces after how many executions the next one follows.
 
     Args:
         team: The workers.

@@ -1,4 +1,4 @@
-"""What workers tell each other outside of steps.
+"""Exchanges between workers outside of steps.
 
-`workers` is where to begin: who there is, and how they talk.
+Begin with `workers`: which workers there are, and how they exchange messages.
 """

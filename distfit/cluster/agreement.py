@@ -1,6 +1,6 @@
-"""What all workers have in common before and while they train: agreed, or an error.
+"""Makes all workers agree before and while they train, or raises an error.
 
-With a single worker there is nobody to agree with, and nothing here does anything.
+With a single worker there is nothing to agree on, and nothing here does anything.
 """
 
 import inspect
@@ -32,8 +32,8 @@ def check_same_program(
     Args:
         model: The model, with its steps built.
         place: The method that is called.
-        facts: Returns its arguments and data, as far as they must be the same. It is
-            not called where there is a single worker.
+        facts: Returns those of its arguments and data that must be the same. It is
+            not called with a single worker.
 
     Raises:
         ValueError: on every worker, naming what differs.
@@ -65,8 +65,7 @@ def agree_on_state(
 ) -> None:
     """Gives all workers the state of the chief, where theirs differs.
 
-    It is made of the variables of the model and of its optimizers, and of what its
-    steps hold beside them.
+    The state is the variables of the model, of its optimizers and of its steps.
     """
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
@@ -88,7 +87,7 @@ def first_epoch(model: keras.Model, initial_epoch: int) -> int:
 
 
 def settle(model: keras.Model, kind: str, place: str) -> None:
-    """Makes a stop that one worker asks for, and the chief's learning rates, all's."""
+    """Applies one worker's stop, and the chief's learning rates, to all workers."""
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
@@ -103,7 +102,7 @@ def settle(model: keras.Model, kind: str, place: str) -> None:
 
 
 def _learning_rates(model: keras.Model) -> list[keras.Variable]:
-    """Those that can be set: a schedule is the same everywhere."""
+    """The learning rates that can be set: a schedule is the same everywhere."""
     optimizers = checks.optimizers_of(model)
     parts = [part for optimizer in optimizers for part in _keras.with_inner(optimizer)]
     rates = (getattr(part, "learning_rate", None) for part in parts)
@@ -136,13 +135,13 @@ def _numbered(name: str, facts: list) -> dict[str, Any]:
 
 
 def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """What it was made with, but for the learning rate, which is the chief's."""
+    """The optimizer's settings except the learning rate, which is the chief's."""
     settings = _plain_settings(optimizer)
     return {name: value for name, value in settings.items() if name != "learning_rate"}
 
 
 def _described(loss: Any) -> Any:
-    """A loss as text that is the same in every process."""
+    """A loss as a value that is the same in every process."""
     if isinstance(loss, keras.losses.Loss):
         return _plain_settings(loss)
     return getattr(loss, "__qualname__", loss if isinstance(loss, str) else type(loss))
@@ -156,7 +155,7 @@ def _plain_settings(thing: Any) -> dict[str, Any]:
 
 
 def _code(model: keras.Model) -> str:
-    """What tells the versions that the workers have of distfit and of the model."""
+    """Checksum of the source of distfit and of the model's classes."""
     files = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
     for cls in type(model).__mro__:
         if cls.__module__.partition(".")[0] not in ("builtins", "distfit", "keras"):

@@ -1,8 +1,8 @@
-"""What workers tell each other outside of steps.
+"""Exchanges between workers outside of steps.
 
-Every worker runs the same program, so each exchange is one call that all of them make,
-at the same place. It is named for that place: workers that have gone different ways
-find out at their next exchange, instead of waiting for each other for ever.
+Every worker runs the same program, so all make each exchange at the same place. It
+carries the name of that place: workers that called different methods find out at their
+next exchange, instead of waiting for each other forever.
 
 With a single worker every function here returns at once.
 """
@@ -21,23 +21,23 @@ import tensorflow as tf
 
 from distfit import _keras
 
-_CHUNK = 1 << 26  # Bytes of one exchange: a message of gRPC ends at 2 GB.
+_CHUNK = 1 << 26  # Bytes of one exchange: gRPC messages are limited to 2 GB.
 _local = threading.local()
 
 
 class Workers:
-    """The workers of a strategy, seen from one of them. `of(strategy)` gives it.
+    """The workers of a strategy, seen from one of them. Made by `of(strategy)`.
 
     Attributes:
         count: Number of workers.
-        index: Which of them this process is; the chief is 0.
+        index: Index of this process among them; the chief is 0.
         first_replica: Index of the first replica of this worker among all replicas.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy):
         resolver = strategy.cluster_resolver
         cluster = resolver.cluster_spec() if resolver else tf.train.ClusterSpec({})
-        jobs = {"chief", "worker"} & set(cluster.jobs)  # An evaluator is no worker.
+        jobs = {"chief", "worker"} & set(cluster.jobs)  # An evaluator is not a worker.
         tasks = {job: cluster.num_tasks(job) for job in jobs}
         self.count = max(sum(tasks.values()), 1)
         self.index = 0
@@ -53,14 +53,14 @@ class Workers:
         return self.index == 0
 
     def tell(self, place: str, message: Any = None) -> list:
-        """Exchanges something that JSON can hold.
+        """Exchanges values that JSON can hold.
 
         Args:
-            place: Where in the program the workers are, in words.
-            message: What this worker has to say.
+            place: Name of the place in the program, such as the method.
+            message: This worker's value.
 
         Returns:
-            What each worker said, in their order.
+            The values of all workers, in order.
 
         Raises:
             RuntimeError: if the others are at another place.
@@ -81,9 +81,9 @@ class Workers:
         if len(set(places)) > 1:
             where = ", ".join(f"worker {i}: {name}" for i, name in enumerate(places))
             raise RuntimeError(
-                "Workers have gone different ways: all must call the same methods in "
-                f"the same order. Received: {where}. Let no worker call fit(), "
-                "evaluate() or predict() alone; what only writes or reports belongs in "
+                "Workers called different methods: all must call the same ones in the "
+                f"same order. Received: {where}. Do not call fit(), evaluate() or "
+                "predict() on one worker alone; put what only writes or reports into "
                 "`distfit.callbacks.ChiefOnly`."
             )
         parts = [[part] for _, _, part in told]
@@ -98,11 +98,11 @@ class Workers:
         return _unpacked(self._gather(_packed(data)))
 
     def from_chief(self, place: str, message: Any = None) -> Any:
-        """What the chief says; the message of other workers does not count."""
+        """The chief's message; those of other workers are ignored."""
         return self.tell(place, message if self.is_chief else None)[0]
 
     def any(self, place: str, flag: bool) -> bool:
-        """Whether at least one worker says so."""
+        """Whether the flag is set on at least one worker."""
         return any(self.tell(place, bool(flag)))
 
     def check_alike(
@@ -115,15 +115,15 @@ class Workers:
 
         Args:
             place: As for `tell`.
-            facts: What is to be compared, by name.
-            advice: What to do where it is not.
+            facts: The values to compare, by name.
+            advice: What to do if they differ.
 
         Raises:
             ValueError: on every worker, naming the first fact that differs.
         """
         own = {name: str(value) for name, value in facts.items()}
         digests = self.tell(place, checksum(repr(own).encode()))
-        if len(set(digests)) == 1:  # As nearly always: the long form is not needed.
+        if len(set(digests)) == 1:  # Nearly always so: the facts need not be sent.
             return
         told = self.tell(f"{place}, which differs", own)
         for name in dict.fromkeys(name for facts_of in told for name in facts_of):
@@ -144,10 +144,10 @@ def of(strategy: tf.distribute.Strategy) -> Workers:
 
 
 def agree_on_randomness(workers: Workers, place: str) -> None:
-    """Lets the random generators of all workers be in the same state.
+    """Puts the random generators of all workers into the same state.
 
-    Shuffling depends on them. Where a program has seeded them all is well already;
-    only those that differ, or that nobody has seeded, get a seed from the chief.
+    Shuffling depends on them. Those that the program seeded alike are left alone; only
+    those that differ or were never seeded get a seed from the chief.
     """
     if workers.count == 1:
         return
@@ -177,8 +177,8 @@ _GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[int], None]]] = {
 def agree_on_values(workers: Workers, place: str, variables: Iterable[Any]) -> None:
     """Gives every worker the chief's value of each variable that differs.
 
-    Of variables that each replica has its own part of, such as the state of metrics,
-    the parts stay.
+    Variables of which each replica has its own part, such as the state of metrics, are
+    left alone.
     """
     if workers.count == 1:
         return
@@ -202,12 +202,11 @@ def agree_on_values(workers: Workers, place: str, variables: Iterable[Any]) -> N
 
 @contextlib.contextmanager
 def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Marks what this thread does as done by this worker alone.
+    """Marks a block that this worker runs alone, in this thread.
 
-    A call that needs all workers is an error in the block. Variables that are sums over
-    replicas, as those of metrics, can be read there: this worker's part is their value.
-    Random numbers that the block draws are drawn again after it, as all workers shuffle
-    by them.
+    In it, a call that needs all workers raises an error. Variables that are sums over
+    replicas, such as those of metrics, read as this worker's part. The random
+    generators are restored afterwards, because all workers shuffle by them.
     """
     stock = strategy.reduce
 
@@ -228,7 +227,7 @@ def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Lets the random generators go on after the block as if it had drawn nothing."""
+    """Restores the state of the random generators after the block."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     of_tensorflow = _keras.tensorflow_generator()
     state = of_tensorflow.getstate() if of_tensorflow else ()
@@ -247,23 +246,23 @@ def is_alone() -> bool:
 
 
 def check_not_alone(place: str) -> None:
-    """Raises a `RuntimeError` in an `alone()` block: what follows takes all workers."""
+    """Raises a `RuntimeError` in an `alone()` block: what follows needs all workers."""
     if is_alone():
         raise RuntimeError(
-            "The chief cannot do alone what needs all workers. Received: a call in a "
-            f"`distfit.callbacks.ChiefOnly` callback ({place}). Do it in a callback "
-            "that every worker has, or hand its result to this one."
+            "The chief alone cannot make a call that needs all workers. Received: a "
+            f"call in a `distfit.callbacks.ChiefOnly` callback ({place}). Make it in a "
+            "callback that every worker has, or pass its result to this one."
         )
 
 
 def _compiled_gather(strategy: tf.distribute.Strategy, first_replica: int) -> Callable:
     """Returns a function that joins what each worker gives it.
 
-    It exchanges float32, of which every device can be sure to have a collective.
+    It exchanges float32, for which every device has a collective.
     """
 
     def on_replica(words):
-        own = tf.identity(words)  # A tensor of this device, which is asked for.
+        own = tf.identity(words)  # all_gather requires a tensor of this device.
         own = own if replica_index() == first_replica else own[:0]
         return tf.distribute.get_replica_context().all_gather(own, 0)
 
@@ -280,13 +279,13 @@ def _compiled_gather(strategy: tf.distribute.Strategy, first_replica: int) -> Ca
 
 
 def replica_index() -> int:
-    """Which replica this thread runs, among those of all workers."""
+    """Index of the replica that this thread runs, among those of all workers."""
     context = tf.distribute.get_replica_context()
     return int(tf.get_static_value(context.replica_id_in_sync_group))
 
 
 def _packed(data: bytes) -> np.ndarray:
-    """Bytes as float32, two in each, after their number in three of them."""
+    """Bytes as float32, two bytes in each, after their length in the first three."""
     length = len(data).to_bytes(6, "little")
     padded = length + data + b"\0" * (len(data) % 2)
     return np.frombuffer(padded, np.uint16).astype(np.float32)
@@ -303,5 +302,5 @@ def _unpacked(words: tf.Tensor) -> list[bytes]:
 
 
 def checksum(data: bytes) -> int:
-    """A number that tells these bytes from others."""
+    """CRC-32 of the data."""
     return zlib.crc32(data)

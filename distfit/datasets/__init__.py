@@ -27,7 +27,7 @@ def load(name: str, config: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
             "regression" reads `seed`; both may be missing.
 
     Raises:
-        ValueError: there is no dataset of that name, or its file is no such archive.
+        ValueError: there is no dataset of that name, or its file is not an archive.
         FileNotFoundError: there is nothing at `data_dir`.
     """
     loaders: dict[str, Callable[[Mapping[str, Any]], tuple[Arrays, Arrays]]] = {

@@ -1,7 +1,7 @@
 """MNIST: a sample that ships with distfit, the full set from a file or by download.
 
 The sample holds 10,000 training and 2,000 test digits, evenly spaced over the full set.
-`MNIST_LICENSE.txt` beside this file says whose work it is and how it was cut.
+`MNIST_LICENSE.txt` beside this file names the authors and says how it was made.
 """
 
 import os
@@ -28,7 +28,7 @@ def load(data_dir: str | os.PathLike | None = None) -> tuple[Split, Split]:
 
     Raises:
         FileNotFoundError: there is no archive at `data_dir`.
-        ValueError: the file is no `.npz` archive, or arrays are missing from it.
+        ValueError: the file is not an `.npz` archive, or arrays are missing from it.
         ConnectionError: the download failed.
     """
     if data_dir == "download":
@@ -63,7 +63,7 @@ def _read(path: pathlib.Path) -> tuple[Split, Split]:
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         # A text file, an .npy file, an empty one and a truncated one fail differently.
         raise ValueError(
-            "The MNIST file is no readable .npz archive. "
+            "The MNIST file is not a readable .npz archive. "
             f"Received: file={str(path)!r}. "
             f"Pass an archive with the arrays {', '.join(ARRAYS)}."
         ) from error
@@ -75,7 +75,7 @@ def _read(path: pathlib.Path) -> tuple[Split, Split]:
 
 
 def _download() -> tuple[Split, Split]:
-    import keras  # here alone, so that reading a file stays free of it
+    import keras  # Not at the top, so that reading a file does not need it.
 
     try:
         return keras.datasets.mnist.load_data()

@@ -1,14 +1,15 @@
 """Reference models: programs with steps of their own, one module each.
 
-Up to `gan` they are those of Keras's guide on custom steps, with the same operations in
-the same order, https://keras.io/guides/custom_train_step_in_tensorflow/; the others
-show what else a step may do with the global batch. A module's docstring gives the
-command that runs it, and the module offers
+The models up to `gan` are those of Keras's guide on custom steps, with the same
+operations in the same order,
+https://keras.io/guides/custom_train_step_in_tensorflow/; the others show what else a
+step may do with the global batch. A module's docstring gives the command that runs it,
+and the module defines
 
     get_config() -> ConfigDict              the defaults of every setting that it reads
     build(config) -> distfit.Model          compiled; called in the strategy's scope
-    data(config) -> (train, validation)     only where `config.dataset` needs a change
-    callbacks(config, workdir) -> list      only where training needs them
+    data(config) -> (train, validation)     only if `config.dataset` must be adapted
+    callbacks(config, workdir) -> list      only if training needs them
 """
 
 import importlib

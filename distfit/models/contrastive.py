@@ -3,13 +3,13 @@
     python -m launch --model=contrastive
 
 The loss is a matrix of similarities between all pairs of the global batch, so N
-replicas have the negatives that one device has. After each epoch `knn_accuracy` says
-how far 500 labels go: a test digit gets the label of most of the 5 labelled digits
-whose representations are nearest to its own.
+replicas have the negatives that one device has. After each epoch `knn_accuracy`
+measures the representations with 500 labels: a test digit gets the majority label of
+the 5 labelled digits whose representations are nearest to its own.
 
 Measured on the shipped sample, 12 epochs over 10,000 digits: 92.2 % of the 2,000 test
 digits right on 1 replica and 91.9 % on 2, in one to two minutes on 2 CPU cores. With
-the pixels themselves in place of representations it is 84.5 %.
+raw pixels in place of representations it is 84.5 %.
 """
 
 import keras
@@ -29,16 +29,15 @@ NEIGHBOURS = 5  # that vote on the label of a digit
 class SimCLR(distfit.Model):
     """Learns representations in which two views of a digit are near each other.
 
-    Each digit is distorted twice, and of all views in the batch the model has to find
-    the other one of the same digit: Chen et al., "A Simple Framework for Contrastive
-    Learning of Visual Representations" (2020). The more there are to tell it from, the
-    more is learnt.
+    Each digit is distorted twice, and for each view the model has to find the other one
+    of the same digit among all views in the batch: Chen et al., "A Simple Framework for
+    Contrastive Learning of Visual Representations" (2020). More views teach it more.
 
     Args:
         encoder: A network from images (rows, 28, 28, 1) to representations.
         projector: A network from these to the points (rows, dimension) that the loss
-            compares; it is of no use after training.
-        temperature: What similarities are divided by.
+            compares; not used after training.
+        temperature: The divisor of similarities.
         seed: The seed of the distortions.
     """
 
@@ -51,7 +50,7 @@ class SimCLR(distfit.Model):
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.loss_tracker = keras.metrics.Mean(name="loss")
         self.found_tracker = keras.metrics.Mean(name="pairs_found")
-        self.built = True  # There are no weights but those of the two networks.
+        self.built = True  # The only weights are those of the two networks.
 
     @property
     def metrics(self):
@@ -71,7 +70,7 @@ class SimCLR(distfit.Model):
         return self.tracked(*self.compare_views(data, training=False))
 
     def compare_views(self, data, training):
-        """The loss of a batch, and the share of views whose nearest is their partner.
+        """The loss of a batch, and the share of views nearest to their partner.
 
         Both are scalars.
         """
@@ -105,26 +104,26 @@ class SimCLR(distfit.Model):
 def nt_xent(first, second, temperature):
     """The normalised temperature-scaled cross entropy of pairs of points.
 
-    Each of the 2 n points has to be told from all others as the partner of its own
-    (Chen et al., 2020, equation 1):
+    Each of the 2 n points has to find its partner among all others (Chen et al., 2020,
+    equation 1):
 
         -log(exp(s(i, partner) / t) / sum over k != i of exp(s(i, k) / t))
 
-    A batch of one pair has nothing to tell apart, and a loss of 0.
+    A batch of one pair has no negatives, and a loss of 0.
 
     Args:
-        first, second: Tensors of shape (n, dimension), of points of length 1; rows of
-            the same number are a pair.
+        first, second: Tensors of shape (n, dimension), of points of length 1; rows with
+            the same index are a pair.
         temperature: The t of the formula.
 
     Returns:
         `(losses, found)`, both of shape (2 n,): the cross entropies, and 1.0 where the
-        most similar of all others is the partner, else 0.0.
+        most similar other point is the partner, else 0.0.
     """
     pairs = tf.shape(first)[0]
     points = tf.concat([first, second], axis=0)
     similarities = tf.matmul(points, points, transpose_b=True) / temperature
-    # No point is compared with itself: exp() makes nothing of this.
+    # No point is compared with itself: exp(-1e9) is 0.
     itself = tf.fill([2 * pairs], tf.constant(-1e9, similarities.dtype))
     similarities = tf.linalg.set_diag(similarities, itself)
     partners = tf.concat([tf.range(pairs) + pairs, tf.range(pairs)], axis=0)
@@ -134,14 +133,14 @@ def nt_xent(first, second, temperature):
 
 
 def distort(images, seed):
-    """Turns, stretches, slants and shifts each image by chance.
+    """Randomly rotates, scales, shears and shifts each image.
 
     Args:
         images: A tensor of shape (rows, height, width, 1).
         seed: A `keras.random.SeedGenerator`.
 
     Returns:
-        A tensor of that shape.
+        A tensor of the same shape.
     """
     chance = keras.random.uniform((tf.shape(images)[0], 6), -1.0, 1.0, seed=seed)
     turn, slant, stretch_x, stretch_y, shift_x, shift_y = tf.unstack(chance, axis=1)
@@ -160,10 +159,10 @@ def distort(images, seed):
 
 
 class NearestNeighbours(keras.callbacks.Callback):
-    """Logs `knn_accuracy`: how far a few labels go with the representations.
+    """Logs `knn_accuracy`, which measures the representations with a few labels.
 
     Args:
-        labelled, test: `(images, labels)`. A test digit gets the label of most of the
+        labelled, test: `(images, labels)`. A test digit gets the majority label of the
             labelled digits that are nearest to it.
     """
 
@@ -185,7 +184,7 @@ class NearestNeighbours(keras.callbacks.Callback):
 def knn_accuracy(
     features, labels, test_features, test_labels, neighbours=NEIGHBOURS
 ) -> float:
-    """The share of test rows whose label most of their nearest rows have.
+    """The share of test rows whose label is the majority of their nearest rows.
 
     Args:
         features, test_features: Arrays of shape (rows, ...), compared by their angles.
@@ -221,7 +220,7 @@ def make_projector() -> keras.Sequential:
         [
             keras.Input(shape=(4 * 4 * 64,)),
             layers.Dense(128, activation="relu"),
-            # What goes into the loss is float32 under mixed precision too.
+            # Inputs of the loss are float32 under mixed precision too.
             layers.Dense(64, dtype="float32"),
         ],
         name="projector",
@@ -236,7 +235,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.steps_per_epoch = config_dict.placeholder(int)
     config.learning_rate = 0.002
     config.temperature = 0.5
-    config.labelled = 500  # digits with labels, to judge the representations by
+    config.labelled = 500  # digits with labels, to measure the representations
     config.seed = 1337
     return config
 
@@ -244,13 +243,13 @@ def get_config() -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> distfit.Model:
     if config.temperature <= 0:
         raise ValueError(
-            "Similarities are divided by the temperature. "
-            f"Received: temperature={config.temperature}. Give a positive number."
+            "The temperature must be positive: similarities are divided by it. "
+            f"Received: temperature={config.temperature}. Pass a positive number."
         )
     if config.labelled < NEIGHBOURS:
         raise ValueError(
-            f"The labels are judged by the {NEIGHBOURS} nearest labelled digits. "
-            f"Received: labelled={config.labelled}. Give {NEIGHBOURS} or more."
+            f"A digit is compared with the {NEIGHBOURS} nearest labelled digits. "
+            f"Received: labelled={config.labelled}. Pass {NEIGHBOURS} or more."
         )
     keras.utils.set_random_seed(config.seed)
     model = SimCLR(
@@ -271,7 +270,7 @@ def data(config: ml_collections.ConfigDict):
 
 def callbacks(config: ml_collections.ConfigDict, workdir: str) -> list:
     del workdir  # nothing is written
-    if config.dataset not in datasets.NAMES:  # Only images are known of other data.
+    if config.dataset not in datasets.NAMES:  # Other data may have no labels.
         return []
     (x, y), test = datasets.load(config.dataset, config)
     return [NearestNeighbours((x[: config.labelled], y[: config.labelled]), test)]

@@ -1,13 +1,13 @@
-"""Distillation: a small student learns from labels and from a teacher that stays.
+"""Distillation: a small student learns from labels and from a fixed teacher.
 
     python -m launch --model=distillation
 
-The step holds a network that it runs and never changes, BatchNormalization's statistics
-included. A callback trains this teacher, a convolutional network, before the student's
-first epoch; `evaluate` finds it in the saved model.
+The step runs a network that it never changes, including BatchNormalization's
+statistics. A callback trains this teacher, a convolutional network, before the
+student's first epoch; `evaluate` loads it with the saved model.
 
 Measured on the shipped sample, 15 epochs over 10,000 digits: the student gets 95.9 % of
-the 2,000 test digits right on 1 replica and 95.8 % on 2, after teachers with 96.9 % and
+the 2,000 test digits right on 1 replica and 95.8 % on 2, from teachers with 96.9 % and
 96.8 %, in less than a minute on 2 CPU cores. With labels alone,
 `--config.teacher_weight=0.0`, it is 94.6 %.
 """
@@ -24,21 +24,21 @@ from distfit import datasets
 
 @keras.saving.register_keras_serializable(package="distfit")
 class Distiller(distfit.Model):
-    """Trains a student to give the labels, and what a teacher thinks of the others.
+    """Trains a student on the labels and on the teacher's predictions.
 
     The loss is that of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
     Network" (2015):
 
         (1 - w) cross entropy(labels, student) + w T^2 KL(teacher at T | student at T)
 
-    where "at T" means softmax(logits / T), and T^2 makes up for the gradients that the
-    temperature makes smaller.
+    where "at T" means softmax(logits / T), and T^2 makes up for the smaller gradients
+    at that temperature.
 
     Args:
         student: A network from images (rows, 28, 28, 1) to logits (rows, 10).
-        teacher: A network of the same kind. Nothing of it changes, statistics included.
+        teacher: A network of the same kind. It never changes, statistics included.
         temperature: The T of the formula.
-        teacher_weight: Its w, from 0 to 1.
+        teacher_weight: The w of the formula, from 0 to 1.
     """
 
     def __init__(self, student, teacher, temperature=3.0, teacher_weight=0.9):
@@ -59,7 +59,7 @@ class Distiller(distfit.Model):
         self.teacher_accuracy = keras.metrics.SparseCategoricalAccuracy(
             name="teacher_accuracy"
         )
-        self.built = True  # There are no weights but those of the two networks.
+        self.built = True  # The only weights are those of the two networks.
 
     @property
     def metrics(self):
@@ -129,7 +129,7 @@ class TrainTeacher(keras.callbacks.Callback):
     Args:
         x, y: Images (rows, 28, 28, 1) and labels (rows,).
         batch_size: Rows of the global batch.
-        epochs: How often the teacher sees them; with 0 it stays what it is.
+        epochs: Epochs of the teacher; with 0 it is not trained.
     """
 
     def __init__(self, x, y, *, batch_size: int, epochs: int):
@@ -197,13 +197,13 @@ def get_config() -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> distfit.Model:
     if config.temperature <= 0:
         raise ValueError(
-            "Logits are divided by the temperature. "
-            f"Received: temperature={config.temperature}. Give a positive number."
+            "The temperature must be positive: logits are divided by it. "
+            f"Received: temperature={config.temperature}. Pass a positive number."
         )
     if not 0 <= config.teacher_weight <= 1:
         raise ValueError(
-            "Labels and teacher share a weight of 1. "
-            f"Received: teacher_weight={config.teacher_weight}. Give 0 to 1."
+            "The teacher's weight must be from 0 to 1: the labels have the rest. "
+            f"Received: teacher_weight={config.teacher_weight}. Pass 0 to 1."
         )
     keras.utils.set_random_seed(config.seed)
     student, teacher = make_student(), make_teacher()

@@ -1,4 +1,4 @@
-"""A GAN that draws digits: two networks, two optimizers and an own `compile()`.
+"""A GAN that draws digits: two networks, two optimizers and its own `compile()`.
 
     python -m launch --model=gan
 
@@ -6,8 +6,8 @@ Trains on 100 batches of 64 digits by default. After each epoch
 `<workdir>/samples/epoch-001.png`, `epoch-002.png`, ... show 64 drawings.
 
 Measured after the 100 batches: d_loss 0.472, g_loss 0.874, on 1 and on 2 replicas, in
-about a minute on 2 CPU cores. The drawings are a pattern of strokes by then, no digits
-yet: the guide speaks of 20 epochs over all of MNIST for those.
+about a minute on 2 CPU cores. By then the drawings are patterns of strokes, not yet
+digits: for those the guide suggests 20 epochs over all of MNIST.
 """
 
 import pathlib
@@ -35,7 +35,7 @@ class GAN(distfit.Model):
         self.d_loss_tracker = keras.metrics.Mean(name="d_loss")
         self.g_loss_tracker = keras.metrics.Mean(name="g_loss")
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self.built = True  # There are no weights but those of the two networks.
+        self.built = True  # The only weights are those of the two networks.
 
     @property
     def metrics(self):
@@ -80,7 +80,7 @@ class GAN(distfit.Model):
         )
         misleading_labels = tf.zeros((batch_size, 1))  # "these are all digits"
 
-        # Train the generator, and only it: the discriminator's weights stay.
+        # Train only the generator: the discriminator's weights do not change.
         with tf.GradientTape() as tape:
             predictions = self.discriminator(self.generator(random_latent_vectors))
             g_loss = self.loss_fn(misleading_labels, predictions)
@@ -216,7 +216,7 @@ def build(config: ml_collections.ConfigDict) -> distfit.Model:
 
 
 def data(config: ml_collections.ConfigDict):
-    """Returns the images of both splits to train on, and nothing to validate with."""
+    """Returns the images of both splits for training, and no validation data."""
     (x_train, _), (x_test, _) = datasets.load(config.dataset, config)
     return np.concatenate([x_train, x_test]), None
 

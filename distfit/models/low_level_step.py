@@ -16,7 +16,7 @@ from distfit.models import regression
 
 @keras.saving.register_keras_serializable(package="distfit")
 class LowLevelStep(distfit.Model):
-    """Holds its loss function and its trackers, and reads them by itself."""
+    """Has its own loss function and metrics, and updates them itself."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -26,7 +26,7 @@ class LowLevelStep(distfit.Model):
 
     @property
     def metrics(self):
-        # What is listed here is reset at the start of an epoch and of `evaluate()`.
+        # Metrics listed here are reset at the start of an epoch and of `evaluate()`.
         return [self.loss_tracker, self.mae_metric]
 
     def train_step(self, data):

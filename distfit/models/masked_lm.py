@@ -3,13 +3,13 @@
     python -m launch --model=masked_lm
 
 Digits are written as sequences of up to 32 tokens, one for each cell with ink, and a
-small transformer fills in those that were hidden by chance. The loss is divided by the
+small transformer fills in those that were hidden at random. The loss is divided by the
 number of hidden tokens of the global batch, however they are spread over replicas.
 
 Measured on the shipped sample, 8 epochs over 10,000 digits: 59.4 % of the hidden tokens
 of the 2,000 test digits right, val_loss 0.9773, on 1 and on 2 replicas alike, in one to
-two minutes on 2 CPU cores. The most frequent token alone, `majority_accuracy`, is right
-for 2.6 %.
+two minutes on 2 CPU cores. Always predicting the most frequent token,
+`majority_accuracy`, is right for 2.6 %.
 """
 
 import keras
@@ -30,18 +30,18 @@ LENGTH = 32  # of a sequence; most digits have 10 to 25 cells with ink
 
 @keras.saving.register_keras_serializable(package="distfit")
 class MaskedLM(distfit.Model):
-    """Learns to fill in tokens that were hidden by chance.
+    """Learns to fill in tokens that were hidden at random.
 
     As in Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for
     Language Understanding" (2019), but a hidden token is always replaced by [MASK].
 
-    The loss is the mean over the hidden tokens of the batch, of which sequences have
-    different numbers.
+    The loss is the mean over all hidden tokens of the batch; sequences have different
+    numbers of them.
 
     Args:
         network: A network from tokens (rows, length) to logits (rows, length,
             vocabulary).
-        mask_rate: The chance of a token to be hidden.
+        mask_rate: The probability that a token is hidden.
         seed: The seed of the choice.
     """
 
@@ -57,7 +57,7 @@ class MaskedLM(distfit.Model):
         )
         self.loss_tracker = keras.metrics.Mean(name="loss")
         self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="masked_accuracy")
-        self.built = True  # There are no weights but those of the network.
+        self.built = True  # The only weights are those of the network.
 
     @property
     def metrics(self):
@@ -84,7 +84,7 @@ class MaskedLM(distfit.Model):
         return self.tracked(loss, tokens, logits, hidden)
 
     def choose(self, tokens):
-        """Which tokens to hide: bools of the shape of `tokens`, never for padding."""
+        """Which tokens to hide: bools of the shape of `tokens`, never padding."""
         chance = keras.random.uniform(tf.shape(tokens), seed=self.seed_generator)
         return tf.logical_and(chance < self.mask_rate, tokens != PADDING)
 
@@ -123,7 +123,7 @@ class AddPositions(layers.Layer):
 def make_network(length: int, width: int, heads: int, blocks: int) -> keras.Model:
     """Returns a transformer from tokens (length,) to logits (length, VOCABULARY)."""
     tokens = keras.Input(shape=(length,), dtype="int32")
-    # Keras hands the mask on: attention leaves out what is padding.
+    # Keras passes the mask on, so attention ignores padding.
     x = layers.Embedding(VOCABULARY, width, mask_zero=True)(tokens)
     x = AddPositions()(x)
     for _ in range(blocks):
@@ -140,7 +140,7 @@ def make_network(length: int, width: int, heads: int, blocks: int) -> keras.Mode
 
 
 def digits_to_tokens(images: np.ndarray) -> np.ndarray:
-    """Writes digits as sequences: in reading order, where there is ink and how dark.
+    """Writes digits as sequences: in reading order, where the ink is and how dark.
 
     Each of the 7 x 7 cells of 4 x 4 pixels that is not empty becomes a token, which
     stands for its position and one of `SHADES` shades of grey. So a digit has as many
@@ -150,8 +150,8 @@ def digits_to_tokens(images: np.ndarray) -> np.ndarray:
         images: Array of shape (rows, 28, 28, 1) in [0, 1].
 
     Returns:
-        Integers of shape (rows, LENGTH), each row filled up with `PADDING`. What is
-        longer is cut off.
+        Integers of shape (rows, LENGTH), each row filled up with `PADDING`. Longer
+        sequences are cut off.
     """
     cells = images.reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, CELLS)
     shades = np.ceil(cells * SHADES).astype("int32")  # 0 where there is no ink
@@ -163,7 +163,7 @@ def digits_to_tokens(images: np.ndarray) -> np.ndarray:
 
 
 def majority_accuracy(train: np.ndarray, test: np.ndarray) -> float:
-    """How often the most frequent token of `train` is what stands in `test`."""
+    """The share of `test`'s tokens that are the most frequent token of `train`."""
     most_frequent = np.bincount(train[train != PADDING]).argmax()
     return float(np.mean(test[test != PADDING] == most_frequent))
 
@@ -186,14 +186,14 @@ def get_config() -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> distfit.Model:
     if not 0 < config.mask_rate < 1:
         raise ValueError(
-            "Some tokens are hidden and some are shown. "
-            f"Received: mask_rate={config.mask_rate}. Give a number between 0 and 1."
+            "Some tokens must be hidden and some shown. "
+            f"Received: mask_rate={config.mask_rate}. Pass a number between 0 and 1."
         )
     if config.width % config.heads != 0:
         raise ValueError(
-            "The heads share the width evenly. "
+            "The heads must share the width evenly. "
             f"Received: width={config.width}, heads={config.heads}. "
-            "Give a width that is a multiple of the heads."
+            "Pass a width that is a multiple of heads."
         )
     keras.utils.set_random_seed(config.seed)
     network = make_network(LENGTH, config.width, config.heads, config.blocks)

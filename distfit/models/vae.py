@@ -56,7 +56,7 @@ class VAE(distfit.Model):
     """Encodes digits as normal distributions, and decodes points drawn from them.
 
     The loss is the negative evidence lower bound of a digit, in nats (Kingma and
-    Welling, "Auto-Encoding Variational Bayes", 2013): what the decoder loses of the
+    Welling, "Auto-Encoding Variational Bayes", 2013): the reconstruction error of the
     pixels, plus the divergence of the encoder's distributions from the prior.
 
     Args:
@@ -71,13 +71,13 @@ class VAE(distfit.Model):
         self.encoder = encoder
         self.decoder = decoder
         self.seed = seed
-        # What goes into losses is float32 under mixed precision too.
+        # Inputs of losses are float32 under mixed precision too.
         self.sampling = Sampling(seed, dtype="float32")
         self.loss_fn = keras.losses.BinaryCrossentropy()
         self.loss_tracker = keras.metrics.Mean(name="loss")
         self.reconstruction_tracker = keras.metrics.Mean(name="reconstruction_loss")
         self.kl_tracker = keras.metrics.Mean(name="kl_loss")
-        self.built = True  # There are no weights but those of the two networks.
+        self.built = True  # The only weights are those of the two networks.
 
     @property
     def metrics(self):
@@ -191,8 +191,8 @@ def get_config() -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> distfit.Model:
     if config.latent_dim < 1:
         raise ValueError(
-            "The latent space needs a dimension. "
-            f"Received: latent_dim={config.latent_dim}. Give 1 or more."
+            "The latent space needs at least one dimension. "
+            f"Received: latent_dim={config.latent_dim}. Pass 1 or more."
         )
     keras.utils.set_random_seed(config.seed)
     model = VAE(
@@ -205,7 +205,7 @@ def build(config: ml_collections.ConfigDict) -> distfit.Model:
 
 
 def data(config: ml_collections.ConfigDict):
-    """Returns the images of both splits: they are what the model has to give back."""
+    """Returns the images of both splits: they are also the targets."""
     (x_train, _), (x_test, _) = datasets.load(config.dataset, config)
     return x_train, x_test
 

@@ -26,7 +26,7 @@ from distfit.models import gan
 
 @keras.saving.register_keras_serializable(package="distfit")
 class WGAN(distfit.Model):
-    """A critic learns how far drawings are from digits, a generator to come nearer.
+    """A critic learns how far drawings are from digits, a generator to get closer.
 
     The critic's slope is held near 1 by a penalty (Gulrajani et al., "Improved Training
     of Wasserstein GANs", 2017), so the gradient of its loss contains gradients of its
@@ -34,11 +34,11 @@ class WGAN(distfit.Model):
 
     Args:
         critic: A network from images (rows, 28, 28, 1) to scores (rows, 1). It must
-            treat each row by itself, so without BatchNormalization.
+            treat each row separately, so it cannot have BatchNormalization.
         generator: A network from latent points (rows, latent_dim) to images.
         latent_dim: The dimension of these points.
-        critic_steps: How often the critic is updated before the generator is, once.
-        penalty_weight: What the gradient penalty is multiplied by.
+        critic_steps: Number of updates of the critic for each update of the generator.
+        penalty_weight: The factor of the gradient penalty.
         seed: The seed of all random numbers.
     """
 
@@ -63,7 +63,7 @@ class WGAN(distfit.Model):
         self.distance_tracker = keras.metrics.Mean(name="distance")
         self.penalty_tracker = keras.metrics.Mean(name="penalty")
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self.built = True  # There are no weights but those of the two networks.
+        self.built = True  # The only weights are those of the two networks.
 
     @property
     def metrics(self):
@@ -84,12 +84,12 @@ class WGAN(distfit.Model):
             real_images = real_images[0]
         rows = tf.shape(real_images)[0]
 
-        # Each round has its own drawings; the digits stay.
+        # Each round has new drawings and the same digits.
         for _ in range(self.critic_steps):
             drawings = self.generator(self.latent_points(rows), training=True)
             self.train_critic(real_images, drawings)
 
-        # Train the generator, and only it: the critic's weights stay.
+        # Train only the generator: the critic's weights do not change.
         latent_points = self.latent_points(rows)
         with tf.GradientTape() as tape:
             scores = self.critic(self.generator(latent_points, training=True))
@@ -147,7 +147,7 @@ def gradient_penalty(critic, images):
     being taken with respect to the image.
 
     Args:
-        critic: A network from images to scores (rows, 1), each of its row alone.
+        critic: A network from images to scores (rows, 1), each from its row alone.
         images: A tensor of shape (rows, height, width, channels).
 
     Returns:
@@ -158,7 +158,7 @@ def gradient_penalty(critic, images):
         scores = critic(images, training=True)
     gradients = tape.gradient(scores, images)
     squares = tf.reduce_sum(tf.square(gradients), axis=[1, 2, 3])
-    # The root has no slope at 0, so not quite there.
+    # The root has no slope at 0.
     return tf.square(tf.sqrt(squares + 1e-12) - 1)
 
 
@@ -217,8 +217,8 @@ def get_config() -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> distfit.Model:
     if config.critic_steps < 1:
         raise ValueError(
-            "A generator learns from a critic that learns too. "
-            f"Received: critic_steps={config.critic_steps}. Give 1 or more."
+            "The critic needs at least one update in a step. "
+            f"Received: critic_steps={config.critic_steps}. Pass 1 or more."
         )
     keras.utils.set_random_seed(config.seed)
     model = WGAN(
@@ -229,7 +229,7 @@ def build(config: ml_collections.ConfigDict) -> distfit.Model:
         penalty_weight=config.penalty_weight,
         seed=config.seed,
     )
-    # The paper's settings, but for the learning rate: hardly any momentum.
+    # The paper's settings, except the learning rate: little momentum.
     model.compile(
         c_optimizer=keras.optimizers.Adam(config.learning_rate, beta_1=0.5, beta_2=0.9),
         g_optimizer=keras.optimizers.Adam(config.learning_rate, beta_1=0.5, beta_2=0.9),
@@ -238,7 +238,7 @@ def build(config: ml_collections.ConfigDict) -> distfit.Model:
 
 
 def data(config: ml_collections.ConfigDict):
-    """Returns the images of both splits to train on, and nothing to validate with."""
+    """Returns the images of both splits for training, and no validation data."""
     return gan.data(config)
 
 

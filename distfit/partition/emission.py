@@ -1,8 +1,8 @@
-"""From the graph of one device to a program for all replicas.
+"""Turns the graph of one device into a program for all replicas.
 
 `Emitter` goes through the nodes of a traced graph in order. A rule gives each of them
-its layout; an operation that no rule takes is computed in full on every replica, which
-is always right.
+its layout; an operation to which no rule applies is computed in full on every replica,
+which is always correct.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,12 +34,12 @@ from distfit.partition.values import Element, Resource, Value, may_be_size, meas
 
 
 class Emitter:
-    """Makes a program of a traced graph.
+    """Builds a program from a traced graph.
 
     Args:
-        sizes: What is known of the number of rows.
+        sizes: What is known about the number of rows.
         num_replicas: Number of replicas of all workers.
-        findings: Gets a `Finding` for each operation that is not partitioned.
+        findings: Receives a `Finding` for each operation that is not partitioned.
         jit: Whether stages are compiled by XLA.
     """
 
@@ -60,13 +60,13 @@ class Emitter:
         self.inputs: list[Port] = []
         self.values: dict[Edge, Value] = {}
         self.symbols: dict[str, tuple[Value, int]] = {}
-        self._lain: dict[Dim, Layout] = {}  # For each size, how the latest lies.
-        self._effects = 0  # The level of the latest effect that needs an order.
+        self._lain: dict[Dim, Layout] = {}  # The latest layout of each size.
+        self._effects = 0  # The level of the latest ordered effect.
 
     def all_have_rows(self) -> bool:
-        """Whether each replica has a row: known, or else taken for granted and noted.
+        """Whether each replica has a row; if unknown, this is assumed and noted.
 
-        A rule whose operation fails without rows asks this, and returns None if not.
+        A rule whose operation fails without rows checks this, and returns None if not.
         """
         if self.sizes.rows is not None or self.sizes.few_rows:
             return (self.sizes.rows or 0) >= self.num_replicas
@@ -90,7 +90,7 @@ class Emitter:
         return value
 
     def like(self, other: Value, **changed: Any) -> Value:
-        """A new input of the program, laid out as a value of another program."""
+        """A new input of the program, with the layout of another program's value."""
         known = dict(
             layout=other.layout,
             dims=other.dims,
@@ -106,7 +106,7 @@ class Emitter:
         return Program(self.inputs, self.rows, self.levels, keys)
 
     def _exported(self, value: Value) -> Any:
-        """The key of a value for what is placed outside of its stage."""
+        """The key of a value for uses outside of its stage."""
         if value.tensor is None:
             self._materialize(value)
         if value.home is not None:
@@ -114,7 +114,7 @@ class Emitter:
         return value.tensor
 
     def _materialize(self, value: Value) -> None:
-        """Computes a value, that any stage could make, in a stage of its own level."""
+        """Computes a value that any stage could build in the stage of its level."""
         stage = self.levels[value.level].stage
         value.home, value.tensor = stage, self._rebuilt(value, stage)
         value.ready = value.level + 1
@@ -122,7 +122,7 @@ class Emitter:
     # --- Running nodes.
 
     def run(self, nodes: Iterable[Node]) -> None:
-        """Emits nodes, each after those that it depends on."""
+        """Emits nodes, which are given in the order of their dependencies."""
         for node in nodes:
             inputs = [self._settled(self.values[edge]) for edge in node.inputs]
             try:
@@ -138,7 +138,7 @@ class Emitter:
             self._note_source(node, inputs, outputs)
 
     def _note_source(self, node: Node, inputs: list[Value], outputs: list[Value]):
-        """Notes of what sum a sum is only another view, which is exchanged once."""
+        """Notes that a partial sum is a view of another: only that one is exchanged."""
         if node.type not in VIEWS or not inputs[0].is_partial:
             return
         (value,) = outputs
@@ -147,7 +147,7 @@ class Emitter:
             value.source = (node, inputs)
 
     def _settled(self, value: Value) -> Value:
-        """A sum that was exchanged already, in place of its parts."""
+        """The sum in place of a partial value, if it has already been exchanged."""
         is_summed = value.is_partial and value.whole is not None
         return value.whole if is_summed else value  # type: ignore[return-value]
 
@@ -173,15 +173,15 @@ class Emitter:
         try:
             return found(self, node, inputs)
         except NotImplementedError:
-            # Branches, say, that keep different things in the same place: all of it is
-            # as on one device where all that is given is whole.
+            # E.g. branches whose results have different layouts. If all inputs are
+            # replicated, everything is as on one device.
             if all(v.is_replicated for v in inputs):
                 raise
             self.report(node)
             return found(self, node, [self.whole(v) for v in inputs])
 
     def _sizes(self, node: Node, inputs: list[Value]) -> list[Any]:
-        """For each output, its elements as sizes; None where they are no such."""
+        """For each output, its elements as sizes; None if they are not sizes."""
         evaluate = SIZE_RULES.get(node.type)
         nothing = [None] * len(node.outputs)
         if evaluate is None or not all(map(may_be_size, node.outputs)):
@@ -190,7 +190,7 @@ class Emitter:
         return nothing if found is None else [np.asarray(s, object) for s in found]
 
     def in_full(self, node: Node, inputs: list[Value]) -> list[Value]:
-        """Computes a node on every replica, from whole inputs."""
+        """Computes a node in full on every replica, from replicated inputs."""
         if self.must_happen_once(node, inputs):
             return self.once(node, inputs)
         if any(v.resource is not None and v.resource.kind == "summed" for v in inputs):
@@ -199,7 +199,7 @@ class Emitter:
             self.report(node)
         outputs = self.op(node, [self.whole(v) for v in inputs])
         for value in outputs:
-            if value.dtype == tf.variant:  # Not a list that is still to be filled.
+            if value.dtype == tf.variant:  # None would leave the layout open.
                 value.element = Element(REPLICATED, None)
         return outputs
 
@@ -214,7 +214,7 @@ class Emitter:
         """Notes that a node is computed in full on every replica."""
         self.findings.append(Finding(node.type, node.line(), elements_of(node)))
 
-    # --- What rules are made of.
+    # --- Building blocks of rules.
 
     def value(
         self,
@@ -227,7 +227,7 @@ class Emitter:
         """The value of a tensor that a stage computes."""
         if layout.kind == "rows" and dims is not None:
             self._lain[layout.size] = layout
-            # Not as a number, even if that is known: a replica has fewer rows.
+            # Symbolic, even if the number is known: a replica has fewer rows.
             dims = [*dims[: layout.dim], layout.size, *dims[layout.dim + 1 :]]
         value = Value(
             layout,
@@ -242,9 +242,9 @@ class Emitter:
         return value
 
     def usual(self, size: Dim) -> Layout:
-        """How a dimension of a multiple of the rows lies, as far as one may choose.
+        """The layout to choose for a dimension that is a multiple of the rows.
 
-        As others of this size do, whose rows it will probably meet.
+        It is that of other dimensions of this size, which it will probably meet.
         """
         return self._lain.get(size) or by_rows(0, 1, quotient(size, ROWS) or 1)
 
@@ -255,14 +255,14 @@ class Emitter:
         layout: Layout | Sequence[Layout] = REPLICATED,
         dims: Any = None,
     ) -> list[Value]:
-        """Emits the operation of a node on what each replica has of the inputs.
+        """Emits the operation of a node on each replica's part of the inputs.
 
         Args:
             node: The node.
-            inputs: Values to be used as they lie.
+            inputs: The inputs, used in their present layout.
             layout: The layout of the outputs, one for all or one for each.
-            dims: The shape of the only output or, in a tuple, those of all; None where
-                the traced graph tells it.
+            dims: The shape of the only output or, in a tuple, those of all; None for
+                the static shape in the traced graph.
         """
         level = self.level_of(inputs)
         stage = self.levels[level].stage
@@ -293,7 +293,7 @@ class Emitter:
         dims: Sequence[Dim] | None,
         level: int = 0,
     ) -> Value:
-        """Emits `function(*tensors)`, a TensorFlow function of a single result."""
+        """Emits `function(*tensors)`, a TensorFlow function with a single result."""
         level = max(level, self.level_of(inputs))
         stage = self.levels[level].stage
         tensors = [self.tensor(v, stage) for v in inputs]
@@ -302,7 +302,7 @@ class Emitter:
         return self.value(layout, dims, result, stage, level)
 
     def level_of(self, values: Sequence[Value]) -> int:
-        """The first level that can use all values, and keeps the order of effects."""
+        """The first level that can use all values and keeps effects in order."""
         level = 0
         for value in values:
             level = max(level, value.level)
@@ -317,7 +317,7 @@ class Emitter:
                 value.resource.read = None
 
     def static_dims(self, tensor: tf.Tensor, layout: Layout = REPLICATED) -> Any:
-        """The shape of a traced tensor: numbers where it tells them, else unknown."""
+        """The static shape of a traced tensor, with unknown sizes where it has None."""
         if tensor.shape.rank is None:
             return None
         dims: list[Dim] = [unknown() if d is None else d for d in tensor.shape]
@@ -326,7 +326,7 @@ class Emitter:
         return dims
 
     def tensor(self, value: Value, stage: Stage) -> tf.Tensor:
-        """What a replica has of a value, as a tensor of a stage."""
+        """A replica's part of a value, as a tensor of a stage."""
         if value.home is stage:
             return value.tensor
         if value.constant is not None or value.tensor is None:
@@ -366,7 +366,7 @@ class Emitter:
             return tf.constant(dim, dtype)
         base = self.levels[self.level_of_sizes([dim])].stage
         if stage is not base and not stage.once:
-            # Computed once, and not by each stage that asks for it.
+            # Computed once, not in each stage that uses it.
             with base.graph.as_default():
                 scalar = self._scalar(dim, dtype, base, local)
             base.export(scalar)
@@ -411,7 +411,7 @@ class Emitter:
         return all(symbol in self.symbols for symbol in measured(dims))
 
     def local_shape(self, dims: Sequence[Dim], layout: Layout, dtype=tf.int32) -> Value:
-        """A vector: the shape of what a replica has of a tensor."""
+        """The shape of a replica's part of a tensor, as a vector."""
         cut_at = layout.dim if layout.kind == "rows" else None
         others = [d for i, d in enumerate(dims) if i != cut_at]
         level = self.level_of_sizes([*others, layout.blocks, layout.inner])
@@ -430,7 +430,7 @@ class Emitter:
         return self.value(REPLICATED, [len(dims)], stage.cache[key], stage, level)
 
     def _local_size(self, layout: Layout, dtype: tf.DType, stage: Stage) -> Any:
-        """The size of the dimension that is cut: what a row has may depend on rows."""
+        """The local size of the split dimension; its inner size may depend on rows."""
         size = self._scalar(ROWS, dtype, stage, local=True)
         rest = product([layout.blocks, layout.inner])
         return size if rest == 1 else size * self._scalar(rest, dtype, stage)
@@ -446,7 +446,7 @@ class Emitter:
         """A value of known sizes, which is computed only where it is used."""
         sizes = np.asarray(sizes, object)
         level = self.level_of_sizes(sizes.flat)
-        # What is measured is there after a stage.
+        # Measured sizes exist only after a stage.
         ready = level + any(True for _ in measured(sizes.flat))
         return Value(
             REPLICATED, sizes.shape, dtype, sizes=sizes, level=level, ready=ready
@@ -455,7 +455,7 @@ class Emitter:
     def known_local_count(
         self, value: Value, axes: Iterable[int], dtype: tf.DType
     ) -> Value:
-        """The number of elements along axes that a replica has, a scalar."""
+        """The number of elements along axes in a replica's part, a scalar."""
         cut_at = value.layout.dim if value.has_rows else None
         sizes = [value.dims[a] for a in axes if a != cut_at]
         if not value.has_rows:
@@ -471,7 +471,7 @@ class Emitter:
         return self.value(REPLICATED, [], stage.cache[key], stage, level)
 
     def _bind_symbols(self, value: Value) -> None:
-        """Notes where the sizes of a value can be measured, if nowhere else yet."""
+        """Notes where the sizes of a value can be measured, if not known yet."""
         for i, dim in enumerate(value.dims or ()):
             if (
                 isinstance(dim, Size)
@@ -485,9 +485,9 @@ class Emitter:
     # --- Changing layouts.
 
     def whole(self, value: Value) -> Value:
-        """The value, replicated: that is what an exchange is needed for."""
+        """The value, replicated; unless it already is, that takes an exchange."""
         if value.element is not None and not value.element.layout == REPLICATED:
-            raise NotImplementedError("a list of rows that is needed whole")
+            raise NotImplementedError("a list of rows that must be replicated")
         if value.is_replicated:
             return value
         if value.whole is None and value.source is not None:
@@ -518,8 +518,8 @@ class Emitter:
         return whole
 
     def _exchanged_open(self, value: Value) -> Value:
-        """As `_exchanged`, where what a row has depends on sizes of the global batch:
-        the rows travel as a dimension of their own."""
+        """Like `_exchanged`, for an inner size that is not a number: the rows are
+        gathered as a dimension of their own."""
         lies, dims = value.layout, list(value.dims or ())
         dims[lies.dim : lies.dim + 1] = [lies.blocks, ROWS, lies.inner]
         layout = by_rows(lies.dim + 1)
@@ -531,12 +531,12 @@ class Emitter:
         return whole
 
     def reach(self, level: int) -> None:
-        """Makes levels up to the given one."""
+        """Creates levels up to the given one."""
         while len(self.levels) <= level:
             self.levels.append(Level())
 
     def cut(self, value: Value, layout: Layout) -> Value:
-        """The rows of each replica, of a value that is replicated."""
+        """Each replica's rows of a replicated value."""
         cut = self.cut_before(value, layout)
         if cut is None:
             cut = self._sliced(value, layout)
@@ -544,7 +544,7 @@ class Emitter:
         return cut
 
     def cut_before(self, value: Value, layout: Layout) -> Value | None:
-        """As `cut`, from values that have no rows yet: none are computed in vain."""
+        """Like `cut`, but computes only these rows; None if no rule does that."""
         found = CUT_RULES.get(value.node.type) if value.node is not None else None
         return found(self, value, layout) if found else None
 
@@ -582,7 +582,7 @@ class Emitter:
         return cut
 
     def as_partial(self, value: Value) -> Value:
-        """A value as a sum over replicas: the first replica has it, others zeros."""
+        """A value as a partial sum: the first replica has it, the others zeros."""
         if value.is_partial:
             return value
         value = self.whole(value)
@@ -606,17 +606,17 @@ class Emitter:
         return self.cut(self.whole(value), layout)
 
     def stacked(self, value: Value) -> Value:
-        """What the replicas have of a value, along a new first dimension.
+        """The replicas' tensors of a value, stacked along a new first dimension.
 
         Args:
-            value: A value whose shape is the same on all replicas, in any layout: its
-                tensors are taken as they are.
+            value: A value in any layout, whose tensors have the same shape on all
+                replicas.
         """
         count = self.num_replicas
         own = self._own_slot(1 + value.rank)
 
         def slotted(tensor, own):
-            # Each replica puts its own into zeros, so that it travels with the sums.
+            # Each replica's tensor among zeros, so that it is exchanged with the sums.
             if tensor.dtype == tf.bool:
                 tensor = tf.cast(tensor, tf.int32)
             return tf.where(own, tf.expand_dims(tensor, 0), tf.zeros((), tensor.dtype))
@@ -624,7 +624,7 @@ class Emitter:
         return self.call(slotted, [value, own], PARTIAL, [count, *value.dims])
 
     def _own_slot(self, rank: int) -> Value:
-        """Which of all replicas a replica is, as a mask along the first dimension."""
+        """The index of a replica among all, as a mask along the first dimension."""
         stage, shape = self.levels[0].stage, [self.num_replicas] + [1] * (rank - 1)
         key = ("slot", rank)
         if key not in stage.cache:
@@ -634,18 +634,18 @@ class Emitter:
                 stage.cache[key] = tf.reshape(own, shape)
         return self.value(REPLICATED, shape, stage.cache[key], stage, 0)
 
-    # --- What one replica does for all.
+    # --- Operations that one replica runs for all.
 
     def once(
         self, node: Node, inputs: Sequence[Value], dims: Any = None, **attributes: int
     ) -> list[Value]:
-        """Emits a node on the first replica alone; its results go to all.
+        """Emits a node on the first replica only; its results go to all.
 
         Args:
             node: The node.
-            inputs: Its inputs, which are made whole.
-            dims: The shape of the only output, if more is known than what was traced.
-            **attributes: Attributes of the operation in place of its own.
+            inputs: Its inputs, in any layout; they are replicated first.
+            dims: The shape of the only output, if more is known than its static shape.
+            **attributes: Attributes that replace those of the operation.
         """
         inputs = [self.whole(v) for v in inputs]
         level = 0
@@ -689,7 +689,7 @@ class Emitter:
     def body(
         self, graph: Any, inputs: Sequence[Value]
     ) -> "tuple[Emitter, list[Value]]":
-        """Emits the body of a branch or of a loop: its emitter and its outputs."""
+        """Emits the body of a branch or a loop; returns its emitter and its outputs."""
         flat = Flat(graph)
         inner = Emitter(self.sizes, self.num_replicas, [], self.jit)
         resources: dict[int, Resource] = {}
@@ -706,7 +706,7 @@ class Emitter:
     def meeting(
         self, inputs: Sequence[Value], has_effect: bool
     ) -> tuple[int, list[Any]]:
-        """The level of a meeting that takes values, and their keys."""
+        """The level of a meeting with these inputs, and their keys."""
         level = self._effects if has_effect else 0
         keys = []
         for value in inputs:
@@ -721,7 +721,7 @@ class Emitter:
         return level, keys
 
     def arrived(self, level: int, like: Any) -> Value:
-        """A value that comes from a meeting, laid out as one of its programs says."""
+        """An output of a meeting, with the layout that its programs return."""
         value = Value(
             like.layout,
             like.dims,

@@ -1,4 +1,4 @@
-"""Exchanges between replicas: sums and gathers. No other file of steps exchanges."""
+"""Sums and gathers over replicas: all exchanges of a step are in this file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from distfit._keras import graphs
 
 
 class Replicas:
-    """The replicas of this process, and how they exchange.
+    """The replicas of this process, and their exchanges.
 
     Args:
-        strategy: The strategy; None where there is a single replica.
+        strategy: The strategy; None if there is a single replica.
         devices: The devices of the replicas of this process.
         num_replicas: Number of replicas of all processes.
         first: The index of the first replica of this process among all.
@@ -36,14 +36,14 @@ class Replicas:
         return len(self.devices)
 
     def only(self, index: int) -> "Replicas":
-        """One of these replicas alone, for what needs no exchange."""
+        """One of these replicas alone, where no exchange is needed."""
         return Replicas(None, [self.devices[index]], 1)
 
     def sum(self, parts: Sequence[list]) -> list[list]:
-        """Sums tensors over the replicas; those of one dtype travel as one buffer.
+        """All-reduces tensors by sum; those of one dtype are packed into one buffer.
 
         Args:
-            parts: For each tensor, what the replicas of this process have of it.
+            parts: For each tensor, its parts on the replicas of this process.
 
         Returns:
             For each tensor, its sum, on every replica of this process.
@@ -66,12 +66,13 @@ class Replicas:
         return sums
 
     def gather(self, parts: list, layout: Any, *, total, start, count) -> list:
-        """Joins the rows of all replicas.
+        """Gathers the rows of all replicas.
 
         Args:
-            parts: What the replicas of this process have.
+            parts: The parts on the replicas of this process.
             layout: A layout by rows.
-            total, start, count: The rows of the global batch, and of these replicas.
+            total, start, count: For each of these replicas, the rows of the global
+                batch, its first row and its number of rows.
 
         Returns:
             The whole tensor, on every replica of this process.
@@ -101,7 +102,7 @@ class Replicas:
             return _closed(joined, dim)
 
     def _gather_workers(self, own, layout, total, start, count) -> list:
-        """Each worker puts its rows into zeros, and these are summed."""
+        """Gathers by an all-reduce of each worker's rows, padded with zeros."""
         dim = layout.dim
         rows = tf.add_n(list(count))
         with tf.device(self.devices[0]):
@@ -138,7 +139,7 @@ def _all_on_cpu(devices: Sequence[str]) -> bool:
 
 
 def _flattened(*tensors: tf.Tensor) -> tf.Tensor:
-    # Fewer operations where there is nothing to reshape: a step prepares faster.
+    # No needless reshapes: with fewer operations, a step prepares faster.
     flat = [t if t.shape.rank == 1 else tf.reshape(t, [-1]) for t in tensors]
     return tf.concat(flat, 0)
 
@@ -159,10 +160,10 @@ def _split_like(flat: tf.Tensor, *tensors: tf.Tensor) -> list[tf.Tensor]:
 
 
 def _opened(tensor: tf.Tensor, dim: int, rows: Any, layout: Any) -> tf.Tensor:
-    """Dimension `dim` as three: blocks, rows and what a row has."""
+    """Splits dimension `dim` into three: blocks, rows and inner."""
     blocks = layout.blocks
     if not isinstance(blocks, int):
-        raise NotImplementedError("blocks of a size that is not known")
+        raise NotImplementedError("an unknown number of blocks of rows")
     inner = layout.inner if isinstance(layout.inner, int) else -1
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
     if inner > 0 and _all_known(before, after):
@@ -185,12 +186,12 @@ def _closed(tensor: tf.Tensor, dim: int) -> tf.Tensor:
 
 
 def _all_known(*shapes: tf.TensorShape) -> bool:
-    """Whether one size that is left open follows from the number of elements."""
+    """Whether a reshape can infer one more size from the number of elements."""
     return all(shape.is_fully_defined() and 0 not in shape for shape in shapes)
 
 
 def _wired(tensor: tf.Tensor) -> tf.Tensor:
-    """A tensor as one of a dtype that collectives can add, without loss."""
+    """Casts a tensor, without loss, to a dtype that collectives can sum."""
     if tensor.dtype in (tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16):
         return tf.cast(tensor, tf.int32)
     if tensor.dtype in (tf.uint32, tf.uint64):

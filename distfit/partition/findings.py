@@ -1,8 +1,8 @@
-"""What every replica computes in full: merged by line, with its share of the step.
+"""Operations that every replica computes in full, by line, with their share of a step.
 
-The share is measured in elements: of each operation those that it reads or those that
-it writes, whichever are more. It is no measure of time, but tells a trifle from what
-keeps more replicas from being faster.
+The share is measured in elements: for each operation those that it reads or those that
+it writes, whichever are more. It does not measure time, but separates what limits the
+speed of many replicas from what is negligible.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 from distfit.partition.tracing import Node
 
-# What a size counts for that the trace leaves open, such as the rows of a batch.
+# Stands for sizes that are unknown in the trace, such as the rows of a batch.
 _OPEN_SIZE = 32
-# Of all elements of a step: what is less is not worth a word.
+# A smaller share of the elements of a step is not reported.
 _TRIFLE = 0.01
 
 
@@ -23,7 +23,7 @@ class Finding:
 
     Attributes:
         type: The type of the operation.
-        line: Where the user's code makes it, as `file:line  source`.
+        line: Where the user's code creates it, as `file:line  source`.
         elements: The elements that it reads or writes, as `elements_of` counts them.
     """
 
@@ -34,12 +34,12 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class InFull:
-    """The operations of a type that a line makes and every replica computes in full.
+    """The operations of one type and line that every replica computes in full.
 
     Attributes:
         operation: The type of the operations.
-        line: Where the user's code makes them, as `file:line  source`.
-        share: Their part of the elements of the step, from 0 to 1.
+        line: Where the user's code creates them, as `file:line  source`.
+        share: Their share of the elements of the step, from 0 to 1.
     """
 
     operation: str
@@ -71,13 +71,13 @@ def merged(findings: Iterable[Finding], total: int) -> list[InFull]:
     for finding in findings:
         key = (finding.type, finding.line)
         found[key] = found.get(key, 0) + finding.elements
-    total = max(total, sum(found.values()), 1)  # Loops count what is in them once.
+    total = max(total, sum(found.values()), 1)  # `total` omits the bodies of loops.
     by_share = [InFull(*key, elements / total) for key, elements in found.items()]
     return sorted(by_share, key=lambda entry: -entry.share)
 
 
 def not_partitioned(findings: Sequence[Finding], total: int) -> str | None:
-    """One line on what every replica computes in full; None if it is a trifle.
+    """One line about what every replica computes in full; None if it is negligible.
 
     Args:
         findings: The findings of a step.

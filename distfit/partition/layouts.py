@@ -1,8 +1,8 @@
-"""Layouts: how a tensor of one device lies on N replicas; sizes that depend on rows.
+"""Layouts: how a tensor is distributed over N replicas; sizes that depend on rows.
 
 A dimension of a tensor is an `int` where its size is known, else a `Size`: a product of
 symbols. The symbol `BATCH` is the number of rows of the global batch; every other
-unknown size gets a symbol of its own, so two sizes are only called equal where that is
+unknown size gets a symbol of its own, so two sizes compare equal only where that is
 proven.
 """
 
@@ -32,7 +32,7 @@ ROWS = Size(1, (BATCH,))
 
 
 def unknown() -> Size:
-    """A size about which nothing is known: equal to itself only."""
+    """A size about which nothing is known; equal only to itself."""
     return Size(1, (f"d{next(_symbols)}",))
 
 
@@ -79,12 +79,12 @@ def _parts(dim: Dim) -> tuple[int, tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor lies on the replicas. Made by `REPLICATED`, `PARTIAL` and `by_rows`.
+    """How a tensor is distributed: `REPLICATED`, `PARTIAL`, or made by `by_rows`.
 
     Attributes:
-        kind: `"replicated"`: every replica has all of it. `"partial"`: it is the sum of
-            what the replicas have. `"rows"`: a replica has its rows of dimension `dim`,
-            whose size is `blocks · rows · inner`, in that order.
+        kind: `"replicated"`: every replica has the full tensor. `"partial"`: the tensor
+            is the sum of the replicas' parts. `"rows"`: a replica has its rows of
+            dimension `dim`, whose size is `blocks · rows · inner`, in that order.
     """
 
     kind: str
@@ -94,11 +94,11 @@ class Layout:
 
     @property
     def size(self) -> Dim:
-        """The size of the dimension that is cut by rows."""
+        """The global size of the dimension that is split by rows."""
         return product([self.blocks, ROWS, self.inner])
 
     def moved(self, dim: int) -> "Layout":
-        """The same rows as another dimension."""
+        """The same layout, with the rows in another dimension."""
         return dataclasses.replace(self, dim=dim)
 
     def __repr__(self) -> str:
@@ -112,22 +112,22 @@ PARTIAL = Layout("partial")
 
 
 def by_rows(dim: int, blocks: Dim = 1, inner: Dim = 1) -> Layout:
-    """The layout whose dimension `dim` of `blocks · rows · inner` is cut by rows."""
+    """The layout that splits dimension `dim`, of `blocks · rows · inner`, by rows."""
     return Layout("rows", dim, blocks, inner)
 
 
 class Sizes:
-    """What is known of sizes: the number of rows, where the input promises one.
+    """What is known about sizes: the number of rows, if the input pipeline fixes it.
 
-    With a fixed number of rows any two sizes can be compared as numbers.
+    With a fixed number, sizes that depend on the rows can be compared as numbers.
 
     Args:
         rows: The number of rows of every global batch, or None if it may change.
-        few_rows: Whether a batch whose number of rows is open may leave a replica
+        few_rows: Whether a batch of an unknown number of rows may leave a replica
             without any.
 
     Attributes:
-        needs_rows: Whether a rule took for granted that no replica is left without.
+        needs_rows: Whether a rule assumed that every replica has a row.
     """
 
     def __init__(self, rows: int | None = None, few_rows: bool = False):
@@ -136,7 +136,7 @@ class Sizes:
         self.needs_rows = False
 
     def number(self, dim: Dim) -> Dim:
-        """A dimension, as a number if it can be one."""
+        """A dimension, as a number if it is known."""
         if self.rows is None or not depends_on_rows(dim):
             return dim
         factor, symbols = _parts(dim)
@@ -153,7 +153,7 @@ class Sizes:
         return self.number(dim) == 1
 
     def broadcast(self, shapes: Sequence[Sequence[Dim]]) -> list[Dim]:
-        """The shape to which shapes broadcast; unknown where that is not proven."""
+        """The broadcast shape; its sizes are unknown where they are not proven."""
         rank = max(map(len, shapes))
         return [
             self._broadcast_dims(
@@ -172,5 +172,5 @@ class Sizes:
         if len(larger) == 1:
             return larger[0]
         numbers = [d for d in larger if is_known(self.number(d))]
-        # A size that is no number may be 1, or that very number.
+        # A symbolic size may be 1, or equal to that number.
         return numbers[0] if len(numbers) == 1 else unknown()

@@ -1,9 +1,9 @@
-"""A partitioned graph: stages, and between them what replicas do together.
+"""A partitioned graph: stages of each replica, and joint operations between them.
 
-A stage is the graph of what one replica does until the next exchange. It is built once
-and placed once for each replica; what differs between replicas (rows, handles of
-variables) are its inputs. Between two stages come the *meetings*: exchanges, operations
-that one replica does for all, branches and loops.
+A stage is the graph of one replica up to the next exchange. It is built once and placed
+once for each replica; its inputs are what differs between replicas (rows, handles of
+variables). Between two stages come the *meetings*: exchanges, operations that one
+replica runs for all, branches and loops.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from distfit.partition.exchanges import Replicas
 
 
 class Port:
-    """A tensor that a stage has from outside, and no stage computes."""
+    """A tensor that no stage computes: a program's input or a meeting's result."""
 
     __slots__ = ("dtype", "shape")
 
@@ -29,10 +29,10 @@ class Port:
 
 @dataclasses.dataclass(frozen=True)
 class RowPorts:
-    """What every program is told of the rows of a replica: int32 scalars.
+    """The inputs of every program that describe a replica's rows: int32 scalars.
 
-    `total` is the rows of the global batch, `start` the first row of this replica,
-    `count` its number of rows, `index` which of all replicas it is.
+    `total` is the number of rows of the global batch, `start` the first row of this
+    replica, `count` its number of rows, `index` its index among all replicas.
     """
 
     total: Port
@@ -48,13 +48,13 @@ class RowPorts:
         return [self.total, self.start, self.count, self.index]
 
 
-# What the tensors of a program are on all replicas of this process, by port or by
-# tensor of a stage.
+# The tensors of a program on all replicas of this process, by port or by tensor of a
+# stage.
 Placed = dict[Any, list[Any]]
 
 
 def key_of(tensor: Any) -> Any:
-    """The key of a tensor of a stage, or of a port, among what is placed."""
+    """The key in `Placed` of a tensor of a stage, or of a port."""
     return tensor.ref() if isinstance(tensor, tf.Tensor) else tensor
 
 
@@ -63,7 +63,7 @@ class Stage:
 
     def __init__(self, once: bool = False) -> None:
         self.graph = graphs.new_graph("stage")
-        self.once = once  # Whether one replica does it for all.
+        self.once = once  # Whether one replica runs it for all.
         self.inputs: dict[Any, tf.Tensor] = {}
         self.sources: dict[Any, Any] = {}
         self.exports: dict[Any, tf.Tensor] = {}
@@ -113,7 +113,7 @@ class Stage:
             placed[key] = tensors
 
     def _compiles(self) -> bool:
-        """Whether XLA is of use; it cannot take or return lists of tensors."""
+        """Whether XLA is useful; it cannot take or return lists of tensors."""
         crossing = [*self.inputs.values(), *self.exports.values()]
         if any(tensor.dtype in (tf.variant, tf.string) for tensor in crossing):
             return False
@@ -124,11 +124,11 @@ _TRIVIAL = {"Placeholder", "Const", "Identity", "NoOp"}
 
 
 class Meeting:
-    """What is done between two stages for all replicas of this process at once."""
+    """A joint operation of all replicas of this process, between two stages."""
 
     @property
     def programs(self) -> "list[Program]":
-        """The programs that are part of it."""
+        """The programs inside it."""
         return []
 
     def place(self, placed: Placed, replicas: Replicas, jit: bool) -> None:
@@ -148,10 +148,10 @@ class Program:
     """A graph for all replicas.
 
     Attributes:
-        inputs: Ports of what it is given: tensors of all replicas.
-        rows: Ports of the rows of the replicas.
-        levels: What it does, in order.
-        outputs: What it returns, as ports or tensors of stages.
+        inputs: The ports of its inputs.
+        rows: The ports that describe the rows of the replicas.
+        levels: Its meetings and stages, in order.
+        outputs: Its outputs, as ports or tensors of stages.
     """
 
     inputs: list[Port]
@@ -161,12 +161,12 @@ class Program:
 
     @property
     def meets(self) -> bool:
-        """Whether replicas must do anything together."""
+        """Whether it has any meetings."""
         return len(self.levels) > 1 or any(level.meetings for level in self.levels)
 
     @property
     def exchanges(self) -> "list[Exchange]":
-        """All exchanges, also those in branches and loops."""
+        """All exchanges, including those in branches and loops."""
         found: list[Exchange] = []
         for level in self.levels:
             for meeting in level.meetings:
@@ -204,11 +204,12 @@ class Program:
 
 @dataclasses.dataclass
 class Exchange(Meeting):
-    """Sums and gathers after a level, all in one exchange of a kind.
+    """The sums and gathers of a level; all sums travel together.
 
     Attributes:
-        sums: Pairs of what is summed and the port of the sum.
-        gathers: Triples of what is gathered, its layout and the port of the result.
+        rows: The ports that describe the rows of the replicas.
+        sums: Pairs of a partial tensor and the port of its sum.
+        gathers: Triples of a tensor, its layout and the port of the result.
     """
 
     rows: RowPorts
@@ -217,7 +218,7 @@ class Exchange(Meeting):
 
     @property
     def has_fixed_size(self) -> bool:
-        """Whether it exchanges as many numbers at each step."""
+        """Whether it exchanges the same number of elements at each step."""
         shapes = [port.shape for _, port in self.sums]
         return not self.gathers and all(s is not None and None not in s for s in shapes)
 
@@ -240,12 +241,12 @@ class Exchange(Meeting):
 class Nested(Meeting):
     """A meeting that runs programs: a branch or a loop.
 
-    It is one operation for all replicas if its programs meet, and else one for each.
+    It is one operation for all replicas if its programs have meetings, else one each.
 
     Attributes:
-        inputs: What it is given.
-        outputs: Ports of what it returns.
-        rows: Ports of the rows.
+        inputs: Its inputs.
+        outputs: The ports of its outputs.
+        rows: The ports that describe the rows of the replicas.
     """
 
     inputs: list[Any]
@@ -276,13 +277,13 @@ class Nested(Meeting):
 
 @dataclasses.dataclass
 class Branch(Nested):
-    """A `tf.cond` (or a `tf.switch_case`) whose branches are programs of the same
+    """A `tf.cond` (or a `tf.switch_case`) whose branches are programs with the same
     inputs and outputs.
 
     Attributes:
-        inputs: What selects the branch, and then what the branches are given.
+        inputs: The condition or index, then the inputs of the branches.
         outputs, rows: As in `Nested`.
-        branches: For `tf.cond`, the branch of False and that of True.
+        branches: For `tf.cond`, the branch for False, then the one for True.
     """
 
     branches: list[Program]
@@ -298,7 +299,7 @@ class Branch(Nested):
             def run():
                 outputs = program.place(given, rows, replicas, jit)
                 flat = [tensor for tensors in outputs for tensor in tensors]
-                # TensorFlow wants a branch to return something.
+                # TensorFlow requires a branch to return something.
                 return [tf.identity(t) for t in flat] or [tf.constant(0)]
 
             return run
@@ -321,8 +322,8 @@ class Loop(Nested):
         outputs, rows: As in `Nested`.
         condition: A program that returns a bool.
         body: A program that returns the loop's variables.
-        constant: For each variable, whether the body returns it as it was given.
-        shapes: The shapes that the variables keep.
+        constant: For each variable, whether the body returns it unchanged.
+        shapes: The shape invariants of the variables.
         parallel_iterations: As in `tf.while_loop`.
     """
 
@@ -353,7 +354,7 @@ class Loop(Nested):
             outputs = self.body.place(variables(flat), rows, replicas, jit)
             kept = [(i, tf.identity(t)) for i in moving for t in outputs[i]]
             for i, tensor in kept:
-                tensor.set_shape(self.shapes[i])  # What TensorFlow may not infer.
+                tensor.set_shape(self.shapes[i])  # TensorFlow may not infer it.
             return [tensor for _, tensor in kept]
 
         flat = tf.while_loop(

@@ -1,20 +1,19 @@
-"""Which rule an operation has, and which operations only move elements."""
+"""The rules by type of operation, and the operations that only move elements."""
 
 from collections.abc import Callable, Sequence
 
-# For each type of operation, what it does with layouts. A rule is given an Emitter, the
-# node and the values of its inputs, and returns the values of its outputs, or None if
-# it cannot tell.
+# Rules for layouts. A rule takes an Emitter, the node and the values of its inputs, and
+# returns the values of its outputs, or None if it does not apply.
 RULES: dict[str, Callable] = {}
 
 
-# For operations on sizes: given an Emitter, the node and the values of its inputs, the
-# elements of each output, where None is one that is not known; or None.
+# Rules for operations on sizes. A rule takes an Emitter, the node and the values of its
+# inputs, and returns the elements of each output, None for unknown ones; or None.
 SIZE_RULES: dict[str, Callable] = {}
 
 
-# For operations that repeat what they are given: given an Emitter, the value of their
-# output, which is replicated, and a layout by rows, its rows; or None.
+# Rules for operations that repeat their inputs. A rule takes an Emitter, the replicated
+# value of the output and a layout by rows, and returns only a replica's rows; or None.
 CUT_RULES: dict[str, Callable] = {}
 
 
@@ -25,12 +24,12 @@ def rule(*types: str) -> Callable:
 
 
 def size_rule(*types: str) -> Callable:
-    """Registers what types of operations do with sizes."""
+    """Registers a rule for types of operations on sizes."""
     return _registered(SIZE_RULES, types)
 
 
 def cut_rule(*types: str) -> Callable:
-    """Registers how the rows of what types of operations give are had without all."""
+    """Registers how to compute only a replica's rows of a replicated output."""
     return _registered(CUT_RULES, types)
 
 
@@ -38,14 +37,14 @@ def _registered(table: dict[str, Callable], types: Sequence[str]) -> Callable:
     def register(function: Callable) -> Callable:
         for type in types:
             if type in table:
-                raise ValueError(f"There is a rule for {type} already.")
+                raise ValueError(f"There is already a rule. Received: type={type!r}.")
             table[type] = function
         return function
 
     return register
 
 
-# Linear operations that give the same elements in another shape.
+# Linear operations that return the same elements in another shape.
 VIEWS = {
     *("Identity", "StopGradient", "Snapshot", "PreventGradient"),
     *("Reshape", "Squeeze", "ExpandDims", "Transpose"),

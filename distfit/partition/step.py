@@ -1,4 +1,4 @@
-"""A step of one device, on all replicas of this process.
+"""A step written for one device, on all replicas of this process.
 
 This is where the parts come together: the step is traced, its graph is laid out and
 emitted for all replicas, and placed where a compiled function needs it.
@@ -14,7 +14,7 @@ import tensorflow as tf
 from distfit._keras import graphs
 from distfit._keras.templates import Template
 from distfit.partition import (
-    rules,  # noqa: F401  # So that they are known.
+    rules,  # noqa: F401  # Registers them.
     tracing,
 )
 from distfit.partition.emission import Emitter
@@ -28,15 +28,15 @@ from distfit.partition.values import Resource, Value
 
 @dataclasses.dataclass
 class Share:
-    """What the replicas of this process get of a global batch.
+    """The share of a global batch that the replicas of this process get.
 
     Attributes:
-        parts: For each tensor of the batch, what each replica has of it: its rows, or
-            all of it where it has none.
-        wholes: For each tensor, all of it; None where this process has only a part.
+        parts: For each tensor of the batch, the part of each replica: its rows, or the
+            full tensor if that has no rows.
+        wholes: The full tensors; None for those of which this process has only a part.
         total, start, count: int32 scalars for each replica: the rows of the global
             batch, the first row of the replica and its number of rows.
-        index: For each replica, which of all it is.
+        index: The index of each replica among all.
     """
 
     parts: list[list]
@@ -48,7 +48,7 @@ class Share:
 
 
 class Step:
-    """`function(batch)` of one device, made for N replicas.
+    """`function(batch)`, written for one device, on N replicas.
 
     Args:
         function: Takes a batch, returns a structure of tensors.
@@ -56,25 +56,23 @@ class Step:
         has_rows: For each tensor of the batch, whether its first dimension is the rows.
         rows: The number of rows of every batch, or None if it may change.
         replicas: The replicas of this process.
-        first_replica: The index of the first of them among all.
-        scope: Returns the context in which variables that the step makes are created.
-        jit: Whether what lies between exchanges is compiled by XLA.
+        scope: Returns the context in which variables are created.
+        jit: Whether XLA compiles the stages between exchanges.
         shared_wholes: Whether every process has the whole batch.
-        keep_rows: Whether outputs that lie by rows are only those of this process.
-        does_the_same_again: Tells for the variables that the function has made whether
-            it is sure to take the same way again.
-        may_wait: Returns, once the step is traced, the variables whose values, if it
-            returns them, may be read when somebody asks for them. Others are read in
-            the step: they may change after it.
+        keep_rows: Whether outputs by rows keep only the rows of this process.
+        does_the_same_again: As in `tracing.trace`.
+        may_wait: Returns, once the step is traced, the variables whose values, if the
+            step returns them, may be read after it. Others are read in the step, as
+            they may change after it.
 
     Attributes:
         outputs: The structure that `function` returns, of tensors of the traced graph.
         layouts: The layout of each output.
-        lasting: For each output, whether it is a function of variables that may wait,
-            as they are after the step: then it is computed when it is asked for.
-        findings: What every replica computes in full.
-        needs_rows: Whether each replica must have a row of a batch, unless it is placed
-            as one of few rows.
+        lasting: For each output, whether it depends only on the values of `may_wait`
+            variables after the step, so that it can be computed on demand.
+        findings: The operations that every replica computes in full.
+        needs_rows: Whether each replica must have a row of a batch, unless the step is
+            placed with `few_rows`.
     """
 
     def __init__(
@@ -115,11 +113,11 @@ class Step:
 
     @property
     def elements(self) -> int:
-        """The elements of all operations, of which `findings` have their share."""
+        """The elements of all operations, to which `findings` are compared."""
         return sum(map(elements_of, self._flat.nodes))
 
     def lines_of(self, error: tf.errors.OpError) -> list[str]:
-        """Where the user's code makes the operations that an error of a run names."""
+        """Where the user's code creates the operations that a runtime error names."""
         return tracing.lines_of(error, self._graph)
 
     def _lasting(self, may_wait: list[tf.Variable]) -> list[bool]:
@@ -137,7 +135,7 @@ class Step:
                 waiting.add(node)
 
         def lasts(edge: Edge) -> bool:
-            """Whether it depends on nothing but the variables after the step."""
+            """Whether it depends only on values of variables after the step."""
             reached = tracing.reached([edge.node])
             reads = [n for n in reached if n.type == "ReadVariableOp"]
             others = reached.difference(reads, waiting)
@@ -149,7 +147,7 @@ class Step:
 
         return [lasts(edge) for edge in self._flat.outputs]
 
-    # --- Making the programs.
+    # --- Building the programs.
 
     def _plan(self) -> None:
         last = [i for i, lasts in enumerate(self.lasting) if lasts]
@@ -168,7 +166,7 @@ class Step:
 
     @functools.cached_property
     def _program_of_few_rows(self) -> Program:
-        """The program of batches that leave replicas without rows: seldom needed."""
+        """The program for batches that leave replicas without rows: rarely needed."""
         with tf.init_scope():
             return self._emitted_step(Sizes(self._rows, few_rows=True), [])
 
@@ -189,9 +187,9 @@ class Step:
         Args:
             nodes: The nodes, in order.
             outputs: Which outputs of the step it returns.
-            keep: Whether outputs that are sums over replicas stay their parts.
-            sizes: What is known of the number of rows.
-            findings: Gets what every replica computes in full.
+            keep: Whether partial outputs are returned as parts, not summed.
+            sizes: What is known about the number of rows.
+            findings: Receives the operations that every replica computes in full.
         """
         emitter = Emitter(sizes, self.replicas.num_replicas, findings, self.jit)
         self._feed(emitter)
@@ -222,7 +220,7 @@ class Step:
                 emitter.values[Edge(node, 0)] = emitter.input(
                     traced.dtype, REPLICATED, dims
                 )
-                emitter.input(tf.int32)  # In the place of a whole.
+                emitter.input(tf.int32)  # Unused; tensors with rows have two inputs.
                 continue
             assert_dims: Any = dims
             dims = [ROWS, *assert_dims[1:]]
@@ -245,14 +243,14 @@ class Step:
 
     @property
     def has_fixed_exchanges(self) -> bool:
-        """Whether replicas exchange as many numbers at each step."""
+        """Whether replicas exchange the same number of elements at each step."""
         if self.replicas.num_replicas == 1:
             return True
         return all(exchange.has_fixed_size for exchange in self._program.exchanges)
 
     @property
     def variables(self) -> list:
-        """The variables that the step takes from outside, in the order of their use.
+        """The variables that the step captures, in the order of their use.
 
         That order is the same on all workers.
         """
@@ -260,24 +258,24 @@ class Step:
 
     @property
     def _taken(self) -> list[tf.Variable | None]:
-        """What the step takes from outside: for each, the variable that it is."""
+        """For each capture of the step, its variable; None if it is no variable."""
         read = {id(v.handle): v for v in self._graph.variables}
         return [
             graphs.variable_of(handle) or read.get(id(handle))
             for handle, _ in self._graph.captures
         ]
 
-    # --- Placing them.
+    # --- Placing the programs.
 
     def place(self, share: Share, few_rows: bool = False) -> list[list]:
         """Adds the step to the current graph.
 
         Args:
-            share: What the replicas of this process get.
-            few_rows: Whether some replica may have no row, where `needs_rows`.
+            share: The share of the batch that the replicas of this process get.
+            few_rows: Whether a replica may have no row, if `needs_rows`.
 
         Returns:
-            For each output that is not lasting, what the replicas have of it.
+            For each output that is not lasting, its tensor on each replica.
         """
         if self.replicas.num_replicas == 1:
             return self._place_alone(share)
@@ -303,7 +301,7 @@ class Step:
 
     @property
     def returned(self) -> list[tuple]:
-        """The static shape and dtype of what `place` returns of each output."""
+        """The static shape and dtype of each output of `place`."""
         found = []
         for i in self._now:
             tensor = self._flat.outputs[i].node.outputs[self._flat.outputs[i].index]
@@ -329,7 +327,7 @@ class Step:
         """Adds the outputs of the step to the current graph.
 
         Args:
-            placed: What `place` has returned, of the latest step.
+            placed: The result of `place` for the latest step.
 
         Returns:
             The structure that the step returns.
@@ -353,7 +351,7 @@ class Step:
         return tracing.filled(self.outputs, flat)
 
     def _read(self) -> list[Any]:
-        """Adds the lasting outputs to the current graph: their values, in order."""
+        """Adds the lasting outputs to the current graph; returns them in order."""
         handles = [copies for _, copies in self._handles]
         if self.replicas.num_replicas == 1:
             captured = self._graph.inputs[self._num_leaves :]

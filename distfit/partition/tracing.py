@@ -1,6 +1,6 @@
-"""A step as one device's graph: traced, calls inlined, in the order of its operations.
+"""Traces a step for one device and flattens its graph: calls inlined, nodes in order.
 
-The result is a list of `Node`s. What the graph takes from outside are nodes of type
+The result is a list of `Node`s. Inputs and captures of the graph are nodes of type
 "Input"; every other node is an operation of the traced graph.
 """
 
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from distfit._keras import graphs, templates
 
-# Operations that are marked as stateful and need not happen if nobody uses the result.
+# Operations that are marked as stateful, but can be dropped if their result is unused.
 _READS = {
     *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"),
     *("VarHandleOp", "VarIsInitializedOp", "Placeholder", "PlaceholderWithDefault"),
@@ -42,8 +42,8 @@ class Node:
     Attributes:
         op: The `tf.Operation`.
         type: Its type, or "Input".
-        inputs: The edges that it takes.
-        outputs: The `tf.Tensor`s that it gives in the traced graph.
+        inputs: Its input edges.
+        outputs: Its output tensors in the traced graph.
     """
 
     __slots__ = ("op", "type", "inputs", "outputs")
@@ -61,11 +61,11 @@ class Node:
 
     @property
     def has_effect(self) -> bool:
-        """Whether it must happen even if nothing uses its result."""
+        """Whether it must run even if nothing uses its result."""
         return self.op.op_def.is_stateful and self.type not in _READS
 
     def line(self) -> str:
-        """Where the user's code makes it, as `file:line  source`; else its name."""
+        """Where the user's code creates it, as `file:line  source`; else its name."""
         return line_of(self.op) or self.op.name
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ def place_of(frames: Iterable[Any]) -> str | None:
 
 
 def line_of(op: tf.Operation) -> str | None:
-    """Where the user's code makes an operation, as `file:line  source`."""
+    """Where the user's code creates an operation, as `file:line  source`."""
     frame = _users_frame(op.traceback or ())
     if frame is None:
         return None
@@ -114,10 +114,10 @@ def operations(graph: Any) -> list[tf.Operation]:
 
 
 def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
-    """Where the user's code makes the operations that an error names.
+    """Where the user's code creates the operations that an error names.
 
     Args:
-        error: An error of what was made of the graph.
+        error: An error of a program that was emitted from the graph.
         graph: A traced graph.
     """
     named = {_PREFIX.sub("", name) for name in _NAMED.findall(error.message)}
@@ -125,7 +125,7 @@ def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
     return [line for line in dict.fromkeys(found) if line is not None]
 
 
-# How an error names an operation, and the prefix of what was emitted for a replica.
+# How an error names an operation, and the prefix of operations emitted for a replica.
 _NAMED = re.compile(r"\{\{node ([^}]+)\}\}")
 _PREFIX = re.compile(r"^.*\bstage\d+(?:_\d+)?/r\d+/")
 
@@ -139,7 +139,7 @@ class Flat:
     Attributes:
         inputs: The nodes of the graph's inputs, in order.
         nodes: All nodes that are not inputs, each after those that it depends on, and
-            operations with effects in the order in which they were made.
+            operations with effects in the order of their creation.
         outputs: The edges that the graph returns.
     """
 
@@ -187,9 +187,9 @@ def reached(nodes: Iterable[Node]) -> set[Node]:
 
 
 def in_order(graph: Any) -> Iterator[tf.Operation]:
-    """Operations in the order in which they were made, and after their inputs.
+    """Operations in the order of their creation, and after their inputs.
 
-    The first is not enough: the gradient of a loop gives it further inputs later.
+    The first alone is not enough: the gradient of a loop adds inputs to the loop later.
     """
     seen: set[tf.Operation] = set()
     for first in graph.get_operations():
@@ -212,11 +212,11 @@ _change: contextvars.ContextVar[Callable] = contextvars.ContextVar("change")
 
 @contextlib.contextmanager
 def changed(change: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Changes what is traced in the block, in this thread.
+    """Changes the graphs that are traced in the block, in this thread.
 
     Args:
         change: Takes the graph of a step and the structure of the specs of a batch, and
-            returns another graph that takes and gives the same.
+            returns another graph with the same inputs and outputs.
     """
     token = _change.set(change)
     try:
@@ -233,22 +233,22 @@ def trace(
 ) -> Any:
     """Traces `function(batch)` as for one device.
 
-    As with `tf.function`, a function that makes variables is traced a second time, and
-    that trace counts: in the first it may have taken its way for what was not there.
+    As with `tf.function`, a function that creates variables is traced a second time,
+    and that trace is used: the first may have branched on variables that were missing.
 
     Args:
         function: Takes a batch and returns a structure of tensors.
         spec: The structure of the specs of a batch.
-        scope: Returns the context in which variables that it makes are created.
-        does_the_same_again: Tells for the variables that it has made whether it is sure
-            to take the same way when they are there, so that one trace is enough.
+        scope: Returns the context in which variables are created.
+        does_the_same_again: Takes the variables that were created and returns whether
+            a second trace is certain to be the same, so that one is enough.
 
     Returns:
-        A `FuncGraph`; its captures are what the function takes from outside.
+        A `FuncGraph` with captures.
 
     Raises:
-        ValueError: if the function makes a variable of a value of the batch or of
-            variables, or makes variables each time that it is traced.
+        ValueError: if the function initialises a variable from the batch or from other
+            variables, or creates variables each time it is traced.
     """
     graph = _settled(function, spec, scope, does_the_same_again)
     return _change.get(lambda graph, spec: graph)(graph, spec)
@@ -257,7 +257,7 @@ def trace(
 def _settled(
     function: Callable, spec: Any, scope: Callable, does_the_same_again: Callable
 ) -> Any:
-    """The graph of a function that makes no variables any more."""
+    """The graph of a function, once it creates no more variables."""
     made: list[tf.Variable] = []
     graph = _trace(function, spec, scope, made, made)
     if not made or does_the_same_again(made):
@@ -267,8 +267,8 @@ def _settled(
     if again:
         raise ValueError(
             "A step may create variables only when it is traced for the first time. "
-            f"Received: {again[0].name!r}, created again. Create it before, or keep it "
-            "and create it only where it is not there yet."
+            f"Received: {again[0].name!r}, created again. Create it before the step, "
+            "or only if it does not exist yet, and keep it."
         )
     return graph
 
@@ -279,22 +279,22 @@ def _trace(
     """The graph of a function.
 
     Args:
-        function, spec, scope: Those of `trace`.
-        made: Gets the variables that the function makes.
-        lifted: Gets those that it makes in a `tf.init_scope`, or their copies.
+        function, spec, scope: As in `trace`.
+        made: Receives the variables that the function creates.
+        lifted: Receives those that it creates in a `tf.init_scope`, or their copies.
     """
 
     def create(next_creator, **kwargs):
-        if tf.executing_eagerly():  # Below, and after the creators of the scope.
+        if tf.executing_eagerly():  # Called from below, after the scope's creators.
             return next_creator(**kwargs)
         initial = kwargs.get("initial_value")
         if tf.is_tensor(initial) and not hasattr(initial, "numpy"):
             kwargs["initial_value"] = templates.value_of(initial)
             if kwargs["initial_value"] is None:
                 raise ValueError(
-                    "A variable cannot be created in a step from a value of the batch "
-                    f"or of variables. Received: a variable {kwargs.get('name')!r}. "
-                    "Create it before, or give it an initializer."
+                    "A variable created in a step cannot be initialised from the batch "
+                    f"or from variables. Received: name={kwargs.get('name')!r}. "
+                    "Create it before the step, or give it an initializer."
                 )
         kwargs.pop("colocate_with", None)
         with tf.init_scope(), scope():
@@ -305,7 +305,7 @@ def _trace(
     in_scope = False
 
     def create_lifted(next_creator, **kwargs):
-        """For what `tf.init_scope` takes out of the step, as layers do to be built."""
+        """For variables created in `tf.init_scope`, as when layers are built."""
         nonlocal in_scope
         if in_scope or tf.distribute.has_strategy():
             new = next_creator(**kwargs)
@@ -328,7 +328,7 @@ def _trace(
 
 
 def filled(structure: Any, tensors: Iterable[Any]) -> Any:
-    """A structure that a step returns, with other tensors in place of its own."""
+    """A structure that a step returns, with its tensors replaced."""
     new = iter(tensors)
     leaves = tf.nest.flatten(structure, expand_composites=True)
     flat = [next(new) if tf.is_tensor(leaf) else leaf for leaf in leaves]

@@ -1,4 +1,4 @@
-"""A tensor of the traced graph, as the replicas have it."""
+"""A tensor of the traced graph on the replicas: layout, shape, where it is computed."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +13,13 @@ from distfit.partition.tracing import Node
 
 @dataclasses.dataclass(eq=False)
 class Resource:
-    """A variable or another resource that a graph takes from outside.
+    """A variable or another resource that a graph captures.
 
     Attributes:
         kind: `"mirrored"`: each replica has its copy. `"summed"`: each replica has a
             part, and the value is their sum. `"single"`: there is one in this process.
-        level: The level of the latest operation on it, so that their order is kept.
-        read: What reading it has given, while nothing has written to it since.
+        level: The level of the latest operation on it, to keep them in order.
+        read: The cached value of a read, until the next write.
     """
 
     kind: str
@@ -29,12 +29,12 @@ class Resource:
 
 @dataclasses.dataclass
 class Element:
-    """How the elements of a list of tensors lie.
+    """The layout of the elements of a list of tensors.
 
     Attributes:
         layout: Their layout.
         dims: Their global shape; None if their rank is unknown.
-        sizes: As in `Value`, if all elements are these.
+        sizes: As in `Value`, if they are the same for all elements.
     """
 
     layout: Layout
@@ -43,25 +43,24 @@ class Element:
 
 
 class Value:
-    """What a tensor of one device is on the replicas.
+    """A tensor of the traced graph on the replicas.
 
     Attributes:
-        layout: How it lies.
+        layout: Its layout.
         dims: Its global shape; None if its rank is unknown.
         dtype: Its dtype.
-        sizes: For a small tensor of integers that follow from shapes, its elements as
+        sizes: For a small tensor of integers derived from shapes, its elements as
             `Dim`s: an array of objects.
         level: The first level whose stage can use it.
         ready: The first level whose meetings can use it.
         home, tensor: The stage that computes it and its tensor there; for a value that
             comes from a meeting, None and a port.
-        constant: A node to copy wherever the value is used.
-        whole: The same value, replicated, once it was asked for.
-        element: For a list of tensors, how its elements lie; None while it has none.
-        resource: The resource that it is a handle of.
-        node: The node that gives it.
-        source: For a sum that is another view of a sum, the node that views it and the
-            inputs of that node.
+        constant: For a constant, its node, which is copied wherever it is used.
+        whole: The same value, replicated; None until it is needed.
+        element: For a list of tensors, the layout of its elements; None if unknown.
+        resource: For a handle, its resource.
+        node: The node that outputs it.
+        source: For a view of a partial sum, the node of the view and its inputs.
     """
 
     __slots__ = (
@@ -85,7 +84,7 @@ class Value:
         resource: Resource | None = None,
     ):
         self.layout = layout
-        # Rules look for None first, so the type checker is not told of it.
+        # Any, because rules check for None first, which the type checker cannot see.
         self.dims: Any = None if dims is None else list(dims)
         self.dtype = dtype
         self.level = level
@@ -122,7 +121,7 @@ class Value:
         return self.sizes is not None and all(s is not None for s in self.sizes.flat)
 
     def local_shape(self) -> list[int | None] | None:
-        """The static shape of what a replica has."""
+        """The static shape of a replica's part."""
         if self.dims is None:
             return None
         shape: list[int | None] = [d if isinstance(d, int) else None for d in self.dims]
@@ -135,12 +134,12 @@ class Value:
 
 
 def may_be_size(tensor: tf.Tensor) -> bool:
-    """Whether a tensor may hold sizes, or what comes of comparing them."""
+    """Whether a tensor may hold sizes, or results of comparing them."""
     return tensor.dtype.is_integer or tensor.dtype.is_bool
 
 
 def measured(dims: Iterable[Any]) -> Iterator[str]:
-    """The symbols in dimensions that are measured on a tensor: all but the rows."""
+    """The symbols in dimensions that are read off a tensor: all except the rows."""
     for dim in dims:
         if isinstance(dim, Size):
             yield from (symbol for symbol in dim.symbols if symbol != BATCH)

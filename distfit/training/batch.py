@@ -1,4 +1,4 @@
-"""One batch: its rows, what tells it from others, what of it is absent."""
+"""One batch: its number of rows, its fingerprint, its absent parts."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from distfit.cluster import workers
 
 
 def fingerprint(arrays: Any) -> list:
-    """For each array or tensor, its shape and what tells some of its rows from others.
+    """For each array or tensor, its shape and a checksum of some of its rows.
 
-    Of anything else, None.
+    None for anything else.
     """
     return [_fingerprint(array) for array in tree.flatten(arrays)]
 
@@ -22,13 +22,13 @@ def _fingerprint(array: Any) -> Any:
         return None
     some = array[:: max(len(array) // 64, 1)] if array.ndim else array
     rows = np.asarray(some)
-    # Of Python objects, such as texts, the bytes are but their addresses.
+    # The bytes of Python objects, such as strings, are only their addresses.
     content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
     return tuple(array.shape), workers.checksum(content)
 
 
 def num_rows(batch: Any) -> Any:
-    """The number of rows of a batch: of its first tensor with any. An int32 scalar."""
+    """The number of rows of a batch's first non-scalar tensor, an int32 scalar."""
     first = next(t for t in tree.flatten(batch) if t is not None and t.shape.rank != 0)
     if isinstance(first, tf.SparseTensor):
         return tf.cast(first.dense_shape[0], tf.int32)
@@ -38,7 +38,7 @@ def num_rows(batch: Any) -> Any:
 
 
 def without_optionals(batch: Any) -> Any:
-    """Turns the empty optionals by which Keras's adapters say None into None."""
+    """Replaces the empty optionals, Keras's adapters' form of None, with None."""
     return tree.map_structure(
         lambda t: None if isinstance(t, tf.experimental.Optional) else t, batch
     )

@@ -1,4 +1,4 @@
-"""What must be there before a step is compiled, and is checked before any work."""
+"""Checks of a model before its steps are compiled."""
 
 import warnings
 
@@ -20,7 +20,7 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 
 
 def runs_eagerly(model: keras.Model) -> bool:
-    """Whether steps run operation by operation, as the model or TensorFlow is told."""
+    """Whether the model or TensorFlow is set to run steps eagerly."""
     return model.run_eagerly or tf.config.functions_run_eagerly()
 
 
@@ -34,19 +34,19 @@ def check_compiled(model: keras.Model, method: str) -> None:
 
 
 def check_runs_steps(model: keras.Model, kind: str) -> None:
-    """Raises a `ValueError` if what runs the steps of a kind is not that of Keras."""
+    """Raises a `ValueError` if a model overrides `make_{kind}_function`."""
     if _is_overridden(model, f"make_{kind}_function"):
         raise ValueError(
-            f"distfit runs the `{kind}_step` of a model itself, and would leave out a "
-            f"`make_{kind}_function` of its own. Received: {type(model).__name__}, "
-            f"which overrides that. Put what it does into `{kind}_step`."
+            f"distfit runs `{kind}_step` itself and would ignore the model's own "
+            f"`make_{kind}_function`. Received: {type(model).__name__}, which "
+            f"overrides it. Put what it does into `{kind}_step`."
         )
 
 
 def check_in_scope(model: keras.Model) -> None:
-    """Raises a `ValueError` if a model was built before the scope of its strategy.
+    """Raises a `ValueError` if a model was built outside the scope of its strategy.
 
-    Single variables from outside are fine: each worker has one copy of such.
+    Single variables from outside are fine: each worker has one copy of them.
     """
     strategy = model.distribute_strategy
     values = [_keras.underlying(variable) for variable in model.variables]
@@ -66,21 +66,21 @@ _STEPS = (
 )
 
 
-# Without the one whose first step differs: it scales a loss before it has a scale.
+# LossScaleOptimizer is left out: its first step runs before it has a loss scale.
 _OPTIMIZERS = {
     value for value in vars(keras.optimizers).values() if isinstance(value, type)
 }.difference([keras.optimizers.LossScaleOptimizer])
 
 
 def does_the_same_again(model: keras.Model, made: list[tf.Variable]) -> bool:
-    """Whether the steps of a model are sure to take the same way a second time.
+    """Whether the steps of a model are certain to do the same a second time.
 
-    That is so for the steps of `keras.Model` itself, if they have made only what
-    `compile()` leaves to be made in a step.
+    True for the steps of `keras.Model` itself, if they created only the variables that
+    `compile()` leaves to the first step.
 
     Args:
         model: The model.
-        made: The variables that a step has made, or their copies.
+        made: The variables that a step created, or their copies.
     """
     if any(name in vars(model) or _is_overridden(model, name) for name in _STEPS):
         return False
@@ -121,18 +121,18 @@ def check_metrics(model: keras.Model) -> None:
     for name in sorted(metric.name for metric in missing):
         warnings.warn(
             f"The metric {name!r} is an attribute of the model but not in its "
-            "`metrics`, so it is never reset: it will mix epochs. Add it to the "
-            "`metrics` property.",
+            "`metrics`, so it is never reset and accumulates over all epochs. Add it "
+            "to the `metrics` property.",
             stacklevel=2,
         )
 
 
 def states_of_metrics(model: keras.Model) -> list[tf.Variable]:
-    """The variables of all metrics of a model, which steps alone change."""
+    """The variables of all metrics of a model, which only steps change."""
     states = [v for metric in metrics_of(model) for v in metric.variables]
     return [_keras.underlying(state) for state in states]
 
 
 def metrics_of(model: keras.Model) -> list[keras.metrics.Metric]:
-    """All metrics of a model, also those that its `metrics` leaves out."""
+    """All metrics of a model, including those missing from its `metrics`."""
     return list(dict.fromkeys([*model.metrics, *_keras.tracked_metrics(model)]))

@@ -47,7 +47,7 @@ def partitioned(
         except Exception:
             if not has_others():
                 raise
-    # The step makes an optimizer when it is traced for the first time.
+    # The step creates an optimizer when it is first traced.
     with optimizers.of_one_device(strategy.scope):
         return make()
 
@@ -68,17 +68,17 @@ def compiled(method: Callable, replicas: Replicas) -> Callable:
 
 
 def compiled_for_iterators(driver: Any, name: str) -> Callable:
-    """The same of a driver's method whose first argument is an iterator.
+    """As `compiled`, for a driver's method whose first argument is an iterator.
 
-    Other tensors are given by position, Python values by keyword.
+    Pass other tensors by position and Python values by keyword.
     """
     function = calls.IteratorCalls(_function(getattr(driver, name)))
     return _rounding_alike(function, driver.replicas)
 
 
 def _function(method: Callable) -> Callable:
-    # TensorFlow takes a method for a function of its object, and models that are
-    # compared with one another for one function that is traced again and again.
+    # TensorFlow would take the methods of several models, which `verify` compares, for
+    # one function that is retraced again and again.
     return tf.function(
         functools.partial(method), autograph=False, reduce_retracing=True
     )
@@ -90,7 +90,7 @@ def _rounding_alike(function: Callable, replicas: Replicas) -> Callable:
 
 
 def naming_lines(method: Callable) -> Callable:
-    """A method of a driver whose errors name the lines of the user's step."""
+    """Makes the errors of a driver's method name the lines of the user's step."""
 
     @functools.wraps(method)
     def run(self, *args):

@@ -1,4 +1,4 @@
-"""Any input -> batches, of the whole or of a shard for each worker."""
+"""Turns any input into global batches, or into a shard for each worker."""
 
 import tensorflow as tf
 
@@ -8,7 +8,7 @@ from distfit.training.shards import Shards, shard
 
 
 def make_batches(strategy, x, y=None, sample_weight=None, **arguments) -> GlobalBatches:
-    """The batches of what `fit()` takes, which may be a `dataset_fn`."""
+    """The batches of any input of `fit()`, including a `dataset_fn`."""
     is_function = callable(x) and not isinstance(x, tf.data.Dataset)
     if not is_function:
         batches = GlobalBatches(x, y, sample_weight, **arguments)
@@ -17,8 +17,8 @@ def make_batches(strategy, x, y=None, sample_weight=None, **arguments) -> Global
         return batches
     if y is not None or sample_weight is not None:
         raise ValueError(
-            "The dataset of a `dataset_fn(input_context)` gives targets and weights "
-            f"itself. Received: x={x}, with y or sample_weight. Give x alone."
+            "The dataset of a `dataset_fn(input_context)` must contain targets and "
+            f"weights itself. Received: x={x}, with y or sample_weight. Pass only x."
         )
     kept = {k: arguments.get(k) for k in ("steps_per_epoch", "class_weight")}
     if strategy.num_replicas_in_sync == 1:

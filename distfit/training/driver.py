@@ -37,9 +37,9 @@ class StepDriver:
     Args:
         model: A compiled `keras.Model`.
         step: The bound `train_step` or `test_step`.
-        layout: The specs of a global batch, and what of it has rows.
+        layout: The specs of a global batch, and which of its tensors have rows.
         sharded: Whether each replica brings its own rows.
-        watch: Looks for losses that are not finite, if anybody wants to know.
+        watch: Watches for non-finite losses; None to skip that.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StepDriver:
 
     @naming_lines
     def run(self, batches: GlobalBatches, steps: int) -> int:
-        """Runs up to `steps` steps and returns how many the data were good for."""
+        """Runs up to `steps` steps and returns how many there were data for."""
         if self.eagerly:
             return self._run_eagerly(batches, steps)
         if steps > 1 and self.takes_single_steps:
@@ -98,8 +98,8 @@ class StepDriver:
     def takes_single_steps(self) -> bool:
         """Whether steps cannot be fused.
 
-        In a loop TensorFlow takes the exchanges of all steps for one and the same: on
-        several workers they fail when their size changes.
+        In a loop, TensorFlow treats the exchanges of all steps as one collective, which
+        fails on several workers when its size changes.
         """
         return self.workers.count > 1 and not self.step.has_fixed_exchanges
 
@@ -120,7 +120,7 @@ class StepDriver:
         self._latest = None
 
     def results(self) -> dict[str, float]:
-        """The logs of the latest step: a sum over replicas where they need one."""
+        """The logs of the latest step: summed over replicas where needed."""
         if self._latest is None:
             return {}
         if self.eagerly:
@@ -131,9 +131,9 @@ class StepDriver:
     def results_of_epoch(self) -> dict[str, float]:
         """The logs of an epoch.
 
-        As in stock Keras these are the results of the model's metrics if their names
-        are the same, although the step may have returned something else. A metric that
-        the step does not update is left out of that: stock Keras logs 0 for it.
+        As in stock Keras these are the results of the model's metrics if the names are
+        the same, even if the step returned other values. A metric that the step does
+        not update keeps the value the step returned: stock Keras logs 0 for it.
         """
         logs = self.results()
         if not logs or not (self.eagerly or self.step.returned):
@@ -146,7 +146,7 @@ class StepDriver:
         }
 
     def _names_not_updated(self) -> list[str]:
-        """Names of metrics whose state is still what it is after a reset."""
+        """Names of metrics whose state is all zeros, as after a reset."""
         idle = [
             metric
             for metric in self.model.metrics
@@ -159,7 +159,7 @@ class StepDriver:
         """The variables that the step uses."""
         return [] if self.eagerly else self.step.variables
 
-    # What is compiled.
+    # Compiled methods.
 
     def _run_next(self, iterator):
         return self._run_batch(next(iterator))
@@ -175,17 +175,17 @@ class StepDriver:
         return self._packed(latest)
 
     def _run_ahead(self, iterator, ahead, steps, few_rows):
-        """Runs steps while there are data, always one batch ahead of the step.
+        """Runs steps while there are data, reading one batch ahead.
 
         Args:
             iterator: The iterator of the data.
-            ahead: What `_read_ahead` has read of it.
-            steps: The most steps to run.
-            few_rows: Whether for batches that leave replicas without rows, or for such
-                that do not; of no meaning for a step that does not need rows.
+            ahead: The latest result of `_read_ahead`.
+            steps: The maximum number of steps.
+            few_rows: Whether to run only batches that leave replicas without rows, or
+                only batches that do not; ignored if the step does not need rows.
 
         Returns:
-            How many steps were run, what is ahead then, and the outputs of the step.
+            The number of steps run, the batch ahead, and the outputs of the last step.
         """
 
         def body(step, ahead, *latest):
@@ -206,7 +206,7 @@ class StepDriver:
         return iterator.get_next_as_optional()
 
     def _is_next(self, ahead, few_rows: bool) -> tf.Tensor:
-        """Whether there is a batch, and it is one to be run."""
+        """Whether a batch is ahead, and of the kind that `few_rows` selects."""
         if self._sharded:
             counts = ahead[1]
             every = self.step.needs_rows and not few_rows
@@ -249,14 +249,14 @@ class StepDriver:
             few_rows = self.step.needs_rows and not few_rows
         if done < steps and batches.length_is_known:
             raise ValueError(
-                "The data ended before the number of batches that they promise. "
+                "The data ended before their declared number of batches. "
                 f"Received: {done} of {steps} more batches. Correct the length of the "
                 "dataset."
             )
         return done
 
     def _nothing(self) -> list[tf.Tensor]:
-        """What stands for the outputs of a step before there is one."""
+        """Zeros in place of the outputs of a step, before the first step."""
         return [
             _zeros(shape, dtype)
             for shape, dtype in self.step.returned
@@ -264,11 +264,11 @@ class StepDriver:
         ]
 
     def _flat(self, placed: list[list]) -> list[tf.Tensor]:
-        """The outputs of a step for a loop to carry."""
+        """The outputs of a step as flat loop variables."""
         flat = []
         for tensors, (shape, _) in zip(placed, self.step.returned, strict=True):
             for tensor in map(tf.identity, tensors):
-                tensor.set_shape(shape)  # What TensorFlow may not infer.
+                tensor.set_shape(shape)  # TensorFlow may not infer it.
                 flat.append(tensor)
         return flat
 
@@ -285,7 +285,7 @@ class StepDriver:
             if isinstance(batches, Shards):
                 raise ValueError(
                     "Shards cannot be run eagerly. Received: a dataset_fn and "
-                    "run_eagerly=True. Give a dataset of global batches."
+                    "run_eagerly=True. Pass a dataset of global batches."
                 )
             if batches.length_is_known:
                 batch = next(batches.iterator())
@@ -298,7 +298,7 @@ class StepDriver:
 
 
 def _zeros(shape: list[int | None], dtype: tf.DType) -> tf.Tensor:
-    """Zeros that a tensor of this shape, open sizes included, may follow in a loop."""
+    """Zeros to start a loop variable of this shape, which may have open sizes."""
     zeros = tf.zeros([d or 0 for d in shape], dtype)
     if None not in shape:
         return zeros

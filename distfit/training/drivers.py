@@ -1,4 +1,4 @@
-"""The compiled steps that a model has, for batches of each kind."""
+"""The compiled steps of a model, for batches of each layout."""
 
 import logging
 import operator
@@ -30,22 +30,22 @@ def step_driver(
         model: The model.
         kind: `"train"` or `"test"`.
         batches: The data.
-        watched: Whether the steps look for losses that are not finite.
+        watched: Whether the steps watch for non-finite losses.
     """
     sharded = isinstance(batches, Shards)
     return cached_driver(model, kind, batches.layout, sharded, watched)
 
 
-# Where a model has its compiled steps. They refer to the model: a table of models, even
-# with weak keys, would keep all of them for ever.
+# The attribute that holds a model's compiled steps. They refer to the model: a table of
+# models, even with weak keys, would keep all of them alive.
 _DRIVERS = "_distfit_drivers"
 
 
 def drivers_of(model, kind: str) -> dict[tuple, Any]:
     """The compiled steps of a kind.
 
-    They are kept until a model is compiled anew, or its functions of stock Keras are
-    made anew.
+    They are kept until the model is compiled again or the functions of stock Keras are
+    made again.
     """
     checks.check_runs_steps(model, kind)
     functions = [getattr(model, f"{kind}_function") for kind in _KINDS]
@@ -53,7 +53,7 @@ def drivers_of(model, kind: str) -> dict[tuple, Any]:
     known = vars(model).get(_DRIVERS)
     if known is None or any(map(operator.is_not, known[0], made_for)):
         known = (made_for, {kind: {} for kind in _KINDS})
-        object.__setattr__(model, _DRIVERS, known)  # Nothing for Keras to track.
+        object.__setattr__(model, _DRIVERS, known)  # Keras must not track it.
     return known[1][kind]
 
 
@@ -80,9 +80,9 @@ def predict_driver(model, layout: Layout, sharded: bool = False) -> PredictDrive
 
 
 def _signature(layout: Layout) -> str:
-    """What distinguishes batches for which a step may do different things.
+    """Identifies batches that the same traced step can process.
 
-    A step is traced for these sizes, of which the numbers may be in its graph.
+    A step is traced for these sizes and may have their numbers in its graph.
     """
     specs = tree.map_structure(_shape_and_dtype, layout.spec)
     return f"{specs} {layout.has_rows}"
@@ -95,22 +95,22 @@ def _shape_and_dtype(spec) -> str:
 
 
 def driver_on(model, kind: str, batch, exact: Layout, cached: Callable) -> Any:
-    """The compiled steps for batches like one, of which `exact` is the layout.
+    """The compiled steps for batches like this one, whose layout is `exact`.
 
-    Once there were batches of other sizes, those for batches of any sizes, as a
-    `tf.function` relaxes what it takes, if the step can do without knowing them.
+    After batches of other sizes, the steps for any sizes, as a `tf.function` relaxes
+    shapes, unless the step must know the sizes.
     """
     known = {signature for signature, *_ in drivers_of(model, kind)}
     if known and _signature(exact) not in known:
         try:
             return cached(layout_of(batch, any_sizes=True))
         except Exception:
-            logging.getLogger("distfit").debug("A step needs sizes.", exc_info=True)
+            logging.getLogger("distfit").debug("The step needs sizes.", exc_info=True)
     return cached(exact)
 
 
 def layout_of(batch, any_sizes: bool = False) -> Layout:
-    """The layout of batches like one: of any number of rows, or of any sizes."""
+    """The layout of batches like this one, with any number of rows or any sizes."""
 
     def like(tensor):
         if tensor is None:

@@ -17,9 +17,9 @@ from distfit.training.batch import without_optionals
 class EagerStep:
     """A step run operation by operation, on the first device, with the whole batch.
 
-    Every worker does the same. What metrics hold, they hold as a sum over replicas:
-    within a step the first replica of each worker has all of it, between steps only the
-    chief has.
+    Every worker does the same. The state of a metric is a sum over replicas: within a
+    step the first replica of each worker holds the whole sum, between steps only the
+    chief does.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Where a loss first stopped being finite: the step of an epoch, and the replica."""
+"""Finds the first step of an epoch with a non-finite loss, and the replica."""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from distfit.training import checks
 
 
 class FiniteWatch:
-    """Notes, inside the compiled step, the first step with a NaN or an infinity.
+    """Records, inside the compiled step, the first step with a NaN or an infinity.
 
-    It is part of the step that is traced, so it sees the logs of the global batch, and
-    fused steps are told apart. Logs with "loss" in their name are looked at, or all if
-    none has it.
+    It is traced as part of the step, so it sees the logs of the global batch and tells
+    fused steps apart. It checks the logs with "loss" in their name, or all logs if
+    there are none.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class FiniteWatch:
             self._first_bad_step = tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def around(self, step: Callable) -> Callable:
-        """A step that does the same, and looks at the logs that it returns."""
+        """The same step, with a check of the logs that it returns."""
 
         @functools.wraps(step)
         def watched(batch):
@@ -46,17 +46,17 @@ class FiniteWatch:
             self._first_bad_step.assign(tf.where(is_first, step, known))
 
     def reset(self) -> None:
-        """Starts counting steps anew."""
+        """Restarts the count of steps."""
         self._step.assign(0)
         self._first_bad_step.assign(0)
 
     def first(self) -> int | None:
-        """The first bad step since the reset, counted from 1; None if all was well."""
+        """The first bad step since the reset, counted from 1; None if there is none."""
         return int(self._first_bad_step.numpy()) or None
 
 
 def _floats(logs: Any) -> list[tf.Tensor]:
-    """The losses among the logs, or all of them, as far as they are floats."""
+    """The floats among the losses, or among all logs if there are no losses."""
     if isinstance(logs, dict):
         losses = {name: log for name, log in logs.items() if "loss" in name}
         logs = losses or logs
@@ -66,15 +66,15 @@ def _floats(logs: Any) -> list[tf.Tensor]:
 
 
 def bad_replica(model: keras.Model) -> int | None:
-    """The replica that has spoilt the metrics of a model; None if it is not one alone.
+    """The replica whose metrics are not finite; None unless it is exactly one.
 
-    Replicas keep their own part of what a metric sums up, so this is the one whose rows
-    gave the value; or it is the first, which adds what all of them compute alike.
+    Each replica keeps its own part of a metric's sum, so this is the one whose rows
+    gave the value; or the first, which alone adds values that all replicas compute.
     """
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return 0
-    if checks.runs_eagerly(model):  # On the first replica, with all rows.
+    if checks.runs_eagerly(model):  # The first replica has all rows.
         return None
     team = workers.of(strategy)
     bad: set[int] = set()

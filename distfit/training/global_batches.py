@@ -37,11 +37,11 @@ class GlobalBatches:
 
     Attributes:
         dataset: A `tf.data.Dataset` of global batches.
-        layout: The specs of a global batch, and what of it has rows.
+        layout: The specs of a global batch, and which of its tensors have rows.
         num_batches: Number of batches in the data; None if unknown or infinite.
         epoch_steps: Number of steps of an epoch; None if unknown.
-        first_batch: The fingerprint of the first batch that was read of the data in
-            this epoch, once `note_first_batch()` is called; else None.
+        first_batch: The fingerprint of the first batch read in this epoch, after
+            `note_first_batch()` was called; else None.
 
     Raises:
         ValueError: if there are no data, or they are not batches of tensors or of
@@ -99,11 +99,11 @@ class GlobalBatches:
 
     @property
     def length_is_known(self) -> bool:
-        """Whether it is known beforehand how many steps the data are good for."""
+        """Whether the number of steps in the data is known in advance."""
         return self.num_batches is not None or self._never_ends
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What must be the same on every worker, of data that are called `name`."""
+        """What must be the same on every worker, for data called `name`."""
         facts = {
             "batch size": getattr(self._adapter, "batch_size", None),
             "number of batches": self.num_batches,
@@ -115,7 +115,7 @@ class GlobalBatches:
         return {f"{fact} of {name}": value for fact, value in facts.items()}
 
     def note_first_batch(self) -> None:
-        """Has `first_batch` noted, where the order of rows is not known beforehand."""
+        """Records `first_batch` from now on, unless the order is known in advance."""
         if isinstance(self._adapter, _keras.ArrayDataAdapter):
             return
         self.first_batch = []
@@ -128,7 +128,7 @@ class GlobalBatches:
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
 
-        With `steps_per_epoch`, an epoch goes on where the last one stopped.
+        With `steps_per_epoch`, an epoch continues where the last one stopped.
         """
         self._adapter.on_epoch_begin()
         goes_on = self.steps_per_epoch is not None or self._one_pass
@@ -151,7 +151,7 @@ class GlobalBatches:
         self._adapter.on_epoch_end()
 
     def _release_iterator(self) -> None:
-        """Lets go of the iterator, without waiting for it to end.
+        """Releases the iterator without waiting for it to end.
 
         The tuning thread of a tf.data pipeline ends at its next tick, which may take
         twice the time of an epoch.
@@ -161,15 +161,15 @@ class GlobalBatches:
             threading.Thread(target=held.clear, daemon=True).start()
 
     def _skip_an_order(self) -> None:
-        """Makes an iterator in vain, as stock Keras does at the end of counted batches.
+        """Creates an unused iterator, as stock Keras does after counted batches.
 
-        A shuffle with a seed takes another order for each.
+        A seeded shuffle uses another order for each iterator.
         """
         if isinstance(self._arrays[0], tf.data.Dataset):
             iter(self.dataset)
 
     def has_next(self) -> bool:
-        """Whether there is another batch, as far as one has to look to know."""
+        """Whether another batch exists; reads ahead only if the length is unknown."""
         return self.length_is_known or bool(self.take_next().has_value())
 
     @property
@@ -192,7 +192,7 @@ class GlobalBatches:
         self._next = batch
 
     def end_epoch(self, steps: int) -> None:
-        """Ends an epoch of which `steps` steps were run.
+        """Ends an epoch that ran `steps` steps.
 
         Raises:
             ValueError: if the data turn out to be empty.

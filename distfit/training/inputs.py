@@ -1,4 +1,4 @@
-"""What `fit()` is given, looked at and checked before any work."""
+"""Inspects and checks the input of `fit()` before any work."""
 
 import itertools
 import types
@@ -12,7 +12,7 @@ _LOOKED_AT = 2  # Batches.
 
 
 def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Dataset:
-    """The same dataset; `note(*arrays)` is called with each first batch of it."""
+    """The same dataset, calling `note(*arrays)` with the first batch of each pass."""
 
     def look(index, batch):
         leaves = tf.nest.flatten(batch, expand_composites=True)
@@ -28,10 +28,10 @@ def with_first_noted(dataset: tf.data.Dataset, note: Callable) -> tf.data.Datase
 
 
 def look_at(x: Any) -> tuple[list, Any]:
-    """The first two batches of a PyDataset or a generator, and the data with these.
+    """The first two batches of a PyDataset or a generator, and data that include them.
 
-    Keras, which looks at them as well, gives their batches specs that leave the first
-    dimension open. Other data are not looked at: to fill a buffer twice may take long.
+    Keras reads these too, but its specs leave the first dimension open. Other data are
+    not read: filling a shuffle buffer twice may take long.
     """
     if isinstance(x, keras.utils.PyDataset):
         length = _LOOKED_AT if x.num_batches is None else min(x.num_batches, _LOOKED_AT)
@@ -43,7 +43,7 @@ def look_at(x: Any) -> tuple[list, Any]:
 
 
 def _chained(first: Iterable, rest: Iterable) -> Iterator:
-    """A generator, as Keras wants one."""
+    """A generator, which is what Keras expects."""
     yield from first
     yield from rest
 
@@ -55,7 +55,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_not_distributed(x: Any) -> None:
-    """Raises a `ValueError` for a dataset that a strategy has cut up already."""
+    """Raises a `ValueError` for a dataset that a strategy has already distributed."""
     if isinstance(x, tf.distribute.DistributedDataset):
         raise ValueError(
             "distfit cuts global batches itself. Received: a dataset that was already "
@@ -79,13 +79,13 @@ def check_element_spec(spec: Any) -> None:
     if _all_scalars(leaves) or (_all_scalars(targets) and not batched):
         raise ValueError(
             "Elements of the data must be batches, with rows first. Received: scalars "
-            f"in place of rows, {spec}. Call `.batch(batch_size)` on the dataset; a "
-            "number that is not of the rows goes into x, beside the tensors that are."
+            f"instead of rows, {spec}. Call `.batch(batch_size)` on the dataset; pass "
+            "a number that belongs to no row in x, beside the tensors that have rows."
         )
 
 
 def _given(spec: Any) -> list:
-    """The leaves of a structure of specs, but for those of None."""
+    """The leaves of a structure of specs, except those of None."""
     absent = (tf.NoneTensorSpec, tf.OptionalSpec, type(None))
     return [leaf for leaf in tf.nest.flatten(spec) if not isinstance(leaf, absent)]
 
@@ -97,7 +97,7 @@ def _all_scalars(leaves: list) -> bool:
 def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Turns off the tuning of a pipeline that only slices arrays.
 
-    There is nothing to tune, and the tuning thread of TensorFlow 2.21 now and then
+    There is nothing to tune, and the tuning thread of TensorFlow 2.21 sometimes
     takes half a minute to end when an iterator is released.
     """
     options = tf.data.Options()

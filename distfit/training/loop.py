@@ -74,7 +74,7 @@ def fit(
     with _callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
     ) as callbacks:
-        # Not before callbacks have set the model as they want it.
+        # Only now, since callbacks may have changed the model.
         driver = step_driver(model, "train", batches, callbacks.watch_losses)
         callbacks.use_watch(driver.watch)
         drivers = [driver]
@@ -89,7 +89,7 @@ def fit(
                 "shuffle": shuffle,
                 "class_weight": class_weight,
                 "validation_freq": validation_freq,
-                "stops at a loss that is not finite": callbacks.watch_losses,
+                "stops at a non-finite loss": callbacks.watch_losses,
                 **batches.facts("the data"),
                 "has validation data": validation is not None,
                 **(validation.facts("the validation data") if validation else {}),
@@ -103,7 +103,7 @@ def fit(
         logs = None
         for epoch in range(first, epochs):
             callbacks.on_epoch_begin(epoch)
-            agreement.settle(model, "train", "the begin of an epoch")
+            agreement.settle(model, "train", "the start of an epoch")
             logs = _run_epoch(model, "train", driver, batches, callbacks)
             if validation is not None and _is_due(epoch, validation_freq):
                 logs |= _validate(model, validation, callbacks)
@@ -185,7 +185,7 @@ def predict_on_batch(model, x) -> Any:
 
 
 def _shuffle_of(x: Any, shuffle: bool | str) -> bool | str:
-    """How to shuffle: as is said, but for what has an order of its own."""
+    """The `shuffle` argument, or False for data that have an order of their own."""
     return False if isinstance(x, tf.data.Dataset | types.GeneratorType) else shuffle
 
 
@@ -304,7 +304,7 @@ def _run_steps(model, kind, run, batches, callbacks, read) -> None:
         if callbacks.may_stop_alone[kind]:
             agreement.settle(model, kind, "the end of an execution")
         elif several_workers:
-            continue  # A stop that is asked of one of them waits for the next settling.
+            continue  # A stop requested on one worker waits for the next `settle`.
         if getattr(model, agreement.STOP_FLAGS[kind]):
             break
     batches.end_epoch(step)
@@ -320,7 +320,7 @@ def _run_on_batch(model, kind: str, batch) -> dict[str, float]:
     known = len(drivers_of(model, kind))
     cached = functools.partial(cached_driver, model, kind)
     driver = driver_on(model, kind, batch, layout, cached)
-    if len(drivers_of(model, kind)) > known:  # Not at each call: it reads all weights.
+    if len(drivers_of(model, kind)) > known:  # Not at every call: it reads all weights.
         agreement.check_same_program(
             model, place, lambda: {"batch": fingerprint(batch)}
         )

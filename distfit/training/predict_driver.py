@@ -26,7 +26,7 @@ class PredictDriver:
 
     Args:
         model: The model.
-        layout: The specs of a global batch, and what of it has rows.
+        layout: The specs of a global batch, and which of its tensors have rows.
         sharded: Whether each replica brings its own rows.
     """
 
@@ -69,7 +69,7 @@ class PredictDriver:
         batch = taken.get_value()
         if self.eagerly:
             return self._eager(batch)
-        # The optional, whose spec is that of all batches.
+        # Passed as the optional, whose spec is the same for all batches.
         return self._run_taken(taken, is_for_few_rows(self.step, batch))
 
     @naming_lines
@@ -103,12 +103,12 @@ class PredictDriver:
         outputs = self.step.results(self.step.place(share, few_rows))
         if self.replicas.first == 0:
             return outputs
-        # What every worker has in full is given by the first one.
+        # The first worker returns what every worker has in full.
         return tf.nest.map_structure(_unless_whole, outputs, self.step.is_cut)
 
 
 def _unless_whole(output: Any, is_cut: bool) -> Any:
-    """An output of which this worker has its rows; else none of its rows."""
+    """The output if it holds this worker's rows; else an output without rows."""
     if is_cut or not tf.is_tensor(output) or output.shape.rank == 0:
         return output
     if isinstance(output, tf.SparseTensor):

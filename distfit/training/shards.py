@@ -15,15 +15,15 @@ from distfit.training.shares import Layout, checks_of_rows, replicas_of, tensors
 
 
 class Shards(GlobalBatches):
-    """Batches that each worker reads itself: its shard of data too large for all.
+    """Batches that each worker reads itself: its shard of data too large for one.
 
-    A global batch is then what the replicas bring, in their order. The epoch ends when
-    nobody brings rows any more; until then who has none stands in with rows that count
-    for nothing, since no replica can sit out an exchange.
+    A global batch then consists of the replicas' batches, in replica order. The epoch
+    ends when no replica has rows left. Until then, a replica without rows uses stand-in
+    rows that count as none, since no replica can skip an exchange.
 
     Args:
         dataset_fn: `dataset_fn(input_context)` returns the `tf.data.Dataset` of this
-            worker, with the batches of a replica.
+            worker, with per-replica batches.
         strategy: The strategy of the model.
         steps_per_epoch, class_weight: As in `Model.fit`.
     """
@@ -47,10 +47,9 @@ class Shards(GlobalBatches):
         for leaf, is_cut in leaves:
             if not is_cut and leaf is not None:
                 raise ValueError(
-                    "Where each replica brings rows of its own, all that it brings "
-                    "must be dense tensors with as many rows. Received: a `dataset_fn` "
-                    f"whose elements have {leaf}. Make them so in a `map`, or give "
-                    "`fit()` a dataset of global batches instead."
+                    "The batches of a `dataset_fn` must consist of dense tensors with "
+                    f"the same number of rows. Received: elements with {leaf}. Convert "
+                    "them in a `map`, or pass `fit()` a dataset of global batches."
                 )
         self.dataset = with_stand_ins(self.dataset)
         self.layout = Layout(self.dataset.element_spec[0])
@@ -58,7 +57,7 @@ class Shards(GlobalBatches):
         self._never_ends = False
 
     def has_next(self) -> bool:
-        """Whether any replica brings rows to the next step."""
+        """Whether any replica has rows for the next step."""
         return bool(np.any(self.take_next()[1]))
 
     def take_next(self) -> tuple:
@@ -72,7 +71,7 @@ def shard(dataset_fn, strategy) -> tf.data.Dataset:
     """The dataset of this worker.
 
     Raises:
-        ValueError: if the function returns something else.
+        ValueError: if the function returns no dataset.
     """
     own = workers.of(strategy)
     context = tf.distribute.InputContext(
@@ -83,17 +82,17 @@ def shard(dataset_fn, strategy) -> tf.data.Dataset:
     dataset = dataset_fn(context)
     if not isinstance(dataset, tf.data.Dataset):
         raise ValueError(
-            "A function given as x must return the `tf.data.Dataset` of a worker's "
+            "A function passed as x must return the `tf.data.Dataset` of a worker's "
             f"batches. Received: {type(dataset).__name__} from {dataset_fn}."
         )
     return dataset
 
 
 def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Batches and their numbers of rows, and then one row without end, counted as 0.
+    """Batches with their numbers of rows, then endlessly one row, counted as 0.
 
-    That row is the first of the data, with which a step can do what it does with any;
-    zeros where there are no data at all.
+    That row is the first of the data, so that a step can process it like any other;
+    zeros if there are no data.
     """
     several = isinstance(dataset.element_spec, tuple)
 
@@ -108,7 +107,7 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return tree.map_structure(lambda tensor: tensor[:1], batch), 0
 
     own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
-    first = own.take(1).map(stand_in).cache().repeat()  # The source is read no more.
+    first = own.take(1).map(stand_in).cache().repeat()  # The source is not read again.
     blank = tree.map_structure(_blank_row, dataset.element_spec)
     return own.concatenate(first).concatenate(
         tf.data.Dataset.from_tensors((blank, 0)).repeat()
@@ -116,7 +115,7 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _blank_row(spec: tf.TensorSpec) -> tf.Tensor:
-    """Empty texts where it holds text."""
+    """One row of zeros, or of empty strings."""
     return tf.zeros([1, *(size or 1 for size in spec.shape[1:])], spec.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What each replica gets of a global batch: its rows of every tensor that has rows."""
+"""Cuts a global batch: each replica gets its rows of every tensor that has rows."""
 
 import collections
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from distfit.partition.step import Share
 class Layout:
     """Which tensors of a batch have rows.
 
-    A tensor has rows if its first dimension is that of the batch. Where the specs tell
-    all sizes, that is the one on which most of the tensors agree. What has a size that
-    is open in its spec has rows if it has the sizes in `batches` that most of these
-    have; without any it is taken to have rows, which is checked when a batch is cut.
+    A tensor has rows if its first dimension is that of the batch. If the specs give all
+    sizes, that is the most common of them. A tensor whose spec leaves the size open has
+    rows if its sizes in `batches` are the most common ones; without `batches` it is
+    assumed to have rows, which is checked when a batch is cut.
 
     Args:
         spec: The structure of specs of a global batch.
-        batches: Global batches, if some could be looked at.
+        batches: Global batches, if some could be read.
 
     Attributes:
-        spec: The structure of specs, None in place of what is None.
-        cut: The same structure, with whether it is a tensor that has rows.
+        spec: The structure of specs, with None for absent parts.
+        cut: The same structure of booleans: whether it is a tensor with rows.
         has_rows: The same for each tensor of the batch, composite ones taken apart.
         rows: The number of rows of every batch; None if it may change.
     """
@@ -55,7 +55,7 @@ class Layout:
 
 
 def _of_other_sizes(leaves: list, batches: Sequence[Any]) -> set[int]:
-    """The tensors of open sizes that have not the sizes that most of them have."""
+    """Indices of the tensors of open size whose sizes are not the most common."""
     sizes: dict[int, tuple] = {}
     for batch in batches:
         # A batch may lack weights that are computed from its classes.
@@ -73,7 +73,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _most_common(sizes: list) -> Any:
-    """The most common of some sizes; of several the first."""
+    """The most common of some sizes; the first of them if several are."""
     return collections.Counter(sizes).most_common(1)[0][0]
 
 
@@ -87,8 +87,8 @@ def _has_first_dimension(spec: Any) -> bool:
 
 
 def tensors_of(batch: Any) -> list[tf.Tensor]:
-    """The tensors of a batch, composite ones taken apart, without what is None."""
-    # An empty optional is how Keras's adapters say None.
+    """The tensors of a batch, composite ones taken apart; None is left out."""
+    # Keras's adapters use an empty optional for None.
     given = [
         leaf
         for leaf in tf.nest.flatten(batch)
@@ -116,7 +116,7 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
         return Share([[t] for t in tensors], [None] * len(tensors), [], [], [], [])
     with tf.device("CPU:0"):
         total = rows_of(batch, has_rows)
-        # Never a constant for TensorFlow, whose graph optimizer ends the process when
+        # Hide constants from TensorFlow: its graph optimizer crashes the process when
         # it divides by the size of a tensor that it knows to be empty.
         total = tf.compat.v1.placeholder_with_default(total, ())
         bounds = total * tf.range(every + 1) // every
@@ -125,7 +125,7 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
         parts: list[list] = []
         for i, (tensor, rows) in enumerate(zip(tensors, has_rows, strict=True)):
             if rows:
-                # The first has the number of rows that all others must have.
+                # All others must have as many rows as the first.
                 is_first = i == has_rows.index(True)
                 checks = [] if is_first else checks_of_rows(tensor, total)
                 with tf.control_dependencies(checks):
@@ -145,13 +145,13 @@ def shares(batch: Any, has_rows: Sequence[bool], replicas: Replicas) -> Share:
 
 _OTHER_ROWS = (
     "The tensors of a batch must have the same number of rows where their specs leave "
-    "it open. Give what has other rows, or none, a spec of a known size: by "
+    "it open. Give a tensor with another first dimension a spec of known size: by "
     "drop_remainder=True, tf.ensure_shape in a map, or as in tf.TensorSpec((10, 3))."
 )
 
 
 def checks_of_rows(tensor: tf.Tensor, rows: tf.Tensor) -> list:
-    """Asserts the number of rows of a tensor whose spec does not tell it."""
+    """Asserts the number of rows of a tensor whose spec leaves it open."""
     if tensor.shape[0] is not None:
         return []
     return [tf.debugging.assert_equal(tf.shape(tensor)[0], rows, _OTHER_ROWS)]
@@ -166,7 +166,7 @@ def shares_of_shards(
     """The share of each replica, where each brings its own rows.
 
     Args:
-        batches: What each replica of this process brings.
+        batches: The batch of each replica of this process.
         counts: int32 of shape (num_replicas,): the rows of all replicas.
         has_rows: For each tensor, whether it has rows.
         replicas: The replicas of this process.

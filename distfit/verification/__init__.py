@@ -4,10 +4,10 @@ verify              the function
 batches.py          the batches to compare on
 reference.py        the model's steps on one device, without distfit
 replicas.py         the same on N replicas, by distfit
-recording.py        what a run leaves behind after each step
+recording.py        logs, gradients and variables after each step
 comparison.py       how far two recordings are apart
-precision.py        a step in float64, where rounding is no excuse
-problems.py         what keeps a model from being compared
+precision.py        a step in float64, which tells rounding from mistakes
+problems.py         why a model could not be compared
 report.py, plot.py  the result as a table, JSON and HTML
 """
 
@@ -66,10 +66,10 @@ def verify(
     step the logs, gradients, updates of weights, states of layers, seed generators and
     metrics, slots of optimizers and all replicas' copies are compared.
 
-    Nothing is compiled by XLA, which draws other random numbers.
+    Nothing is compiled by XLA, which draws different random numbers.
 
     The replicas run on GPUs if there are enough of them, else on virtual CPU devices.
-    TensorFlow makes those only before its first use: call this first, or begin the
+    TensorFlow can create those only before its first use: call this first, or begin the
     program with `distfit.create_strategy("mirrored", virtual_devices=n)`.
 
     Args:
@@ -80,28 +80,28 @@ def verify(
             dataset, PyDataset or generator of global batches.
         batch_size: Rows of a global batch of arrays.
         replicas: The numbers of replicas to compare with one device.
-        steps: Number of training steps; three, or a multiple, are one of each kind.
-        tolerance: The largest relative deviation that passes. What rounding explains is
-            measured for the model, and set aside; so is what differs in float32, and
-            not where the same graph is computed in float64.
+        steps: Number of training steps; three cover the three kinds of batches.
+        tolerance: The largest relative deviation that passes. Deviations explained by
+            rounding, which is measured for the model, are set aside; so are those that
+            vanish when the same graph is computed in float64.
 
     Returns:
         A `Report`: `.ok`, what deviates, what every replica computes in full, and a
         table as `str()`.
 
     Raises:
-        ValueError: for arguments or data that nothing can be compared with.
-        RuntimeError: if there are not enough devices, and TensorFlow is in use already.
+        ValueError: for invalid arguments or data.
+        RuntimeError: if there are too few devices and TensorFlow is in use already.
     """
     _check(replicas, steps, tolerance)
     numbers = sorted(set(replicas))
     devices = devices_for(numbers[-1])
     source = Source(data, batch_size, steps)
-    for number in numbers:  # Batches that are too small are an error before any work.
+    for number in numbers:  # Raises for small batches before any work.
         source.batches(number)
     verification = _Verification(build, source, numbers, devices, tolerance)
     with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # The runs repeat one another.
+        warnings.simplefilter("ignore")  # Each run would repeat them.
         return verification.report()
 
 
@@ -163,8 +163,8 @@ class _Verification:
         keras.utils.set_random_seed(0)
         with _keras.fresh_names():
             model = self._build()
-        # TensorFlow would derive a seed for draws without one, from their place in the
-        # graph, which is not the same here and there. Without, they are recognised.
+        # With a global seed, TensorFlow would seed unseeded draws by their place in the
+        # graph, which differs between the runs. Without it, they are detected.
         tf.random.set_seed(None)
         check_compiled(model)
         if model in self._made:
@@ -175,11 +175,11 @@ class _Verification:
             )
         self._made.add(model)
         model.steps_per_execution = 1
-        model.jit_compile = False  # XLA draws other random numbers.
+        model.jit_compile = False  # XLA draws different random numbers.
         return model
 
     def _check_repeats(self, reference: OneDevice) -> None:
-        """Notes a problem unless one device does the same twice."""
+        """Records a problem unless one device gives the same results twice."""
         batches = self._first_batches()
         one, again = reference.record(batches), reference.record(batches)
         if "fit" in one.errors:
@@ -227,14 +227,17 @@ class _Verification:
         one: Recording,
         many: Recording,
     ) -> list[Deviation]:
-        """How far the replicas are off in float64 from one, if that is the reference.
+        """Deviations of N replicas from one replica, both computed in float64.
+
+        Empty unless one replica reproduces the reference in float32.
 
         Args:
             reference: The model on one device.
-            strategy: That of the replicas.
+            strategy: The strategy of the replicas.
             batches: The batches.
-            one: What the reference did in float32, each step from where `many` was.
-            many: What the replicas did in float32.
+            one: The reference in float32, where each step starts from the values that
+                `many` had before it.
+            many: The replicas in float32.
         """
         one_device = strategies.create_strategy("one_device", devices=self._devices[:1])
         starts = [step.before for step in many.fit]
@@ -298,7 +301,7 @@ def devices_for(number: int) -> list[str]:
     """The devices that `verify` uses: GPUs, or else virtual devices of the CPU.
 
     Raises:
-        RuntimeError: if TensorFlow is in use already, and has fewer.
+        RuntimeError: if TensorFlow is in use already and has too few devices.
     """
     if len(tf.config.list_physical_devices("GPU")) >= number:
         return [f"GPU:{i}" for i in range(number)]
@@ -307,7 +310,7 @@ def devices_for(number: int) -> list[str]:
     except RuntimeError as error:
         raise RuntimeError(
             f"There are not enough devices for {number} replicas, and TensorFlow is in "
-            "use already: it can make no more. Received: "
+            "use already and cannot create more. Received: "
             f"{len(tf.config.list_logical_devices())} device(s). Begin the program "
             f'with `distfit.create_strategy("mirrored", virtual_devices={number})`.'
         ) from error

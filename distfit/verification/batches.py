@@ -39,11 +39,11 @@ class Source:
         data_given: What `fit()` takes: arrays `x` or `(x, y[, sample_weight])`, or a
             dataset, PyDataset or generator of global batches.
         batch_size: Rows of a global batch.
-        steps: Number of batches to read. Data with fewer are read again from the start.
+        steps: Number of batches to read. If there are fewer, they are reused.
 
     Attributes:
         spec: The specs of a batch.
-        fixed_rows: The number of rows that the data promise for every batch, or None.
+        fixed_rows: The number of rows that the specs give for every batch, or None.
 
     Raises:
         ValueError: for data that cannot be trained on.
@@ -73,7 +73,7 @@ class Source:
         )
 
     def fix_rows(self) -> None:
-        """Uses batches of the promised size only, and tells their shape to the step."""
+        """Uses only batches of the fixed size, and gives the step their full shape."""
         self._is_fixed = True
         self.spec = self._given_spec
 
@@ -84,7 +84,7 @@ class Source:
             ValueError: if a batch has fewer rows than there are replicas.
         """
         kinds = KINDS if num_replicas > 1 else KINDS[:2]
-        # Not the rest at the end of the data, if other batches have rows enough.
+        # Skip a small last batch if other batches have enough rows.
         large = [b for b in self._batches if self._rows(b) >= num_replicas]
         given = large or self._batches
         return [
@@ -153,14 +153,14 @@ def _rows_of_kind(kind: str, given: int, num_replicas: int) -> int:
 
 
 def _takes_batch_size(x: Any) -> bool:
-    """Whether an input is arrays: all others give batches already."""
+    """Whether an input is arrays; all others are batched already."""
     return all(hasattr(leaf, "shape") for leaf in tree.flatten(x)) and not hasattr(
         x, "element_spec"
     )
 
 
 def _unpadded(batch: Any) -> Any:
-    """Without the trailing None of weights or targets that do not exist."""
+    """The batch without trailing None for absent targets or weights."""
     if isinstance(batch, tuple):
         kept = list(batch)
         while len(kept) > 1 and _is_none(kept[-1]):
@@ -174,7 +174,7 @@ def _is_none(part: Any) -> bool:
 
 
 def _spec_like(spec: Any, has_rows: bool, *tensors: Any) -> Any:
-    """The spec of any number of rows; of what has none, of the size that is seen."""
+    """A spec for any number of rows; without rows, for the size that was seen."""
     if spec is None:
         return None
     sizes = {None} if has_rows else {tensor.shape[0] for tensor in tensors}

@@ -1,11 +1,10 @@
 """How far N replicas are from one device, quantity by quantity and step by step.
 
-Rounding differs between the two even where the code is right, and an optimizer can make
-much of it: Adam moves a weight whose gradient is nothing but rounding errors by a whole
-step. So each step is compared by itself: the reference starts it from what the steps of
-the replicas before it have left behind. And how much of a deviation rounding explains
-is measured: the reference runs again, from weights that are each off by a few rounding
-errors.
+Rounding differs between the two even in correct code, and an optimizer can amplify it:
+Adam moves a weight by a whole step even if its gradient is nothing but rounding errors.
+So each step is compared by itself: the reference starts it from the values that the
+replicas had before it. The effect of rounding is measured: the reference runs again,
+from weights that are each off by a few rounding errors.
 """
 
 import dataclasses
@@ -29,8 +28,8 @@ CHECKS = (
 )
 # The largest of some random errors may be a few times that of others.
 _ROUNDING_FACTOR = 8
-# What counts as gone in float64. Variables and results are of float32 there, too, so
-# that a difference may still be one in their last bit.
+# Below these, a deviation is gone in float64. Variables and results are float32 there,
+# too, so their last bit may still differ.
 _SHRUNK = 1e-3
 _SHRUNK_TOLERANCE = 0.1
 
@@ -44,12 +43,12 @@ class Deviation:
         check: One of `CHECKS`.
         label: What was compared: a log, or a variable by its path.
         step: Index of the step, from 0.
-        batch: The global batch of the step; None where it covers all of them.
-        value: The largest difference over the largest magnitude, rounding set aside:
-            to be held against the tolerance.
-        difference: The largest difference; infinite if there is none to be had.
-        ratio: The factor that N replicas are off by, where they are off by a common
-            factor; else None.
+        batch: The global batch of the step; None if the check covers all of them.
+        value: The largest difference over the largest magnitude, allowing for rounding;
+            compared with the tolerance.
+        difference: The largest difference; infinite if values cannot be compared.
+        ratio: The common factor by which N replicas are off, if there is one; else
+            None.
         ok: Whether the deviation is within the tolerance.
     """
 
@@ -70,8 +69,8 @@ class Comparison:
     Args:
         replicas: Number of replicas.
         one: The reference.
-        off: The reference from weights that are off by rounding errors.
-        many: What N replicas did.
+        off: The reference, run from weights that are off by rounding errors.
+        many: The recording on N replicas.
         tolerance: The largest deviation that passes.
     """
 
@@ -174,10 +173,10 @@ class Comparison:
 
 
 def unrepeated(one: Recording, again: Recording, tolerance: float) -> str | None:
-    """What a second run on the same device did otherwise, e.g. "log of loss", or None.
+    """What differs in a second run on the same device, e.g. "log of loss", or None.
 
-    Gradients and weights count as a whole: rounding, which on a GPU may differ from run
-    to run, can be all that there is of a single one.
+    Gradients and weights count as a whole: a single one may consist of rounding alone,
+    which on a GPU may differ from run to run.
     """
     for deviation in Comparison(1, one, [], again, tolerance).deviations():
         single = deviation.check in ("log", "state", "evaluate", "predict")
@@ -198,13 +197,13 @@ def unrepeated(one: Recording, again: Recording, tolerance: float) -> str | None
 def settle(
     deviations: Sequence[Deviation], exact: Sequence[Deviation], tolerance: float
 ) -> list[Deviation]:
-    """The deviations, with those that rounding has made replaced.
+    """The deviations, with those caused by rounding replaced.
 
-    Rounding in float64 is smaller by a factor of 2**29, and a mistake is as large.
+    In float64, rounding is smaller by a factor of 2**29; a mistake is not.
 
     Args:
-        deviations: Those in float32.
-        exact: Those in float64.
+        deviations: The deviations in float32.
+        exact: The deviations in float64.
         tolerance: The largest deviation that passes.
     """
     found = {(d.check, d.label, d.step): d for d in exact}
@@ -227,7 +226,7 @@ def settle(
 def describe(deviations: Sequence[Deviation]) -> str:
     """One sentence on where N replicas first differ from one device.
 
-    It speaks of the first step that differs: later ones start from other weights.
+    It describes the first step that differs: later ones start from other weights.
     """
     failed = [d for d in deviations if not d.ok]
     first = min(failed, key=lambda d: (d.step, CHECKS.index(d.check)))
@@ -256,8 +255,8 @@ def _amount(deviation: Deviation) -> str:
 def _relative(worst: float, scale: float, explained: float) -> float:
     """`worst / (scale + explained)`, and 0 for 0 / 0.
 
-    What rounding explains, over the tolerance, counts like a larger scale: a deviation
-    passes if `worst <= tolerance * scale + rounding`.
+    `explained` is what rounding explains, divided by the tolerance: a deviation passes
+    if `worst <= tolerance * scale + rounding`.
     """
     if not np.isfinite(worst):
         return np.inf
@@ -268,7 +267,7 @@ def _relative(worst: float, scale: float, explained: float) -> float:
 
 
 def _difference(a, b) -> np.ndarray:
-    """`a - b`, where a value that is no number equals another such value."""
+    """`a - b`, where two NaNs or two equal infinities differ by 0."""
     a, b = np.asarray(a), np.asarray(b)
     if a.dtype.kind not in "fiub":
         a, b = (a != b).astype("float64"), np.zeros(a.shape)
@@ -288,9 +287,9 @@ def _largest(array) -> float:
 
 
 def _rounding_of(value: np.ndarray) -> float:
-    """What storing a value adds, at least, to a difference: all are float32 somewhere.
+    """The least rounding in a difference of such values: all are float32 somewhere.
 
-    An update is the difference of two weights, and no more exact than these.
+    An update is the difference of two weights, and no more exact than they are.
     """
     value = np.asarray(value)
     precise = value.dtype == np.float64 and value.ndim > 0

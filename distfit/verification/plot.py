@@ -1,4 +1,4 @@
-"""A plot of deviations per step, as an SVG that stands in a page by itself."""
+"""A plot of deviations per step, as a self-contained SVG."""
 
 import html
 import math
@@ -8,7 +8,7 @@ from distfit.verification.comparison import CHECKS, Deviation
 
 _WIDTH, _HEIGHT = 720, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 34, 44
-# Least and largest exponent of ten that is drawn; deviations beyond lie on the edge.
+# Smallest and largest exponent drawn; deviations beyond are moved to the edge.
 _LEAST, _LARGEST = -9, 2
 _COLOURS = (
     "#0072b2",
@@ -25,8 +25,8 @@ def deviations(title: str, found: Sequence[Deviation], tolerance: float) -> str:
     """Draws the worst deviation of each check in each step, and the tolerance.
 
     Args:
-        title: What stands above the plot.
-        found: The deviations; those of no single step are left out.
+        title: The heading of the plot.
+        found: The deviations; those that belong to no single step are left out.
         tolerance: Drawn as a dashed line.
 
     Returns:

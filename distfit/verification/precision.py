@@ -1,8 +1,8 @@
-"""A step in double precision: what rounding makes is smaller there, a mistake is not.
+"""A step in double precision, where rounding errors shrink but mistakes do not.
 
 What a step computes in float32 is computed in float64 instead. Batches, variables,
-random numbers and results stay as they are, and so does what TensorFlow has no kernel
-of float64 for.
+random numbers and results keep their types, as do operations for which TensorFlow has
+no float64 kernel.
 """
 
 import re
@@ -15,7 +15,7 @@ from distfit._keras import graphs
 from distfit.partition import tracing
 
 _LOOPS = {"While", "StatelessWhile"}
-# Random numbers, which would be others, bits, and functions of Python.
+# Random numbers, which would change; bits; Python functions.
 _AS_THEY_ARE = re.compile("Random|Multinomial|Truncated|Bitcast|PyFunc|Normal|Gamma")
 _OPAQUE = {tf.resource, tf.string}
 
@@ -28,7 +28,7 @@ def doubled(graph: Any, spec: Any) -> Any:
         spec: The structure of the specs of its batch.
 
     Returns:
-        A `FuncGraph` that takes and gives the same types.
+        A `FuncGraph` that takes and returns the same types.
     """
     captured = [outer for outer, _ in graph.captures]
 
@@ -48,7 +48,7 @@ def _double(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _results(graph: Any, given: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """What a graph gives; what was float32 in it is float64 here, and only that."""
+    """The outputs of a graph in which exactly the float32 tensors become float64."""
     found = {t.ref(): new for t, new in zip(graph.inputs, given, strict=True)}
     for op in tracing.in_order(graph):
         if op.outputs and op.outputs[0].ref() in found:
@@ -84,13 +84,13 @@ def _branched(op: tf.Operation, index: tf.Tensor, *given) -> Sequence[tf.Tensor]
     bodies = graphs.branches_of(op)
     if op.type in ("If", "StatelessIf"):
         index = tf.cast(tf.cast(index, tf.bool), tf.int32)
-    # With a number more, as there may be no results at all.
+    # The extra constant is for branches without results.
     branches = [lambda b=b: (*_results(b, given), tf.constant(0)) for b in bodies]
     return tf.switch_case(index, branches)[: len(op.outputs)]
 
 
 def _alike(op: tf.Operation, inputs: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The same operation, of float64 if it can be."""
+    """The same operation, in float64 if possible."""
     types = _types(op)
     changed: dict[str, Any] = {}
     for name, value in types.items():

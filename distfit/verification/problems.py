@@ -1,4 +1,4 @@
-"""What keeps a model from being compared, or from running on replicas at all."""
+"""Reasons why a model cannot be compared, or cannot run on replicas at all."""
 
 import dataclasses
 import traceback
@@ -9,13 +9,13 @@ from distfit.partition.tracing import place_of
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is wrong besides deviations.
+    """A problem other than a deviation.
 
     Attributes:
         kind: A short name for it.
         message: What is wrong.
         place: `file:line` in the user's code, or None.
-        traceback: Of the exception behind it, or "".
+        traceback: The traceback of the exception behind it, or "".
     """
 
     kind: str
@@ -37,12 +37,12 @@ def fails_on_one_device(error: Exception) -> Problem:
 def fails_on_replicas(replicas: int, mode: str, error: Exception) -> Problem:
     """A mode works on one device only."""
     number = f"{replicas} replica{'s' if replicas > 1 else ''}"
-    message = f"`{mode}` works on one device, and not here. {_text(error)}"
+    message = f"`{mode}` works on one device, but not here. {_text(error)}"
     return _of_error(f"fails on {number}", message, error)
 
 
 def does_not_repeat(what: str, draws: Sequence[str]) -> Problem:
-    """One device does something else the second time, so nothing can be compared.
+    """A second run on one device gives other results, so nothing can be compared.
 
     Args:
         what: What differed.
@@ -50,7 +50,7 @@ def does_not_repeat(what: str, draws: Sequence[str]) -> Problem:
     """
     message = (
         f"The same steps on the same device gave another {what} the second time, so "
-        "nothing can be compared with them. "
+        "there is nothing to compare with. "
     )
     if draws:
         message += (
@@ -59,8 +59,8 @@ def does_not_repeat(what: str, draws: Sequence[str]) -> Problem:
         )
     else:
         message += (
-            "The step depends on something that is no variable of the model, such as "
-            "the state of a Python function: keep it in a variable."
+            "The step depends on something that is not a variable of the model, "
+            "such as the state of a Python function: keep it in a variable."
         )
     return Problem("does not repeat", message, "\n    ".join(draws) or None)
 

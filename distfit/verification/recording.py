@@ -1,4 +1,4 @@
-"""What a run leaves behind after each step: logs, gradients, weights, states, slots."""
+"""Records each step of a run: logs, gradients, weights, states, slots."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ Values = dict[tuple[str, str], np.ndarray]
 
 @dataclasses.dataclass
 class Step:
-    """What one step left behind.
+    """The results of one step.
 
     Attributes:
         batch: The global batch.
@@ -45,7 +45,7 @@ class Step:
 
 @dataclasses.dataclass
 class Recording:
-    """What a run left behind.
+    """The results of a run.
 
     Attributes:
         fit, evaluate: A `Step` for each batch.
@@ -64,8 +64,8 @@ class Variables:
 
     Args:
         model: A built model.
-        labels: The names of the same model's first instance, by check, which are used
-            for all instances; filled by the first.
+        labels: Names by check, taken from the first instance of the model and used for
+            all instances; filled in by the first.
     """
 
     def __init__(self, model: keras.Model, labels: dict[str, list[str]]):
@@ -98,7 +98,7 @@ class Variables:
                 yield check, label, variable
 
     def copies(self) -> dict[tuple[str, str], list[np.ndarray]]:
-        """The value of each on every replica; the sum alone where they have parts."""
+        """The value of each on every replica; only the sum if they have parts."""
         found = {}
         for check, label, variable in self:
             parts = self._strategy.experimental_local_results(variable)
@@ -111,10 +111,10 @@ class Variables:
         return {key: copies[0] for key, copies in self.copies().items()}
 
     def restore(self, values: Values) -> None:
-        """Sets those that `values` has, on all replicas.
+        """Sets the variables in `values`, on all replicas.
 
         Raises:
-            ValueError: if one has another shape here.
+            ValueError: if a variable has another shape here.
         """
         for check, label, variable in self:
             value = values.get((check, label))
@@ -134,7 +134,7 @@ class Variables:
 
 
 class Gradients:
-    """Records the gradients that the steps of a model hand to its optimizers.
+    """Records the gradients that the steps of a model pass to its optimizers.
 
     Create it before the steps are traced.
 
@@ -168,7 +168,7 @@ class Gradients:
         object.__setattr__(optimizer, "apply", listening)
 
     def _recorder(self, index: int, variable: keras.Variable) -> tf.Variable:
-        """A variable to which each replica adds what it has of a gradient."""
+        """A variable to which each replica adds its part of a gradient."""
         key = (index, id(variable))
         if key not in self._recorded:
             with tf.init_scope(), self._strategy.scope():
@@ -181,13 +181,13 @@ class Gradients:
         return self._recorded[key]
 
     def clear(self) -> None:
-        """Forgets what was recorded."""
+        """Discards what was recorded."""
         for recorder in self._recorded.values():
             for copy in self._strategy.experimental_local_results(recorder):
                 copy.assign(tf.zeros_like(copy))
 
     def move_to(self, step: Step, labels: dict[str, list[str]]) -> None:
-        """Hands what was recorded since the last time to `step`."""
+        """Moves what was recorded since the last call to `step`."""
         trainable = zip(self._model.trainable_variables, labels["weight"], strict=False)
         label_of = {id(variable): label for variable, label in trainable}
         for (index, variable), recorder in self._recorded.items():
@@ -218,12 +218,12 @@ def flat_arrays(outputs: Any) -> list[np.ndarray]:
             arrays += [part.indices.numpy(), part.values.numpy()]
         else:
             arrays.append(np.asarray(part))
-    small = "bfloat16"  # Which NumPy does not know as a number.
+    small = "bfloat16"  # NumPy does not treat it as a number.
     return [a.astype("float32") if a.dtype.name == small else a for a in arrays]
 
 
 def to_numpy(variable: tf.Variable) -> np.ndarray:
-    """The value, in a type that NumPy knows itself.
+    """The value, in a type native to NumPy.
 
     A copy: TensorFlow shares memory with arrays, and updates variables in place.
     """
@@ -232,7 +232,7 @@ def to_numpy(variable: tf.Variable) -> np.ndarray:
 
 
 def _is_sum(variable: tf.Variable) -> bool:
-    """Whether each replica has a part of a variable, and its value is their sum."""
+    """Whether the value of a variable is the sum of its parts on the replicas."""
     on_read = variable.synchronization == tf.VariableSynchronization.ON_READ
     return on_read and variable.aggregation == tf.VariableAggregation.SUM
 
@@ -264,6 +264,6 @@ def _distinct_names(names: list[str]) -> list[str]:
 
 
 def _distinct(name: str, known: list[str]) -> str:
-    """The name, with a number if it is known already."""
+    """The name, with a number if it is taken already."""
     candidates = (f"{name} ({n})" if n > 1 else name for n in itertools.count(1))
     return next(candidate for candidate in candidates if candidate not in known)

@@ -29,7 +29,7 @@ from distfit.verification.recording import (
     log_arrays,
 )
 
-# Relative errors of the perturbed weights, in rounding errors: they stand for all sums
+# Relative errors of the perturbed weights, in rounding errors. They represent all sums
 # of a step, whose terms N replicas add up in another order.
 _ROUNDINGS = 8
 _STEPS = {"evaluate": "test_step", "predict": "predict_step", "fit": "train_step"}
@@ -69,7 +69,7 @@ class OneDevice:
             The exception that the training step fails with, or None.
         """
         with _keras.global_seed_generator(self._unseeded):
-            for mode in reversed(ORDER):  # First the training step: as in `fit()`.
+            for mode in reversed(ORDER):  # The training step first, as in `fit()`.
                 try:
                     self._functions[mode] = self._compiled(mode, batch)
                 except Exception as error:
@@ -127,10 +127,10 @@ class OneDevice:
 
         Args:
             batches: The global batches.
-            other: If given, each training step after the first starts from what the
-                steps of this recording have left behind before it, so that what
-                differs after a step was made by this step.
-            perturbation: If given, the seed of small errors of the weights before each
+            other: If given, each training step after the first starts from the values
+                that this recording had before it, so that a difference after a step was
+                made by that step.
+            perturbation: If given, the seed of small errors in the weights before each
                 training step, and before evaluating and predicting.
         """
         starts = [self.initial]
@@ -161,7 +161,7 @@ class OneDevice:
         return recording
 
     def _fresh(self, mode: str) -> Callable:
-        """The function of a step, whose seeded operations draw from the start."""
+        """The function of a step, whose seeded operations start again."""
         draws = any(map(_drawing_operations, self._graphs))
         if checks.runs_eagerly(self.model) or not draws:
             return self._functions[mode]
@@ -195,7 +195,7 @@ class OneDevice:
         recording.predict = flat_arrays(joined(outputs))
 
     def unseeded_draws(self) -> list[str]:
-        """The user's lines that draw numbers which nothing can draw again."""
+        """The user's lines that draw random numbers without a seed."""
         lines = {
             place_of(op.traceback or ()): None
             for graph in self._graphs
@@ -238,7 +238,7 @@ def _drawing_operations(graph: Any) -> list[tf.Operation]:
 
 
 def _precision(model: keras.Model) -> float:
-    """The largest relative rounding error of what the model computes with."""
+    """The largest relative rounding error of the types that the model computes in."""
     used = {layer.compute_dtype for layer in _keras.layers_of(model)}
     used |= {variable.dtype for variable in model.trainable_variables}
     floats = [dtype for dtype in map(tf.as_dtype, used) if dtype.is_floating]

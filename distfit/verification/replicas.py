@@ -1,4 +1,4 @@
-"""The same model on N replicas, by `distfit.fit`, `evaluate` and `predict`."""
+"""The same model on N replicas, run by `distfit.fit`, `evaluate` and `predict`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ class Replicas:
         }
         with _keras.global_seed_generator(self._unseeded):
             try:
-                self._driver(dataset)  # First the training step: as in `fit()`.
+                self._driver(dataset)  # The training step first, as in `fit()`.
             except Exception as error:
                 recording.errors["fit"] = error
                 return recording
@@ -89,9 +89,9 @@ class Replicas:
         return [] if step is None else merged(step.findings, step.elements)
 
     def _initial(self) -> Values:
-        """The values to start from: slots are new, and their own may be wrong."""
+        """The values to start from; new slots are kept, as they may be wrong."""
         initial = self._reference.initial
-        if checks.runs_eagerly(self.model):  # The reference has trained to build them.
+        if checks.runs_eagerly(self.model):  # The reference trained to build its slots.
             return initial
         return {key: value for key, value in initial.items() if key[0] != "slot"}
 

@@ -23,7 +23,7 @@ from distfit.verification.problems import Problem
 
 _MOST_ROWS = 60  # of a table on the screen
 _SET_ASIDE = (
-    "Set aside as rounding, since nothing differs where the same steps are computed in "
+    "Set aside as rounding, since nothing differs when the same steps are computed in "
     "float64: "
 )
 
@@ -53,11 +53,10 @@ class Report:
         tolerance: The largest deviation that passes.
         deviations: Everything that was compared, within the tolerance or not.
         problems: What kept the model from being compared or from running.
-        not_partitioned: What every replica computes in full, the largest first: it is
-            right, but more replicas do not make it faster.
-        set_aside: What differs in float32, and not where the same steps are computed
-            in float64: rounding decided, say, which of two almost equal numbers is the
-            larger.
+        not_partitioned: What every replica computes in full, the largest first: the
+            numbers are right, but more replicas do not speed it up.
+        set_aside: What differs in float32 but not when the same steps are computed in
+            float64: rounding decided, say, which of two almost equal numbers is larger.
     """
 
     model: str
@@ -70,7 +69,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether N replicas do what one device does."""
+        """Whether N replicas match one device."""
         return not self.problems and all(d.ok for d in self.deviations)
 
     @property
@@ -99,7 +98,7 @@ class Report:
         if self.ok:
             worst = max((d.value for d in self.deviations), default=0.0)
             return (
-                f"OK: {on} is what it is on one device "
+                f"OK: {on} matches one device "
                 f"(worst deviation {worst:.1e}, tolerance {self.tolerance:g})."
             )
         failed = [d for d in self.deviations if not d.ok]
@@ -110,7 +109,7 @@ class Report:
     def _table_of_deviations(self) -> str:
         rows = self.rows
         shown = rows
-        if len(rows) > _MOST_ROWS:  # Whatever differs, and as many of the rest.
+        if len(rows) > _MOST_ROWS:  # Rows that differ, then others up to it.
             bad = [row for row in rows if not row.worst.ok][:_MOST_ROWS]
             good = [row for row in rows if row.worst.ok][: _MOST_ROWS - len(bad)]
             shown = [row for row in rows if row in bad or row in good]
@@ -140,7 +139,7 @@ class Report:
         }
 
     def to_html(self) -> str:
-        """A page that needs no other file: problems, a plot and tables."""
+        """A self-contained page: problems, a plot and tables."""
         numbers = ", ".join(map(str, self.replicas))
         return _PAGE.substitute(
             title=html.escape(f"{self.model} on {numbers} replicas"),
@@ -161,7 +160,7 @@ class Report:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `report.json` and `report.html` to a folder, made if need be."""
+        """Writes `report.json` and `report.html` to a folder, creating it if needed."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=1, allow_nan=False)
@@ -176,7 +175,7 @@ def _table(headings: Sequence[str], cells: Sequence[Sequence[str]], right: int) 
         justify: Any = "right" if index == right else "left"
         table.add_column(heading, overflow="fold", justify=justify)
     for texts in cells:
-        table.add_row(*map(rich.text.Text, texts))  # No markup, whatever is in it.
+        table.add_row(*map(rich.text.Text, texts))  # Not parsed as markup.
     text = io.StringIO()
     rich.console.Console(file=text, width=110).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""Which workers there are, and what each host has.
+"""The workers of a cluster, and the cores and GPUs of each host.
 
-`discovery` is where to begin.
+Start with `discovery`.
 """

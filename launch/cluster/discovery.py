@@ -1,19 +1,19 @@
-"""Which cluster this process is a worker of: where that is written, and if it holds.
+"""Finds the cluster that this process is a worker of, and checks its description.
 
-The first of these that describes a cluster counts:
+The first of these that describes a cluster is used:
 
 1. `--workers=host:port,... --worker_index=i`;
-2. the variable TF_CONFIG (tf_config.py), which `launch` also sets in workers it starts;
-3. Slurm, in a step of several tasks (slurm.py);
-4. a Kubernetes Job with `completionMode: Indexed`: JOB_COMPLETION_INDEX says which of
-   its pods this is, `--num_workers` how many there are, and their names follow from
-   the pod's own, `<job>-<index>.<service>.<namespace>.svc...`, where a headless
-   service gives it one. They listen on port 2222.
+2. TF_CONFIG (tf_config.py), which `launch` also sets for the workers it starts;
+3. Slurm, in a step with several tasks (slurm.py);
+4. a Kubernetes Job with `completionMode: Indexed`: JOB_COMPLETION_INDEX is the index of
+   this pod, `--num_workers` the number of pods. Their host names follow from this
+   pod's, `<job>-<index>.<service>.<namespace>.svc...`, which needs a headless service.
+   They listen on port 2222.
 
 Workers that 1 or 2 put on one host share its GPUs, unless CUDA_VISIBLE_DEVICES is set.
-What is wrong with a description is told here, without TensorFlow, which would wait for
-workers that never come, or abort the process. Who can reach a worker's port can run
-code in it: TensorFlow asks for no password.
+Mistakes are reported here, without TensorFlow, which would wait forever for a missing
+worker, or abort the process. Anyone who can reach a worker's port can run code in it:
+TensorFlow does not authenticate connections.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from launch.cluster.hardware import GPU_VARIABLE
 from launch.errors import UsageError
 
 KUBERNETES_PORT = 2222
-# How long the names of hosts may take to be known. Containers of one job start one
-# after the other; in Kubernetes the name server lags behind them, too.
+# How long host names may take to resolve. The containers of a job start one after the
+# other, and in Kubernetes DNS lags behind them.
 _SECONDS = 10.0
 _SECONDS_IN_KUBERNETES = 60.0
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(%\w+)?\]|[\w.-]+):(?P<port>\d{1,5})")
@@ -46,11 +46,12 @@ class Cluster:
 
     Attributes:
         workers: their addresses `host:port` by rank; the first is the chief.
-        index: which of them this process is.
-        source: what described the cluster, for people.
-        local_index, local_workers: which of the workers on its host it is, of how many.
+        index: the rank of this process.
+        source: where the description came from, for messages.
+        local_index, local_workers: its rank among the workers on its host, and how many
+            they are.
         evaluator: whether this process takes no part in training.
-        gpus: the GPUs of this worker, for CUDA_VISIBLE_DEVICES; None: all that it sees.
+        gpus: the GPUs of this worker, for CUDA_VISIBLE_DEVICES; None: all visible ones.
     """
 
     workers: tuple[str, ...]
@@ -74,12 +75,12 @@ class Cluster:
         return self.workers[self.index]
 
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """Returns the variables from which TensorFlow learns of the cluster.
+        """Returns the environment variables that describe the cluster to TensorFlow.
 
-        Whatever described it, the chief is worker 0 in them.
+        In them the chief is always worker 0, whatever the source.
 
         Args:
-            environ: the environment variables that there are.
+            environ: the current environment variables.
         """
         task = {"type": "worker", "index": self.index}
         config = {"cluster": {"worker": list(self.workers)}, "task": task}
@@ -129,7 +130,7 @@ def discover(
     _check_addresses(found)
     if num_workers not in (None, found.num_workers):
         raise UsageError(
-            f"{found.source} describes a cluster of another size. Received: "
+            f"{found.source} describes a cluster of a different size. Received: "
             f"--num_workers={num_workers}, and {found.num_workers} workers "
             f"{', '.join(found.workers)}. Leave --num_workers out."
         )
@@ -144,19 +145,19 @@ def check_reachable(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Checks that this worker's port is free here, and each worker at another address.
+    """Checks that this worker's port is free and that the workers' addresses differ.
 
-    Names that are not known yet are asked for again for 10 s, in Kubernetes for 60 s.
+    Names that do not resolve are retried for 10 s, in Kubernetes for 60 s.
 
     Args:
-        cluster: what is checked.
+        cluster: the cluster to check.
         environ: the environment variables.
-        resolve: returns what `socket.getaddrinfo` does for a host and a port.
-        clock: counts seconds.
-        sleep: lets so many seconds pass.
+        resolve: does what `socket.getaddrinfo` does with a host and a port.
+        clock: returns the time in seconds.
+        sleep: sleeps for a number of seconds.
 
     Raises:
-        UsageError: with the first thing that is wrong.
+        UsageError: the first problem that is found.
     """
     _check_port_is_free(cluster)
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in environ
@@ -165,7 +166,7 @@ def check_reachable(
     known = _resolved(cluster.workers, resolve)
     if missing := [a for a in cluster.workers if a not in known]:
         print(
-            f"launch: waiting up to {seconds:.0f} s for the addresses of hosts "
+            f"launch: waiting up to {seconds:.0f} s for these hosts to resolve: "
             f"{', '.join(missing)}",
             file=sys.stderr,
             flush=True,
@@ -176,9 +177,9 @@ def check_reachable(
         missing = [address for address in missing if address not in known]
     if missing:
         raise UsageError(
-            f"No address is known for hosts of the cluster. Received: "
-            f"{', '.join(missing)} from {cluster.source}. Correct the names, or make "
-            "them known to this host's resolver."
+            "Some hosts of the cluster do not resolve. Received: "
+            f"{', '.join(missing)} from {cluster.source}. Correct the names, or add "
+            "them to DNS or to this host's /etc/hosts."
         )
     _check_all_differ(cluster, [known[address] for address in cluster.workers])
 
@@ -195,7 +196,7 @@ def _from_flags(workers: str | None, index: int | None) -> Cluster | None:
     addresses = tuple(address.strip() for address in workers.split(","))
     if not 0 <= index < len(addresses):
         raise UsageError(
-            f"There is no worker of that index. Received: --worker_index={index}, with "
+            f"No worker has that index. Received: --worker_index={index}, with "
             f"{len(addresses)} in --workers={workers}. Count them from 0."
         )
     return _located(Cluster(addresses, index, "--workers"))
@@ -226,23 +227,23 @@ def _from_kubernetes(
         return None
     if num_workers is None:
         raise UsageError(
-            "This is a pod of an indexed Job of unknown size. Received: "
+            "The size of this pod's indexed Job is unknown. Received: "
             f"JOB_COMPLETION_INDEX={text}, no --num_workers. Give --num_workers=N, the "
-            "completions of the Job; unset JOB_COMPLETION_INDEX if each pod is a run "
-            "of its own."
+            "completions of the Job, or unset JOB_COMPLETION_INDEX if each pod is a "
+            "separate run."
         )
     if not text.isdecimal() or int(text) >= num_workers:
         raise UsageError(
-            "The Job has another number of pods. Received: "
+            "JOB_COMPLETION_INDEX must be a number below --num_workers. Received: "
             f"JOB_COMPLETION_INDEX={text}, --num_workers={num_workers}. Give the "
-            "completions of the Job, which are as many as its parallelism."
+            "completions of the Job, which must equal its parallelism."
         )
     pod, _, domain = hostname().rstrip(".").partition(".")
     if not domain or not pod.endswith(f"-{text}"):
         raise UsageError(
             f"The pod's name is not <job>-{text}.<service>.<namespace>.svc. Received: "
             f"{'.'.join(filter(None, (pod, domain)))}. Make a headless Service for the "
-            "Job's pods, and name it as `subdomain` of the pod template."
+            "Job's pods, and set its name as `subdomain` in the pod template."
         )
     job = pod.removesuffix(f"-{text}")
     hosts = (f"{job}-{i}.{domain}" for i in range(num_workers))
@@ -251,7 +252,7 @@ def _from_kubernetes(
 
 
 def _located(cluster: Cluster) -> Cluster:
-    """Fills in which of the workers on its host this one is."""
+    """Fills in this worker's rank among the workers on its host."""
     hosts = [address.rpartition(":")[0].lower() for address in cluster.workers]
     here = hosts[cluster.index]
     return dataclasses.replace(
@@ -264,10 +265,10 @@ def _located(cluster: Cluster) -> Cluster:
 def _with_share_of_gpus(
     cluster: Cluster, environ: Mapping[str, str], gpus: Callable[[], list[str]]
 ) -> Cluster:
-    """Fills in its GPUs where others on its host would take the same ones.
+    """Fills in its GPUs if workers on its host would otherwise take the same ones.
 
-    Fewer GPUs than workers are left alone: containers of one host, each with a GPU of
-    its own, do not see those of the others.
+    With fewer GPUs than workers, nothing changes: containers on one host, each with its
+    own GPU, do not see each other's.
     """
     count = cluster.local_workers
     if count == 1 or cluster.evaluator or GPU_VARIABLE in environ:
@@ -295,7 +296,7 @@ def _check_addresses(cluster: Cluster) -> None:
 def _check_all_differ(
     cluster: Cluster, places: Iterable[Iterable[tuple[str, int]]]
 ) -> None:
-    """Checks that no two workers have a place, a host and a port, in common."""
+    """Checks that no two workers have the same host and port."""
     workers: dict[tuple[str, int], list[str]] = {}
     for address, own in zip(cluster.workers, places, strict=True):
         for place in own:
@@ -305,7 +306,7 @@ def _check_all_differ(
             spelled = list(dict.fromkeys(address.lower() for address in addresses))
             same = "more than once" if len(spelled) == 1 else "which are the same"
             raise UsageError(
-                "Each worker has an address of its own. Received: "
+                "Each worker needs its own address. Received: "
                 f"{', '.join(spelled)} {same} from {cluster.source}. "
                 "Give workers on one host different ports."
             )
@@ -313,11 +314,11 @@ def _check_all_differ(
 
 def _check_port_is_free(cluster: Cluster) -> None:
     port = host_and_port(cluster.address)[1]
-    # TensorFlow listens on all of the host's addresses, too.
+    # All of the host's addresses, as TensorFlow listens on all of them.
     error = _bind(socket.AF_INET, "", port)
     ipv6_error = _bind(socket.AF_INET6, "::", port)
     if ipv6_error is not None and ipv6_error.errno == errno.EADDRINUSE:
-        error = ipv6_error  # any other: this host has no IPv6
+        error = ipv6_error  # any other error: this host has no IPv6
     if error is None:
         return
     taken = error.errno == errno.EADDRINUSE
@@ -325,17 +326,17 @@ def _check_port_is_free(cluster: Cluster) -> None:
     raise UsageError(
         f"This worker's port {why}. Received: worker {cluster.index} at "
         f"{cluster.address} from {cluster.source}. "
-        "End the process that listens on it, or give the worker another port."
+        "Stop the process that listens on it, or give the worker another port."
     )
 
 
 def _bind(family: int, host: str, port: int) -> OSError | None:
-    """Returns why nothing can listen there, or None."""
+    """Returns the error of binding this port; None if it is free."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # A connection that was just closed does not keep a server from listening.
+            # A connection in TIME_WAIT does not keep a server from listening.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # IPv4 is looked at by itself
+            if family == socket.AF_INET6:  # IPv4 is checked separately
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((host, port))
     except OSError as error:
@@ -346,10 +347,10 @@ def _bind(family: int, host: str, port: int) -> OSError | None:
 def _resolved(
     addresses: Iterable[str], resolve: Callable[[str, int], Any]
 ) -> dict[str, set[tuple[str, int]]]:
-    """Returns the IP addresses and ports of those `host:port` whose host is known."""
+    """Returns the IP addresses and ports of each `host:port` that resolves."""
     known = {}
     for address in addresses:
-        # The latter for a label that is too long.
+        # UnicodeError if a label of the host name is too long.
         with contextlib.suppress(OSError, UnicodeError):
             found = resolve(*host_and_port(address))
             known[address] = {place[:2] for *_, place in found}

@@ -1,7 +1,7 @@
-"""What each of several workers on one host gets of its CPU cores and GPUs.
+"""Divides the CPU cores and GPUs of a host among its workers.
 
 Without this, every worker would start threads for all cores and take memory on all
-GPUs. Nothing is asked of a driver: the parent of the workers must not hold a GPU.
+GPUs. The GPU driver is not queried: the parent of the workers must not hold a GPU.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one worker gets.
+    """One worker's share of its host.
 
     Attributes:
         cores: the numbers of its cores; empty where the platform cannot bind them.
-        gpus: the value of CUDA_VISIBLE_DEVICES, or None: leave it as it is.
+        gpus: the value of CUDA_VISIBLE_DEVICES; None: leave it unchanged.
     """
 
     cores: tuple[int, ...]
@@ -28,10 +28,10 @@ class Share:
 
 
 def divide(num_workers: int, root: pathlib.Path = pathlib.Path("/")) -> list[Share]:
-    """Divides what this process may use.
+    """Divides the cores and GPUs that this process may use.
 
     Args:
-        num_workers: among how many.
+        num_workers: the number of shares.
         root: where /dev and /proc are.
 
     Raises:
@@ -43,7 +43,7 @@ def divide(num_workers: int, root: pathlib.Path = pathlib.Path("/")) -> list[Sha
 
 
 def own_cores() -> list[int]:
-    """Returns the cores that this process may use; none where that is not told."""
+    """Returns the cores that this process may use; none if that is unknown."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
         return []
     return sorted(os.sched_getaffinity(0))
@@ -52,7 +52,7 @@ def own_cores() -> list[int]:
 def divide_cores(cores: list[int], num_workers: int) -> list[tuple[int, ...]]:
     """Gives each worker neighbouring cores: they share caches and memory.
 
-    With more workers than cores, each gets one, in turn.
+    With more workers than cores, each worker gets one core, round-robin.
     """
     count = len(cores)
     if 0 < count < num_workers:
@@ -64,7 +64,7 @@ def divide_cores(cores: list[int], num_workers: int) -> list[tuple[int, ...]]:
 def own_gpus(root: pathlib.Path = pathlib.Path("/")) -> list[str]:
     """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
 
-    CUDA itself reads that list up to the first name that is none, such as -1.
+    Like CUDA, stops at the first entry that is not a GPU, such as -1.
     """
     given = os.environ.get(GPU_VARIABLE)
     if given is None:
@@ -75,19 +75,19 @@ def own_gpus(root: pathlib.Path = pathlib.Path("/")) -> list[str]:
 
 
 def divide_gpus(gpus: list[str], num_workers: int) -> list[str | None]:
-    """Gives each worker the same number of neighbouring GPUs; a remainder is idle.
+    """Gives each worker the same number of neighbouring GPUs; a remainder stays idle.
 
     Workers with different numbers of replicas cannot train together.
 
     Raises:
-        UsageError: there are some, but fewer than workers.
+        UsageError: there are GPUs, but fewer than workers.
     """
     if not gpus:
         return [None] * num_workers
     each = len(gpus) // num_workers
     if each == 0:
         raise UsageError(
-            "Each worker needs a GPU of its own. "
+            "Each worker needs its own GPU. "
             f"Received: --num_workers={num_workers}, GPUs {', '.join(gpus)}. "
             f"Start at most {len(gpus)}, or set {GPU_VARIABLE}=-1 to use the CPU."
         )

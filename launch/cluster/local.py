@@ -1,4 +1,4 @@
-"""What the environment tells each worker of a cluster on this host."""
+"""Environment variables for the workers of a cluster on this host."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ _HOST = "127.0.0.1"
 
 
 def environments(shares: Sequence[Share]) -> list[dict[str, str]]:
-    """Returns the environment variables of each worker: this process's, and its own.
+    """Returns each worker's environment: this process's variables and its own.
 
     Args:
-        shares: of each, what it gets of this host.
+        shares: the cores and GPUs of each worker.
     """
     addresses = [f"{_HOST}:{port}" for port in free_ports(len(shares))]
     return [
@@ -39,9 +39,9 @@ def _own(addresses: list[str], index: int, share: Share) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports that are free on all addresses of this host: workers bind all."""
+    """Returns ports that are free on all of this host's addresses: workers bind all."""
     with contextlib.ExitStack() as stack:
-        # All are bound before the first is let go, so that none is chosen twice.
+        # All are bound before any is released, so that no port is chosen twice.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("", 0))

@@ -1,25 +1,25 @@
-"""Keeps what workers say to each other away from an HTTP proxy.
+"""Keeps the traffic between workers off an HTTP proxy.
 
-gRPC, through which TensorFlow connects workers, sends everything to the proxy of the
-environment, even what goes to this host; the workers then wait for each other in vain.
+TensorFlow connects workers by gRPC, which uses the proxy of the environment even for
+this host; the workers would then wait for each other forever.
 """
 
 from collections.abc import Iterable, Mapping
 
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-# The first that has a value counts, for gRPC; other programs look at the second alone.
+# gRPC uses the first that has a value; other programs read only the second.
 _EXEMPT, _COMMON = "no_grpc_proxy", "no_proxy"
 
 
 def exemption(environ: Mapping[str, str], hosts: Iterable[str]) -> dict[str, str]:
-    """Returns the variables by which gRPC reaches hosts without the proxy.
+    """Returns the variables that make gRPC bypass the proxy for hosts.
 
     Args:
-        environ: the environment variables; hosts that they exempt stay so.
-        hosts: names and addresses, those of IPv6 without brackets.
+        environ: the environment variables; hosts that they exempt stay exempt.
+        hosts: names or IP addresses, IPv6 without brackets.
     """
     if not any(environ.get(name) for name in _PROXIES):
         return {}
     given = environ.get(_EXEMPT) or environ.get(_COMMON) or ""
-    exempt = dict.fromkeys([*given.split(","), *hosts])  # each once, in this order
+    exempt = dict.fromkeys([*given.split(","), *hosts])  # no duplicates, in this order
     return {_EXEMPT: ",".join(filter(None, exempt))}

@@ -1,14 +1,14 @@
-"""Reads what `srun` tells each task: the nodes, who is where, and who has which GPU.
+"""Reads the cluster from the environment variables that `srun` sets for each task.
 
-    SLURM_STEP_ID                   there is a step: `srun` has started this process
-    SLURM_STEP_NUM_TASKS            its tasks
-    SLURM_STEP_NODELIST             its nodes, as gpu[001-003,007],login
-    SLURM_STEP_TASKS_PER_NODE       the tasks of each, as 2(x3),1
+    SLURM_STEP_ID                   set if `srun` started this process
+    SLURM_STEP_NUM_TASKS            the number of tasks of the step
+    SLURM_STEP_NODELIST             its nodes, e.g. gpu[001-003,007],login
+    SLURM_STEP_TASKS_PER_NODE       the tasks on each node, e.g. 2(x3),1
     SLURM_PROCID, SLURM_LOCALID     the rank of this task, overall and on its node
-    SLURM_JOB_ID                    for ports that no other job uses
+    SLURM_JOB_ID                    the ports are derived from it
 
-Which task runs where follows from these if consecutive ranks share a node: `block`, the
-default. Steps with `--distribution=cyclic`, `plane` or `arbitrary` are refused.
+These determine which task runs where if consecutive ranks share a node (`block`, the
+default). Steps with `--distribution=cyclic`, `plane` or `arbitrary` are rejected.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from launch.cluster import hardware
 from launch.errors import UsageError
 
 _FIRST_PORT = 15000
-_PORTS = 16  # of one step on one node
-_STEPS = 1021  # prime; the last port is 31335, below those that Linux gives to clients
+_PORTS = 16  # of a step on a node
+_STEPS = 1021  # prime; the last port is 31335, below Linux's ephemeral ports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Step:
     """A step of several tasks, seen from one of them."""
 
     nodes: tuple[str, ...]
-    tasks: tuple[int, ...]  # of each node
+    tasks: tuple[int, ...]  # number on each node
     rank: int
     first_port: int
 
@@ -54,10 +54,10 @@ class Step:
 
 
 def read(environ: Mapping[str, str]) -> Step | None:
-    """Returns the step of this process; None outside one, or where it is alone in it.
+    """Returns the step of this process; None if it is the only task, or in no step.
 
     Raises:
-        UsageError: the variables do not fit together, or ranks are not in blocks.
+        UsageError: the variables are inconsistent, or ranks are not in blocks.
     """
     if "SLURM_STEP_ID" not in environ:
         return None
@@ -71,9 +71,9 @@ def read(environ: Mapping[str, str]) -> Step | None:
     step = Step(expand_nodes(nodes), _counts(name, tasks), rank, _first_port(environ))
     if len(step.nodes) != len(step.tasks) or sum(step.tasks) != total or rank >= total:
         raise UsageError(
-            "Slurm's variables do not fit together. Received: "
+            "Slurm's variables are inconsistent. Received: "
             f"{total} tasks, nodes {nodes}, {name}={tasks}, SLURM_PROCID={rank}. "
-            "Start the step with srun, and leave its variables alone."
+            "Start the step with srun, and do not change its variables."
         )
     _check_blocks(environ, step)
     return step
@@ -83,7 +83,7 @@ def expand_nodes(text: str) -> tuple[str, ...]:
     """Returns the nodes of an expression like `gpu[001-003,007],cpu[1-2]x[1,3],login`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it cannot be parsed.
     """
     entry = r"(?:[^\[\],\s]|\[[\d,-]+\])+"
     if not re.fullmatch(rf"{entry}(?:,{entry})*", text):
@@ -99,10 +99,10 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 
 
 def share_of_gpus(environ: Mapping[str, str], step: Step) -> str | None:
-    """Returns this task's part of its node's GPUs, for CUDA_VISIBLE_DEVICES.
+    """Returns this task's share of its node's GPUs, for CUDA_VISIBLE_DEVICES.
 
-    None where there is nothing to divide: no GPU, a single task on the node, or GPUs
-    that Slurm has bound to tasks already.
+    None if there is nothing to divide: fewer than two GPUs, one task per node, or GPUs
+    that Slurm has already bound to tasks.
 
     Raises:
         UsageError: tasks would get unequal numbers, which TensorFlow cannot train with.
@@ -114,10 +114,9 @@ def share_of_gpus(environ: Mapping[str, str], step: Step) -> str | None:
     if len(set(step.tasks)) > 1 or len(gpus) % count:
         raise UsageError(
             "The tasks of this step would get unequal numbers of GPUs. Received: "
-            f"GPUs {','.join(gpus)} for {count} tasks on this node, of "
-            f"{', '.join(map(str, step.tasks))} tasks on the nodes. "
-            "Give srun --gpus-per-task=N, or as many tasks on each node as divide its "
-            "GPUs."
+            f"GPUs {','.join(gpus)} for {count} tasks on this node; tasks per node: "
+            f"{', '.join(map(str, step.tasks))}. Give srun --gpus-per-task=N, or the "
+            "same number of tasks on each node, which must divide its GPUs."
         )
     return hardware.divide_gpus(gpus, count)[local]
 
@@ -141,28 +140,28 @@ def _counts(name: str, text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
             raise UsageError(
-                f"Slurm's tasks per node cannot be read. Received: {name}={text}. "
-                "They are written as 2(x3),1."
+                f"Slurm's tasks per node cannot be parsed. Received: {name}={text}. "
+                "The format is 2(x3),1."
             )
         counts += [int(match[1])] * int(match[2] or 1)
     return tuple(counts)
 
 
 def _check_blocks(environ: Mapping[str, str], step: Step) -> None:
-    # "block:cyclic,Pack": how tasks go to nodes, then to sockets and cores.
+    # "block:cyclic,Pack": over nodes, then over sockets and cores.
     distribution = environ.get("SLURM_DISTRIBUTION", "block")
     kind = re.split(r"[:,=]", distribution)[0]
     local = _whole(environ, "SLURM_LOCALID")
     if kind in ("cyclic", "plane", "arbitrary") or local != step.place[0]:
         raise UsageError(
-            "Only block distributions of ranks over nodes are understood. Received: "
-            f"SLURM_DISTRIBUTION={distribution}, task {step.rank} is number {local} of "
+            "Ranks must be distributed over nodes in blocks. Received: "
+            f"SLURM_DISTRIBUTION={distribution}, task {step.rank} is number {local} on "
             "its node. Give srun --distribution=block."
         )
 
 
 def _first_port(environ: Mapping[str, str]) -> int:
-    """Returns the port of a node's first task, which two steps on it rarely share."""
+    """Returns the port of a node's first task; two steps on a node rarely collide."""
     job = _whole(environ, "SLURM_JOB_ID", "SLURM_JOBID", default="0")
     step = _whole(environ, "SLURM_STEP_ID")
     return _FIRST_PORT + _PORTS * ((job + 131 * step) % _STEPS)
@@ -176,7 +175,7 @@ def _visible_gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 def _bound(environ: Mapping[str, str]) -> bool:
-    """Whether each task was given GPUs of its own, by one of srun's options for it."""
+    """Whether an option of srun has given each task its own GPUs."""
     if {"SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU"} & set(environ):
         return True
     binding = environ.get("SLURM_GPU_BIND") or environ.get("SLURM_TRES_BIND", "none")
@@ -189,8 +188,8 @@ def _first(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
         if name in environ:
             return name, environ[name]
     raise UsageError(
-        f"Slurm tells too little about this step. Received: no {names[0]}. "
-        "Start the step with srun, and leave its variables alone."
+        f"A variable of Slurm is missing. Received: no {names[0]}. "
+        "Start the step with srun, and do not change its variables."
     )
 
 
@@ -200,14 +199,14 @@ def _whole(environ: Mapping[str, str], *names: str, default: str | None = None) 
     name, value = _first(environ, *names)
     if not value.isdecimal():
         raise UsageError(
-            f"This variable of Slurm is a whole number. Received: {name}={value}. "
-            "Start the step with srun, and leave its variables alone."
+            f"A variable of Slurm is not a whole number. Received: {name}={value}. "
+            "Start the step with srun, and do not change its variables."
         )
     return int(value)
 
 
 def _no_node_list(text: str) -> UsageError:
     return UsageError(
-        f"Slurm's list of nodes cannot be read. Received: {text}. "
-        "It is written as gpu[001-003,007],login."
+        f"Slurm's list of nodes cannot be parsed. Received: {text}. "
+        "The format is gpu[001-003,007],login."
     )

@@ -1,10 +1,10 @@
-"""Reads TF_CONFIG, TensorFlow's own way to describe a cluster to one of its processes.
+"""Reads TF_CONFIG, TensorFlow's description of a cluster for one of its processes:
 
     {"cluster": {"worker": ["a:2222", "b:2222"]},
      "task": {"type": "worker", "index": 0}}
 
-is the form. Kubeflow's training operator and Vertex AI add a `chief` (`master` in older
-releases), keys of their own, and evaluator tasks that the cluster does not list.
+Kubeflow's training operator and Vertex AI add a `chief` (`master` in older releases),
+keys of their own, and evaluator tasks that the cluster does not list.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _FORM = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What TF_CONFIG says: the workers, the chief first, and which of them this is."""
+    """The content of TF_CONFIG: the workers, chief first, and the index of this one."""
 
     workers: tuple[str, ...]
     index: int
@@ -35,7 +35,7 @@ def parse(text: str) -> Task | None:
     """Reads the value of TF_CONFIG; None if it describes no cluster.
 
     Raises:
-        UsageError: it is malformed, or describes another kind of training.
+        UsageError: it is malformed, or uses parameter servers.
     """
     config = _load(text)
     cluster = _object(config, "cluster")
@@ -58,11 +58,11 @@ def _load(text: str) -> Mapping[str, Any]:
         loaded = json.loads(text)
     except ValueError as error:
         raise UsageError(
-            f"TF_CONFIG is no JSON ({error}). Received: TF_CONFIG={text}. "
+            f"TF_CONFIG is not valid JSON ({error}). Received: TF_CONFIG={text}. "
             f"Write it as {_FORM}."
         ) from error
     if not isinstance(loaded, dict):
-        raise _malformed("TF_CONFIG is no JSON object", text)
+        raise _malformed("TF_CONFIG is not a JSON object", text)
     return loaded
 
 
@@ -78,7 +78,7 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _check_jobs(cluster: Mapping[str, Any]) -> None:
     if cluster.get("ps"):
         raise UsageError(
-            "Training with parameter servers is another kind of training. "
+            "Parameter servers are not supported. "
             f"Received: ps={cluster['ps']!r} in TF_CONFIG. "
             "Start the same processes as workers, without ps."
         )
@@ -93,14 +93,14 @@ def _check_jobs(cluster: Mapping[str, Any]) -> None:
 def _addresses(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
         raise UsageError(
-            "A job of TF_CONFIG is no list of addresses. "
+            "A job of TF_CONFIG is not a list of addresses. "
             f'Received: {name}={value!r}. Write it as "{name}": ["host:port", ...].'
         )
     return tuple(value)
 
 
 def _chief(jobs: Mapping[str, tuple[str, ...]]) -> str:
-    """Returns which of its two names the chief has, if there is one."""
+    """Returns the job name of the chief, `chief` or `master`."""
     chiefs = [(name, address) for name in _CHIEFS for address in jobs.get(name, ())]
     if len(chiefs) > 1:
         raise UsageError(
@@ -127,7 +127,7 @@ def _index(task: Mapping[str, Any], kind: str, count: int) -> int:
         index = int(index)
     if type(index) is not int or not 0 <= index < count:  # True is an int, too
         raise UsageError(
-            f"The task of TF_CONFIG is none of the cluster, which has {count} of type "
+            f"The task of TF_CONFIG is not in the cluster, which has {count} of type "
             f"{kind}. Received: task index={task.get('index')!r}. "
             "Count each type from 0, and list every process in the cluster."
         )

@@ -1,4 +1,4 @@
-"""One worker: strategy, data and model, and what it writes.
+"""One worker of a run: its strategy, data and model, and the files it writes.
 
-`worker` is where to begin.
+Start with `worker`.
 """

@@ -1,4 +1,4 @@
-"""Tells data and settings that cannot be trained from a mistake in a model's code."""
+"""Separates bad data and settings from mistakes in a model's code."""
 
 import contextlib
 import importlib.util
@@ -14,16 +14,16 @@ _LIBRARIES = ("distfit", "launch", "keras", "tensorflow", "ml_collections", "num
 
 @contextlib.contextmanager
 def as_usage_errors(unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turns what distfit and Keras refuse into a `UsageError`, so without a traceback.
+    """Turns errors of distfit and Keras into a `UsageError`, shown without a traceback.
 
-    An error with a line of the user's own code in its traceback passes as it is: there
-    the traceback is what helps.
+    An error whose traceback contains user code passes unchanged: it needs the
+    traceback.
 
     Args:
-        unless: whether work has begun, from when on nothing is refused any more.
+        unless: whether work has begun; errors pass unchanged from then on.
 
     Raises:
-        UsageError: with the message of the library.
+        UsageError: with the library's message.
     """
     try:
         yield

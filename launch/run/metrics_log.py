@@ -1,4 +1,4 @@
-"""The callback that keeps the metrics of each epoch as a line of JSON."""
+"""The callback that writes the metrics of each epoch as a line of JSON."""
 
 import json
 import pathlib
@@ -12,8 +12,8 @@ import numpy as np
 class MetricsLog(keras.callbacks.Callback):
     """Writes `{"epoch": 1, "seconds": 2.5, "loss": 0.1, ...}` after each epoch.
 
-    Epochs count from 1, as the progress bar does. Place it after callbacks that add to
-    the logs. A file that exists is replaced when training begins.
+    Epochs count from 1, as in the progress bar. Place it after callbacks that add to
+    the logs. An existing file is replaced when training begins.
     """
 
     def __init__(self, path: pathlib.Path) -> None:

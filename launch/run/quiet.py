@@ -1,6 +1,6 @@
-"""Keeps the banners of TensorFlow off the screen; imports none of it.
+"""Keeps TensorFlow's banners off the screen, without importing it.
 
-Whoever sets TF_CPP_MIN_LOG_LEVEL gets everything that TensorFlow says at that level.
+If TF_CPP_MIN_LOG_LEVEL is set, it alone decides what is shown.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator
 
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
-# Informational lines of TensorFlow's C++ code, and the header that comes before them.
+# INFO lines of TensorFlow's C++ code, and the header that comes before them.
 _BANNER = re.compile(r"I\d{4} |WARNING: All log messages before absl::InitializeLog")
-# Takes lines to its output if they match its argument, and to its errors if not.
+# Writes lines that match its argument to stdout, and all others to stderr.
 _FILTER = """
 import re, sys
 for line in sys.stdin.buffer:
@@ -28,18 +28,18 @@ for line in sys.stdin.buffer:
 
 @contextlib.contextmanager
 def tensorflow_import() -> Iterator[None]:
-    """Surrounds the first import of TensorFlow.
+    """Wraps the first import of TensorFlow.
 
-    Sets its log levels, and holds back banners that are written to stderr meanwhile:
-    the library greets before it looks at its log level. They are shown when the import
-    fails. What is no banner is shown at once.
+    Sets its log levels, and holds back the banners that it writes to stderr before it
+    reads its log level. They are shown if the import fails. Other lines are shown at
+    once.
     """
     if _LEVEL in os.environ:
         yield
         return
     os.environ[_LEVEL] = "3"
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    # In a container, the end of process 1 is that of all others, the filter's too.
+    # In a container, when process 1 ends, so do all others, including the filter.
     if sys.stderr is None or os.getpid() == 1:
         yield
     else:
@@ -51,8 +51,8 @@ def tensorflow_import() -> Iterator[None]:
 def _without_banners() -> Iterator[None]:
     """Sends stderr through a filter.
 
-    That is a process, as a thread would not survive a crash in C, which is when the
-    last lines matter; and in a session of its own, out of reach of what ends this one.
+    The filter is a process, as a thread would not survive a crash in C, which is when
+    the last lines matter. It has its own session, so that signals to this one spare it.
     """
     sys.stderr.flush()
     screen = os.dup(2)

@@ -1,9 +1,9 @@
-"""Waits until all workers of a cluster are there, before TensorFlow joins them.
+"""Waits until all workers of a cluster are up, before TensorFlow joins them.
 
-TensorFlow waits for a worker that does not come without a word and for ever, and holds
-the interpreter's lock meanwhile: neither a signal nor a watchdog could end that. Here a
-worker counts as there when something listens on its port. That is a socket of this
-module first, and TensorFlow's server soon after; nothing is sent.
+TensorFlow waits for a missing worker forever, without a word and holding the GIL:
+neither a signal nor a watchdog could end that. Here a worker counts as up when
+something listens on its port: at first a socket of this module, and soon TensorFlow's
+server. Nothing is sent.
 """
 
 import socket
@@ -29,17 +29,17 @@ def wait_for_others(
 
     Args:
         cluster: the cluster, seen from this worker.
-        note: told whom it waits for, as "waiting for worker 1 to join", each time that
-            this changes.
-        said_after: seconds after which that is printed as well, with the addresses.
+        note: called with a phase, such as "waiting for worker 1 to join", each time
+            that this changes.
+        said_after: seconds after which that is also printed, with the addresses.
 
     Raises:
-        OSError: this worker's port is taken.
+        OSError: this worker's port is in use.
     """
     began, said = time.monotonic(), False
     missing = [i for i in range(cluster.num_workers) if i != cluster.index]
     noted: list[int] = []
-    # Each of the others connects once, and nobody accepts.
+    # Each other worker connects once, and no connection is accepted.
     with _listen(cluster.address, backlog=cluster.num_workers):
         while missing := [i for i in missing if not _listens(cluster.workers[i])]:
             if missing != noted:
@@ -75,7 +75,7 @@ def _listen(address: str, backlog: int) -> socket.socket:
 def _listens(address: str) -> bool:
     try:
         with socket.create_connection(host_and_port(address), _CONNECTING) as made:
-            # To a free port of this host, a connection may be made with itself.
+            # A connection to a free port of this host may connect to itself.
             return made.getsockname() != made.getpeername()
     except OSError:
         return False

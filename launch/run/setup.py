@@ -1,4 +1,4 @@
-"""Makes what a run consists of: settings, strategy, data, model, callbacks."""
+"""Creates the parts of a run: settings, strategy, data, model, callbacks."""
 
 import dataclasses
 import pathlib
@@ -25,9 +25,9 @@ class Run:
     """The parts of a run.
 
     Attributes:
-        train, validation: what `fit()` takes; validation may be None.
-        callbacks: those that the model brings along.
-        writes: whether this process, of all workers, writes the results.
+        train, validation: data as `fit()` takes it; validation may be None.
+        callbacks: those of the reference model.
+        writes: whether this worker writes the results.
     """
 
     config: ConfigDict
@@ -49,19 +49,19 @@ def prepare(
     cluster: Cluster | None,
     watchdog: Watchdog,
 ) -> Run:
-    """Makes the parts of a run.
+    """Creates the parts of a run.
 
     Args:
-        command_line: what was asked for.
-        model: the model that it comes down to, a name or a path.
+        command_line: the parsed command line.
+        model: the resolved model, a name or a path.
         cluster: the cluster that this process is a worker of, if any.
-        watchdog: what is told how far this has come.
+        watchdog: notes the stages of the preparation.
 
     Raises:
-        UsageError: no run can start with what was given.
+        UsageError: the input is invalid.
     """
     config, reference = resolve(command_line, model)
-    # The strategy comes first: virtual devices are made before TensorFlow's first use.
+    # The strategy first: virtual devices must be created before TensorFlow is used.
     strategy = _create_strategy(config, cluster, watchdog)
     watchdog.note(0, progress.MAKING_DATA)
     set_dtype_policy(config)
@@ -79,7 +79,7 @@ def prepare(
 def resolve(
     command_line: CommandLine, model: str
 ) -> tuple[ConfigDict, types.ModuleType | None]:
-    """Returns the settings, and the module of a reference model."""
+    """Returns the settings, and the module of the reference model, if it is one."""
     reference = None if targets.is_path(model) else models.get(model)
     model_defaults = reference.get_config() if reference else None
     return configuration.resolve(command_line, model_defaults), reference
@@ -98,7 +98,7 @@ def _create_strategy(
 
 
 def set_dtype_policy(config: ConfigDict) -> None:
-    """Sets the policy of `--mixed_precision`, for models that are built afterwards."""
+    """Sets the dtype policy of `--mixed_precision`, for models built afterwards."""
     if config.mixed_precision is not None:
         keras.config.set_dtype_policy(config.mixed_precision)
 
@@ -109,7 +109,7 @@ def load_data(
     """Returns `(train, validation)`.
 
     Raises:
-        UsageError: the function of --dataset returns something else.
+        UsageError: the function of --dataset does not return a pair.
     """
     adapted = getattr(reference, "data", None)  # the dataset in the model's own form
     if targets.is_path(config.dataset):
@@ -120,7 +120,7 @@ def load_data(
         data = datasets.load(config.dataset, config)
     if not isinstance(data, tuple) or len(data) != 2:
         raise UsageError(
-            "The dataset is no pair (train, validation). "
+            "The dataset is not a pair (train, validation). "
             f"Received: {type(data).__name__} from --dataset={config.dataset}. "
             "Return the two, each as fit() takes it; validation may be None."
         )
@@ -131,7 +131,7 @@ def build_model(config: ConfigDict, reference: types.ModuleType | None) -> keras
     """Returns the compiled model. Call it in the scope of a strategy.
 
     Raises:
-        UsageError: the function of --model returns something else.
+        UsageError: the function of --model does not return a compiled model.
     """
     if reference:
         build = reference.build
@@ -149,7 +149,7 @@ def build_model(config: ConfigDict, reference: types.ModuleType | None) -> keras
 
 def _no_model(config: ConfigDict, model: Any) -> UsageError:
     return UsageError(
-        "The function of --model returns no compiled keras.Model. "
+        "The function of --model does not return a compiled keras.Model. "
         f"Received: {type(model).__name__} from --model={config.model}. "
-        "Return the model, and call compile() on it before."
+        "Call compile() on the model before you return it."
     )

@@ -1,11 +1,11 @@
-"""What a run says at its end."""
+"""The summary that a run prints at its end."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def table(rows: Mapping[str, Any]) -> str:
-    """Returns the rows as lines of a name and a value, numbers with 5 digits."""
+    """Formats the rows as lines of name and value, floats with 5 significant digits."""
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{_text(value)}" for name, value in rows.items())
 

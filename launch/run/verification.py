@@ -1,4 +1,4 @@
-"""`python -m launch verify`: is a model right on N replicas?"""
+"""`python -m launch verify`: compares a model on N replicas with one device."""
 
 import pathlib
 
@@ -15,19 +15,19 @@ def run(command_line: CommandLine, model: str) -> bool:
     """Verifies a model, prints the report and writes it to the working folder.
 
     Args:
-        command_line: what was asked for.
-        model: the model that it comes down to, a name or a path.
+        command_line: the parsed command line.
+        model: the resolved model, a name or a path.
 
     Returns:
-        Whether the model is right.
+        Whether the model passed.
 
     Raises:
-        UsageError: something given is wrong; nothing was compared.
+        UsageError: the input is invalid; nothing was compared.
     """
     with input_errors.as_usage_errors():
         config, reference = setup.resolve(command_line, model)
         arguments = {"replicas": DEFAULT_REPLICAS, **command_line.verify}
-        # Before data are loaded: devices are made before TensorFlow's first use.
+        # Before the data: devices must be created before TensorFlow is used.
         verification.devices_for(max(arguments["replicas"]))
         setup.set_dtype_policy(config)
         train, _ = setup.load_data(config, reference)

@@ -1,8 +1,8 @@
 """One process of a run: configuration -> strategy, data, model -> fit or evaluate.
 
-With setup.py, saving.py, metrics_log.py, verification.py and watchdog/heartbeat.py the
-only files here that need TensorFlow. Every worker of a cluster does all of it; the
-chief alone reports and writes.
+Only this file, setup.py, saving.py, metrics_log.py, verification.py and
+watchdog/heartbeat.py need TensorFlow. Every worker of a cluster runs all of it; only
+the chief reports and writes.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ def run(
     cluster: Cluster | None,
     watchdog: stall.Watchdog,
 ) -> bool:
-    """Does what the command line asks for and prints a summary.
+    """Runs the command and prints a summary.
 
     Args:
-        command_line: what was asked for.
-        model: the model that it comes down to.
+        command_line: the parsed command line.
+        model: the resolved model.
         cluster: the cluster that this process is a worker of, if any.
         watchdog: watches this process from here on.
 
     Returns:
-        Whether all is well: `verify` may find that it is not.
+        False if `verify` found differences, otherwise True.
 
     Raises:
-        UsageError: something given is wrong; nothing was trained.
+        UsageError: the input is invalid; nothing was trained.
     """
     if command_line.command == "verify":
         return verification.run(command_line, model)
@@ -57,7 +57,7 @@ def run(
         watchdog.note(0, progress.BEFORE_STEPS)
         does = train if command_line.command == "train" else evaluate
         rows = does(made, watchdog)
-        distfit.wait_for_all(made.strategy)  # Who leaves early ends the others, too.
+        distfit.wait_for_all(made.strategy)  # Leaving early would fail the others.
     if cluster is None or cluster.is_chief:
         print(summary.table({**_description(made), **rows}))
     return True
@@ -68,8 +68,8 @@ def train(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
     began: list[float] = []
 
     def begin(logs: Any) -> None:
-        # Not before fit() has accepted everything: a refused run leaves an older one
-        # alone.
+        # Only once fit() has accepted everything: a rejected run must not overwrite an
+        # earlier one.
         began.append(time.monotonic())
         if run.writes:
             configuration.write(run.config)
@@ -103,7 +103,7 @@ def train(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _folder_to_save_in(run: setup.Run) -> Iterator[pathlib.Path]:
-    """The working folder for the chief; saving takes all workers, so all save."""
+    """The working folder on the chief, a temporary one elsewhere: all have to save."""
     if run.writes:
         yield run.folder
         return
@@ -121,7 +121,7 @@ def evaluate(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
         )
     data = _named(run.validation)
     with input_errors.as_usage_errors():
-        if not run.model.built:  # a subclass makes its weights when it sees data
+        if not run.model.built:  # a subclass creates its weights when it sees data
             batch_size = run.config.batch_size
             distfit.evaluate(
                 run.model, **data, batch_size=batch_size, steps=1, verbose=0
@@ -137,7 +137,7 @@ def evaluate(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
 
 
 def _named(data: Any) -> dict[str, Any]:
-    """Names what `fit()` takes: a tuple of up to x, y, sample_weight, or x alone."""
+    """Names the parts of a tuple of up to x, y, sample_weight, or of x alone."""
     if not isinstance(data, tuple):
         data = (data,)
     return dict(zip(("x", "y", "sample_weight"), data, strict=False))
@@ -145,7 +145,7 @@ def _named(data: Any) -> dict[str, Any]:
 
 def _options(run: setup.Run) -> dict[str, Any]:
     verbose = run.config.verbose
-    if verbose is None:  # a bar needs a terminal to redraw itself on
+    if verbose is None:  # a progress bar needs a terminal
         verbose = 1 if sys.stdout.isatty() else 2
     return {"batch_size": run.config.batch_size, "verbose": verbose}
 
@@ -170,5 +170,5 @@ def _description(run: setup.Run) -> dict[str, Any]:
 
 def _strategy_name(run: setup.Run) -> str:
     several = isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    # TensorFlow's own name of the class is another one.
+    # The __name__ of TensorFlow's class is a different one.
     return "MultiWorkerMirroredStrategy" if several else type(run.strategy).__name__

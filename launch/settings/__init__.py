@@ -1,4 +1,4 @@
-"""What a run is told: flags, configuration files, and checks of both.
+"""The settings of a run: flags, configuration files, and checks of both.
 
-`configuration` is where to begin.
+Start with `configuration`.
 """

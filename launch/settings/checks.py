@@ -1,4 +1,4 @@
-"""What each setting of a run may be; all of it is told without TensorFlow."""
+"""Checks of a run's settings, all without importing TensorFlow."""
 
 import math
 import pathlib
@@ -18,11 +18,11 @@ POLICIES = (
     "mixed_bfloat16",
     "mixed_float16",
 )
-_LARGEST_SEED = 2**32 - 1  # of NumPy's legacy generator, which Keras seeds as well
+_LARGEST_SEED = 2**32 - 1  # limit of NumPy's legacy generator, which Keras seeds too
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises a `UsageError` for the first setting that no run can start with."""
+    """Raises a `UsageError` for the first invalid setting."""
     _check_names(config)
     for name in ("batch_size", "epochs"):
         _check_at_least(config, name, 1)
@@ -41,9 +41,9 @@ def check_keys(config: ml_collections.ConfigDict, known: Collection[str]) -> Non
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise UsageError(
-            f"The model {config.model} reads no such setting. "
+            f"The model {config.model} has no such setting. "
             f"Received: {', '.join(f'{key}={config[key]!r}' for key in unknown)}. "
-            f"It has {', '.join(sorted(known))}."
+            f"Its settings are {', '.join(sorted(known))}."
         )
 
 
@@ -55,7 +55,7 @@ def check_cluster(
     Args:
         config: the settings.
         cluster: the cluster that this process is a worker of, if any.
-        num_workers: the flag of that name; without a cluster it starts one.
+        num_workers: the flag `--num_workers`, which starts a cluster if there is none.
     """
     several = num_workers is not None
     if cluster is not None and cluster.num_workers > 1:
@@ -91,7 +91,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
         targets.check("dataset", config.dataset, names("datasets/__init__.py"))
     elif targets.is_path(config.model):
         raise UsageError(
-            "A model of your own needs data. Received: no --dataset. "
+            "A custom model needs a dataset. Received: no --dataset. "
             "Give --dataset=package.module:function, or one of "
             f"{', '.join(names('datasets/__init__.py'))}."
         )
@@ -114,14 +114,14 @@ def _check_learning_rate(config: ml_collections.ConfigDict) -> None:
     if rate is None or not (math.isfinite(rate) and rate > 0):
         raise UsageError(
             "The learning rate must be a positive number. "
-            f"Received: learning_rate={rate}. Start from 0.001, say."
+            f"Received: learning_rate={rate}. Try 0.001."
         )
 
 
 def _check_verbose(config: ml_collections.ConfigDict) -> None:
     if config.verbose not in (None, 0, 1, 2):
         raise UsageError(
-            f"There is no such verbosity. Received: verbose={config.verbose}. "
+            f"Unknown verbosity. Received: verbose={config.verbose}. "
             "Give 0 (silent), 1 (a progress bar) or 2 (a line per epoch)."
         )
 
@@ -130,12 +130,12 @@ def _check_paths(config: ml_collections.ConfigDict) -> None:
     data = config.data_dir
     if data not in (None, "download") and not pathlib.Path(data).exists():
         raise UsageError(
-            f"There is no such file or folder. Received: --data_dir={data}. "
-            "Give the folder of mnist.npz, that file, or 'download'."
+            f"No such file or folder. Received: --data_dir={data}. "
+            "Give mnist.npz, its folder, or 'download'."
         )
     workdir = pathlib.Path(config.workdir)
     if any(p.exists() and not p.is_dir() for p in (workdir, *workdir.parents)):
         raise UsageError(
-            f"The working folder is in the place of a file. "
-            f"Received: --workdir={workdir}. Give a folder; it is made if need be."
+            "The working folder is an existing file, or inside one. "
+            f"Received: --workdir={workdir}. Give a folder; it is created if needed."
         )

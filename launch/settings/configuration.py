@@ -1,8 +1,8 @@
-"""The settings of a run: which source wins, and where the result is kept.
+"""Resolves the settings of a run from all their sources, and writes them to a file.
 
-From weakest to strongest: the defaults here, those of the reference model, for
-`evaluate` what the training wrote to its folder, the --config file, --config.key=value,
-and the flags that were given.
+From lowest to highest priority: the defaults here, those of the reference model, for
+`evaluate` the settings that the training wrote, the --config file, --config.key=value,
+and the flags.
 """
 
 import json
@@ -24,7 +24,7 @@ FILE = "config.json"
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Returns the settings that every run has. A placeholder stands for "not set"."""
+    """Returns the settings that every run has; a placeholder means "not set"."""
     config = ml_collections.ConfigDict()
     config.model = "gan"
     config.dataset = config_dict.placeholder(str)
@@ -45,12 +45,12 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def preview(command_line: CommandLine) -> ml_collections.ConfigDict:
-    """Resolves and checks all that is known without the model, so without TensorFlow.
+    """Resolves and checks the settings as far as possible without TensorFlow.
 
-    Overrides of settings that only the model may know wait for `resolve`.
+    Overrides of keys that may belong to the model are left to `resolve`.
 
     Raises:
-        UsageError: no run can start with this.
+        UsageError: a setting is invalid.
     """
     config = _stack(command_line, None, known_overrides_only=True)
     checks.check(config)
@@ -63,12 +63,12 @@ def resolve(
     """Resolves and checks the settings of a run.
 
     Args:
-        command_line: what was asked for.
+        command_line: the parsed command line.
         model_defaults: the `get_config()` of the reference model; None for a user's own
             model, whose configuration file may hold settings of any name.
 
     Raises:
-        UsageError: no run can start with this.
+        UsageError: a setting is invalid.
     """
     config = _stack(command_line, model_defaults)
     checks.check(config)
@@ -78,7 +78,7 @@ def resolve(
 
 
 def write(config: ml_collections.ConfigDict) -> None:
-    """Writes the settings to the working folder, which is made if need be.
+    """Writes the settings to the working folder, which is created if needed.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -117,7 +117,7 @@ def _stack(
 
     config = stacked()
     if command_line.command == "evaluate":
-        # The other sources say which folder it is, and win over what it holds.
+        # The other sources determine the folder, and override the settings in it.
         file = pathlib.Path(config.workdir, FILE)
         layers.insert(0, (str(file), _for_evaluation(_load_recorded(file))))
         config = stacked()
@@ -127,7 +127,7 @@ def _stack(
 def _put(
     config: ml_collections.ConfigDict, layer: Mapping[str, Any], source: str
 ) -> None:
-    # A reference, and not its value, has the type of a placeholder.
+    # Only a reference, not its value, has the type of a placeholder.
     references = ml_collections.ConfigDict(layer)
     for key, reference in references.items(preserve_field_references=True):
         if key not in config:
@@ -138,21 +138,21 @@ def _put(
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"The setting {key} takes {config.get_type(key).__name__}. "
-                f"Received: {key}={layer[key]!r} in {source}. Give one of that type."
+                f"Received: {key}={layer[key]!r} in {source}. Give that type."
             ) from error
 
 
 def _override(
     config: ml_collections.ConfigDict, overrides: Iterable[str], known_only: bool
 ) -> None:
-    """Applies `--config.key=value` arguments with the types that the settings have."""
+    """Applies `--config.key=value` arguments, parsed with the types of the settings."""
     for override in overrides:
         path = re.sub(r"--?(no)?config\.", "", override).partition("=")[0]
         if path.partition(".")[0] in config:
             _override_one(config, override, path)
         elif not known_only:
             raise UsageError(
-                f"There is no such setting. Received: {override}. "
+                f"Unknown setting. Received: {override}. "
                 f"The settings of this run are {', '.join(sorted(config))}."
             )
 
@@ -160,7 +160,7 @@ def _override(
 def _override_one(config: ml_collections.ConfigDict, override: str, path: str) -> None:
     argv = ["launch", override]
     try:
-        if override.endswith("=None"):  # which config_flags takes for no type but text
+        if override.endswith("=None"):  # config_flags accepts None only for strings
             config.update_from_flattened_dict({path: None})
             return
         values = flags.FlagValues()
@@ -170,19 +170,19 @@ def _override_one(config: ml_collections.ConfigDict, override: str, path: str) -
         values(argv)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"The setting cannot be overridden so ({error}). Received: {override}. "
+            f"The override is invalid ({error}). Received: {override}. "
             "Name an existing setting and give a value of its type."
         ) from error
 
 
 def _load_file(config: str | None) -> Mapping[str, Any]:
-    """Runs `get_config()` of `path.py` or, with its argument, `path.py:argument`."""
+    """Runs `get_config()` of `path.py`, or of `path.py:argument` with that argument."""
     if config is None:
         return {}
     path, *argument = config.split(":", 1)
     if not pathlib.Path(path).is_file():
         raise UsageError(
-            f"There is no such file. Received: --config={config}. "
+            f"No such file. Received: --config={config}. "
             "Give the path of a Python file with a function get_config()."
         )
     try:
@@ -195,26 +195,26 @@ def _load_file(config: str | None) -> Mapping[str, Any]:
         ) from error
     if not isinstance(loaded, ml_collections.ConfigDict | Mapping):
         raise UsageError(
-            "get_config() of the configuration file returns no ConfigDict. "
+            "get_config() of the configuration file does not return a ConfigDict. "
             f"Received: {loaded!r} from --config={config}. Return one."
         )
     return loaded
 
 
 def _load_recorded(file: pathlib.Path) -> Mapping[str, Any]:
-    """Reads what a training wrote, so that `evaluate` need not be told it again."""
+    """Reads the settings that a training wrote, so that `evaluate` needs no flags."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"There is no training to evaluate in this folder ({error}). "
+            f"The folder has no training to evaluate ({error}). "
             f"Received: --workdir={file.parent}. "
             "Give the --workdir of a finished training, or its --model."
         ) from error
 
 
 def _for_evaluation(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leaves out the workers: those that trained need not be there to evaluate."""
+    """Drops the multi_worker strategy: its workers are not needed to evaluate."""
     if recorded.get("strategy") != "multi_worker":
         return recorded
     return {name: value for name, value in recorded.items() if name != "strategy"}

@@ -1,7 +1,7 @@
-"""Every flag of `python -m launch`, defined once, and how a command line is read.
+"""The flags of `python -m launch`, each defined once, and their parser.
 
-No flag has a default here: one that is not given leaves its setting to the
-configuration file and to the model's own defaults (see configuration.py).
+No flag has a default here: without a flag, its setting comes from the configuration
+file or the model's own defaults (see configuration.py).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class _Kind(NamedTuple):
     takes: str
 
 
-_TEXT = _Kind(flags.DEFINE_string, "TEXT", "a text")
+_TEXT = _Kind(flags.DEFINE_string, "STRING", "a string")
 _INTEGER = _Kind(flags.DEFINE_integer, "N", "a whole number")
 _NUMBER = _Kind(flags.DEFINE_float, "X", "a number")
 _SWITCH = _Kind(flags.DEFINE_boolean, "", "true or false")
@@ -38,63 +38,63 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
     ),
     "model": (
         _TEXT,
-        "a reference model (default: gan), or package.module:function, your function "
-        "from the configuration to a compiled keras.Model",
+        "a reference model (default: gan), or package.module:function, a function that "
+        "takes the configuration and returns a compiled keras.Model",
     ),
     "dataset": (
         _TEXT,
-        "a dataset of distfit, or package.module:function, your function from the "
-        "configuration to (train, validation)",
+        "a dataset of distfit, or package.module:function, a function that takes the "
+        "configuration and returns (train, validation)",
     ),
     "batch_size": (_INTEGER, "rows of the global batch, over all replicas"),
     "epochs": (_INTEGER, "epochs to train"),
     "steps_per_epoch": (
         _INTEGER,
-        "batches of an epoch; --config.steps_per_epoch=None for all there are",
+        "steps per epoch; --config.steps_per_epoch=None for the whole dataset",
     ),
     "learning_rate": (_NUMBER, "learning rate of the optimizer"),
     "seed": (_INTEGER, "seed of weights, shuffling, dropout and noise"),
-    "virtual_devices": (_INTEGER, "split the CPU into so many devices"),
-    "workdir": (_TEXT, "folder of the results (default: runs/MODEL)"),
+    "virtual_devices": (_INTEGER, "number of devices to split the CPU into"),
+    "workdir": (_TEXT, "folder for the results (default: runs/MODEL)"),
     "steps_per_execution": (
         _INTEGER,
-        "steps that run as one, between callbacks",
+        "steps per call of the compiled function; callbacks run between calls",
     ),
-    "mixed_precision": (_TEXT, "dtype policy of Keras, as mixed_bfloat16"),
+    "mixed_precision": (_TEXT, "Keras dtype policy, such as mixed_bfloat16"),
     "jit_compile": (_SWITCH, "compile the step with XLA"),
     "data_dir": (
         _TEXT,
-        "full MNIST: the folder of mnist.npz, that file, or 'download'; by default a "
-        "sample of it is used",
+        "full MNIST: mnist.npz, its folder, or 'download'; by default a bundled sample "
+        "is used",
     ),
     "verbose": (_INTEGER, "0 silent, 1 a progress bar, 2 a line per epoch"),
 }
-# What `verify` alone takes. It makes its own strategies, on devices of its choice.
+# Flags of `verify` alone, which makes its own strategies and devices.
 VERIFY: dict[str, tuple[_Kind, str]] = {
-    "replicas": (_TEXT, "verify: numbers of replicas to compare (default: 1,2,4)"),
+    "replicas": (_TEXT, "verify: replica counts to compare (default: 1,2,4)"),
     "steps": (_INTEGER, "verify: training steps to compare (default: 3)"),
-    "tolerance": (_NUMBER, "verify: largest relative deviation (default: 1e-5)"),
+    "tolerance": (_NUMBER, "verify: maximum relative deviation (default: 1e-5)"),
 }
-# What describes this process and its cluster, and not the run: no setting of it.
+# Flags that describe this process and its cluster; they are not settings of the run.
 CLUSTER: dict[str, tuple[_Kind, str]] = {
     "num_workers": (
         _INTEGER,
-        "start so many workers on this host; in a cluster, how many it is to have",
+        "number of workers to start on this host; in a cluster, its expected size",
     ),
     "workers": (
         _TEXT,
         "the cluster as host:port,host:port,...: the same on each worker, chief first",
     ),
-    "worker_index": (_INTEGER, "which of --workers this process is, from 0"),
+    "worker_index": (_INTEGER, "index of this process in --workers, from 0"),
     "tee": (
         _TEXT,
-        "whose output is shown, of workers started by --num_workers: chief (default), "
-        "or all, each line with its worker in front",
+        "with --num_workers, whose output to show: chief (default), or all, each line "
+        "prefixed with its worker",
     ),
     "stall_timeout": (
         _NUMBER,
         "seconds without progress after which a worker ends the run (default: 1800); "
-        "0 for never",
+        "0 to wait forever",
     ),
 }
 TEES = ("chief", "all")
@@ -102,20 +102,20 @@ _ALL = {**SETTINGS, **CLUSTER, **VERIFY}
 _NOT_VERIFY = ("strategy", "virtual_devices", *CLUSTER)
 _CONFIG_HELP = (
     "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
-    "what stands after a colon is its argument"
+    "FILE.py:ARGUMENT calls it with an argument"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """What was asked for.
+    """The parsed command line.
 
     Attributes:
         command: one of `COMMANDS`.
         settings: the flags that were given, by name.
-        config: the path of the configuration file, with its argument.
-        overrides: the `--config.key=value` arguments as they stand; their keys and
-            types are known once the configuration is.
+        config: the path of the configuration file, with its argument, if any.
+        overrides: the `--config.key=value` arguments, unparsed: the configuration
+            determines their types.
         verify: the arguments of `distfit.verify` that were given.
         cluster: the flags of `CLUSTER` that were given.
     """
@@ -166,9 +166,9 @@ def help_text() -> str:
 
 
 def _define() -> flags.FlagValues:
-    # Its own set of flags: absl's global one belongs to whatever else is imported.
+    # Not absl's global flags, to which any imported module may add.
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # the command may stand before, between or after flags
+    values.set_gnu_getopt(True)  # the command may come before, between or after flags
     for name, (kind, text) in _ALL.items():
         kind.define(name, None, text, flag_values=values)
     flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
@@ -184,7 +184,7 @@ def _command(positional: Sequence[str]) -> str:
         return "train"
     if len(positional) > 1 or positional[0] not in COMMANDS:
         raise UsageError(
-            "There is no such command. "
+            "Unknown command. "
             f"Received: command={' '.join(positional)!r}. "
             f"Choose {' or '.join(COMMANDS)}, and write settings as --flag=value."
         )
@@ -192,16 +192,16 @@ def _command(positional: Sequence[str]) -> str:
 
 
 def _check_flags_of(command: str, given: dict[str, Any]) -> None:
-    """Raises a `UsageError` for a flag that means nothing to the command."""
+    """Raises a `UsageError` for a flag that the command does not take."""
     for name in _NOT_VERIFY if command == "verify" else VERIFY:
         if name in given:
             raise UsageError(
                 f"The command {command} takes no --{name}. "
                 f"Received: --{name}={given[name]}. "
                 + (
-                    "Give the numbers of replicas as --replicas=1,2,4."
+                    "Give replica counts as --replicas=1,2,4."
                     if command == "verify"
-                    else "It is for python -m launch verify."
+                    else "Use it with python -m launch verify."
                 )
             )
 
@@ -221,23 +221,23 @@ def _verify_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cluster_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of `CLUSTER`; what they mean together is for discovery.py to say."""
+    """The flags of `CLUSTER`; discovery.py checks how they combine."""
     arguments = {name: given[name] for name in CLUSTER if name in given}
     if arguments.get("num_workers", 1) < 1:
         raise UsageError(
-            "There is at least one worker. "
+            "num_workers must be at least 1. "
             f"Received: --num_workers={arguments['num_workers']}. "
             "Leave it out to train in this process."
         )
     if arguments.get("tee", TEES[0]) not in TEES:
         raise UsageError(
-            "There is no such choice of output. "
+            "Unknown value of --tee. "
             f"Received: --tee={arguments['tee']}. Give {' or '.join(TEES)}."
         )
     seconds = arguments.get("stall_timeout", 0.0)
     if not (math.isfinite(seconds) and seconds >= 0):
         raise UsageError(
-            "The stall timeout is a number of seconds. "
+            "The stall timeout must be a finite number of seconds, 0 or more. "
             f"Received: --stall_timeout={seconds}. Give 0 to wait forever."
         )
     return arguments
@@ -247,7 +247,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(
-            f"--{name} takes whole numbers above 0, with commas between them. "
+            f"--{name} takes positive whole numbers, separated by commas. "
             f"Received: --{name}={text}. Give e.g. --{name}=1,2,4."
         )
     return tuple(int(part) for part in parts)
@@ -256,16 +256,16 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _explain(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown(error.flagname)
-    # absl's own words: "flag --batch_size=x: invalid literal for int() with base 10".
+    # absl's message: "flag --batch_size=x: invalid literal for int() with base 10".
     illegal = re.match(r"flag --(?P<name>\w+)=(?P<value>.*?): ", str(error))
     if illegal and illegal["name"] in _ALL:
         name, value = illegal["name"], illegal["value"]
         takes = _ALL[name][0].takes
         return f"--{name} takes {takes}. Received: --{name}={value}. Give {takes}."
-    return f"The flags cannot be read. Received: {error}. See python -m launch --help."
+    return f"The flags are invalid. Received: {error}. See python -m launch --help."
 
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, [*_ALL, "config"], n=1)
     advice = f"Did you mean --{near[0]}?" if near else "See python -m launch --help."
-    return f"There is no such flag. Received: --{name}. {advice}"
+    return f"Unknown flag. Received: --{name}. {advice}"

@@ -1,7 +1,7 @@
-"""What --model and --dataset name: a reference of distfit, or a function of the user's.
+"""The values of --model and --dataset: names in distfit, or functions of the user.
 
 A function is written `package.module:function`. Names and modules are checked without
-importing anything, so that a typing mistake shows before TensorFlow has loaded.
+importing anything, so that a typo is reported before TensorFlow loads.
 """
 
 import ast
@@ -22,15 +22,15 @@ def is_path(value: str) -> bool:
 
 
 def declared_names(file: str) -> tuple[str, ...]:
-    """Returns the literal `NAMES` of a file of distfit, as "models/__init__.py".
+    """Returns the literal `NAMES` of a file of distfit, such as "models/__init__.py".
 
-    It is read, not imported: importing any part of distfit imports TensorFlow.
+    It is parsed, not imported: importing any part of distfit imports TensorFlow.
     """
     spec = importlib.util.find_spec("distfit")
     if spec is None or spec.origin is None:
         raise UsageError(
-            "distfit cannot be found. Received: no package of that name. "
-            "Install the package that this command belongs to."
+            "distfit is not installed. Received: no package of that name. "
+            "Install the package that provides this command."
         )
     source = pathlib.Path(spec.origin).parent.joinpath(file).read_text()
     for statement in ast.parse(source).body:
@@ -55,7 +55,7 @@ def check_name(
     if value not in names:
         near = difflib.get_close_matches(value, names, n=1)
         raise UsageError(
-            f"There is no {flag} of that name. Received: --{flag}={value}. "
+            f"Unknown {flag}. Received: --{flag}={value}. "
             + (f"Did you mean {near[0]}? " if near else "")
             + f"Choose one of {', '.join(names)}{f', or {or_else}' if or_else else ''}."
         )
@@ -87,7 +87,7 @@ def load_function(flag: str, value: str) -> Callable:
 
 
 def place(error: Exception) -> str:
-    """Returns the file and the line that an error comes from."""
+    """Returns the file and line that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"
 
@@ -96,7 +96,7 @@ def _check_path(flag: str, value: str) -> None:
     module, _, function = value.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), function]):
         raise UsageError(
-            f"--{flag} is no path to a function. Received: --{flag}={value}. "
+            f"--{flag} is not a path to a function. Received: --{flag}={value}. "
             "Write it as package.module:function."
         )
     if not _module_exists(module):

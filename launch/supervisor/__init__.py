@@ -1,4 +1,4 @@
-"""The parent process: starts workers, shows their output, names who failed first.
+"""The parent process: starts workers, shows their output, reports which failed first.
 
-`supervisor` is where to begin.
+Start with `supervisor`.
 """

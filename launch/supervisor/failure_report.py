@@ -1,4 +1,4 @@
-"""What the last lines on the screen say about the worker that failed first."""
+"""The report of the root cause: the last lines that a failed run prints."""
 
 import os
 import pathlib
@@ -7,24 +7,24 @@ import signal
 from launch import run_files
 from launch.supervisor.root_cause import End, Failure
 
-# The message is all the last line says: it names what is to be changed, or the workers.
+# The last line is their message alone: it says what to change, or names the workers.
 _WITHOUT_A_WORKER = ("UsageError", "FloatingPointError", "StallError")
 # Raised to end the process, by a signal or by sys.exit().
 _EXITS = ("SystemExit", "KeyboardInterrupt")
 _LAST_LINES = 15
-_LONGEST_LINE = 500  # characters of a message whose traceback stands above it
+_LONGEST_LINE = 500  # characters of a message; the traceback is printed above it
 
 
 def text(
     end: End, workdir: pathlib.Path, *, shown: str = "", out_of_memory: bool = False
 ) -> str:
-    """Returns what to print: a traceback or the end of a log, then the cause.
+    """Returns the report: a traceback or the end of a log, then the cause.
 
     Args:
         end: the root cause.
         workdir: the working folder of the run.
-        shown: what the screen's standard error has last; not said twice.
-        out_of_memory: whether the kernel has killed for lack of memory meanwhile.
+        shown: the end of what stderr already shows, which is not repeated.
+        out_of_memory: whether the kernel has killed a process for lack of memory.
     """
     log = run_files.log(workdir, end.worker)
     if end.failure is None:
@@ -53,7 +53,7 @@ def _last_line(failure: Failure) -> str:
 
 
 def _death(end: End, out_of_memory: bool) -> str:
-    """Describes the end of a worker that has recorded nothing."""
+    """Describes the end of a worker that recorded no error."""
     who = f"launch: worker {end.worker}"
     if end.code >= 0:
         return f"{who} ended with exit code {end.code}, and recorded no error"
@@ -61,8 +61,8 @@ def _death(end: End, out_of_memory: bool) -> str:
     if end.code != -signal.SIGKILL:
         return killed
     if out_of_memory:
-        return f"{killed}: memory had run out, says the kernel's count of such kills"
-    return f"{killed}, as the kernel does when memory has run out"
+        return f"{killed}: out of memory, according to the kernel's count of such kills"
+    return f"{killed}, perhaps by the kernel because memory ran out"
 
 
 def _signal_name(number: int) -> str:
@@ -73,7 +73,7 @@ def _signal_name(number: int) -> str:
 
 
 def _tail(path: pathlib.Path) -> str:
-    """Returns the last lines of a log, each ended, or "" if there are none."""
+    """Returns the last lines of a log, each with a newline, or "" if there are none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))

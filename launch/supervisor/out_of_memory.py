@@ -1,7 +1,7 @@
-"""How often the kernel has killed a process here because memory had run out.
+"""How many processes the kernel has killed here because memory ran out.
 
-Linux counts this for each control group (cgroup). Whether a worker that SIGKILL has
-ended is a victim of it can be told from the count before and after.
+Linux counts this for each control group (cgroup). The counts before and after a run
+show whether a worker that was killed by SIGKILL had run out of memory.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def kills(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Returns the kills in this process's control group so far; None: not told.
+    """Returns the kills in this process's control group so far; None if unknown.
 
     Args:
         root: where /proc and /sys are.
@@ -17,7 +17,7 @@ def kills(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     for path in _counters(root):
         try:
             lines = path.read_text().splitlines()
-        except OSError:  # not this version, or the host's path seen from a container
+        except OSError:  # other cgroup version, or a host path seen in a container
             continue
         for line in lines:
             name, _, value = line.partition(" ")

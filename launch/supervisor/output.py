@@ -1,8 +1,8 @@
-"""Takes what workers write from their pipes to their logs and to the screen.
+"""Copies the output of workers from their pipes to their logs and to the screen.
 
-The pipes are read by one thread, which never waits for a worker: a line that has
-begun is kept until its end comes, and others go on meanwhile. It does not wait for the
-screen either (screen.py).
+One thread reads the pipes and never waits for a worker: an unfinished line is kept
+until its end arrives, while the others are read. Nor does it wait for the screen
+(screen.py).
 """
 
 import itertools
@@ -17,33 +17,33 @@ from launch import run_files
 from launch.errors import UsageError
 from launch.supervisor.screen import Lines, Log, Screen
 
-_CHUNK = 65536  # bytes; what a pipe holds on Linux
-_KEPT = 65536  # bytes of what was shown as errors
-_LAST_WORDS = 0.5  # seconds that they may take to come after the end of a worker
-_PATIENCE = 1.0  # seconds without a byte after which a screen is given up at the end
+_CHUNK = 65536  # bytes; the capacity of a pipe on Linux
+_KEPT = 65536  # bytes of the errors that were shown
+_LAST_WORDS = 0.5  # seconds that output may take to arrive after an exit
+_PATIENCE = 1.0  # seconds without a byte after which to give up a screen
 
 
 class Outputs:
     """The output of all workers of a run.
 
     Args:
-        workdir: the working folder of the run. Logs of a former run are set aside;
-            what else its workers have left is removed.
-        num_workers: how many there will be.
-        tee: "chief": the screen gets what worker 0 writes, as it writes it; "all": what
-            every worker writes, line by line behind its name.
+        workdir: the working folder of the run. Logs of an earlier run are moved aside;
+            its workers' other files are removed.
+        num_workers: how many workers there will be.
+        tee: "chief" shows the output of worker 0 as it is; "all" that of every worker,
+            line by line, each prefixed with its worker.
 
     Raises:
-        UsageError: the folder or a log cannot be made.
+        UsageError: the folder or a log cannot be created.
 
     Attributes:
-        shown: the last of what the chief has written as errors and was shown so.
+        shown: the end of the chief's stderr, as far as it was shown.
     """
 
     def __init__(self, workdir: pathlib.Path, num_workers: int, tee: str) -> None:
         _open_standard_files()
         self._screen = Screen(1)
-        # What is one for who looks at it, as a terminal is, has one order.
+        # If both are the same file, such as a terminal, one Screen keeps their order.
         self._errors = self._screen if os.path.sameopenfile(1, 2) else Screen(2)
         self.shown = b""
         self._shows_errors = True
@@ -57,9 +57,9 @@ class Outputs:
         """Opens the pipes of a worker.
 
         Returns:
-            The ends to write to, which the caller closes: one for output and one for
-            errors, or one for both. Two tell them apart on the screen, but their order
-            in the log is that in which they come here.
+            The write ends, which the caller closes: one for stdout and one for stderr,
+            or one for both. With two, the screen can tell them apart, but the log has
+            them in the order in which they arrive here.
         """
         shows = [self._screen.write, self._show_error][: 2 if index == 0 else 1]
         ends = [os.pipe() for _ in shows]
@@ -70,13 +70,13 @@ class Outputs:
         return [writing for _, writing in ends]
 
     def read(self, timeout: float) -> None:
-        """Passes on what is there; waits for it for at most `timeout` seconds."""
+        """Passes on the output that is available, after at most `timeout` seconds."""
         for key, _ in self._selector.select(timeout):
-            if not key.data.read():  # closed before the worker has ended
+            if not key.data.read():  # closed before the worker ended
                 self._selector.unregister(key.fd)
 
     def finish(self, index: int) -> None:
-        """Passes on the last that a worker has written which has ended."""
+        """Passes on the last output of a worker that has ended."""
         for pipe in self._pipes.pop(index, []):
             if pipe.file in self._selector.get_map():
                 self._selector.unregister(pipe.file)
@@ -85,29 +85,29 @@ class Outputs:
             lines.close()
 
     def mute_errors(self) -> None:
-        """Keeps from the screen what the chief writes as errors from now on."""
+        """Hides the chief's stderr from the screen from now on."""
         self._shows_errors = False
 
     def flush(self, patience: float = _PATIENCE) -> bool:
-        """Returns whether the screen has it all; gives up when it takes nothing more.
+        """Returns whether all output is shown; gives up when the screen takes no more.
 
         Args:
-            patience: how many seconds it may take nothing.
+            patience: seconds without a byte after which to give up.
         """
         return all([s.flush(patience) for s in (self._screen, self._errors)])
 
     def say(self, text: str) -> None:
-        """Shows a message as an error: a progress bar or a death may have left a line.
+        """Prints a message to stderr, below the line that a progress bar or crash left.
 
         Args:
-            text: whole lines, or nothing.
+            text: whole lines, or an empty string.
         """
         if text:
             self._errors.write((b"\n" if self._errors.begun else b"") + text.encode())
             self._errors.flush(_PATIENCE)
 
     def close(self) -> None:
-        """Passes on what there is, and closes what is open."""
+        """Passes on the remaining output, and closes all files."""
         for index in list(self._pipes):
             self.finish(index)
         for log in self._logs:
@@ -132,11 +132,11 @@ class Outputs:
 
 
 class _Pipe:
-    """The end to read of a worker's standard output or error.
+    """The read end of the pipe from a worker's stdout or stderr.
 
     Args:
         file: its descriptor.
-        targets: called with what is read.
+        targets: functions that are called with the data.
     """
 
     def __init__(self, file: int, targets: list[Callable[[bytes], None]]) -> None:
@@ -145,7 +145,7 @@ class _Pipe:
         os.set_blocking(file, False)
 
     def read(self) -> bool:
-        """Passes on what is there, and returns whether there was something."""
+        """Passes on the available data, and returns whether there was any."""
         try:
             data = os.read(self.file, _CHUNK)
         except BlockingIOError:
@@ -155,11 +155,11 @@ class _Pipe:
         return bool(data)
 
     def drain(self) -> None:
-        """Passes on all up to its end, and closes the pipe.
+        """Passes on everything up to the end of file, and closes the pipe.
 
-        Waits a little for what passes on a worker's last words (quiet.py), but not for
-        ever: a process that the worker has started and that has left its group may hold
-        the pipe open, and even write on.
+        Waits a little for the filter of a worker's last lines (quiet.py), but not
+        forever: a process that the worker started, and that has left its group, may
+        hold the pipe open, and even keep writing.
         """
         deadline = time.monotonic() + _LAST_WORDS
         while _can_read(self.file, deadline) and self.read():
@@ -173,7 +173,7 @@ def _can_read(file: int, deadline: float) -> bool:
 
 
 def _open_standard_files() -> None:
-    """Opens those that were closed, as by `>&-`: a pipe would get their numbers."""
+    """Opens those that were closed, as by `>&-`: a pipe would get their descriptors."""
     while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(file)
@@ -190,14 +190,14 @@ def _open_logs(
         raise UsageError(
             f"The working folder cannot be written to ({error.strerror}: "
             f"{error.filename}). Received: --workdir={workdir}. "
-            "Give a folder that can; it is made if need be."
+            "Give a writable folder; it is created if needed."
         ) from error
 
 
 def _set_logs_aside(workdir: pathlib.Path) -> None:
-    """Moves the logs of a former run to `logs-1`, or the first such name that is free.
+    """Moves the logs of an earlier run to `logs-1`, or the next name that is free.
 
-    A run that is refused a moment later, or evaluates, leaves those of the training.
+    So a run that is rejected a moment later, or evaluates, keeps the training's logs.
     """
     folder = workdir / run_files.FOLDER
     former = [path for path in folder.glob("worker-*.log") if path.stat().st_size]

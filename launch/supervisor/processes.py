@@ -1,13 +1,13 @@
-"""One worker process: how it starts, is signalled, and ends with all it has started.
+"""A worker process: starts it, signals it, and kills it with all that it has started.
 
-Each worker leads a session and a process group of its own. So a Ctrl-C reaches the
-parent alone, which decides, and a SIGKILL to the group reaches what the worker has
-started, such as processes that load data.
+Each worker leads its own session and process group. So Ctrl-C reaches the parent alone,
+which decides, and a SIGKILL to the group also reaches the processes that the worker has
+started, such as data loaders.
 
 No worker outlives its parent, however that ends. Linux is asked to send SIGKILL to a
-worker when the parent dies. And a guard, a shell that waits at a pipe which the
-parent's end closes, sends SIGKILL to the groups that are left: that also reaches what
-workers have started, and works where there is no such request.
+worker when its parent dies. In addition a guard, a shell that reads from a pipe until
+the parent's end closes it, sends SIGKILL to the groups that are left: that also reaches
+processes that workers have started, and works on other systems.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Process:
-    """A worker that runs or has ended.
+    """A worker process, running or ended.
 
     Args:
-        index: its place in the cluster.
-        command: what it runs.
+        index: its rank in the cluster.
+        command: the command line to run.
         environment: its environment variables.
-        cores: what it may use of the CPU; empty: as this process.
-        writing: descriptors for its output and its errors, or one for both.
+        cores: the CPU cores it may use; empty: those of this process.
+        writing: descriptors for its stdout and stderr, or one for both.
 
     Attributes:
-        index: its place in the cluster.
+        index: its rank in the cluster.
         pid: its process id, and that of its group.
         code: its exit code, negative for a signal; None while it runs.
-        ended: when that was seen, in seconds as `time.time()` counts them.
+        ended: when its end was seen, in seconds of `time.time()`.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class Process:
     def asked(self) -> float | None:
         """When it was first sent a signal that may have ended it, or None.
 
-        A SIGKILL that was not sent from here ends a worker for a reason of its own,
-        whatever else it was sent.
+        A SIGKILL that was not sent from here has a cause of its own, whatever other
+        signals were sent.
         """
         if self.code == -signal.SIGKILL:
             return self._signalled.get(signal.SIGKILL)
         return min(self._signalled.values(), default=None)
 
     def send(self, number: int) -> None:
-        """Sends a signal and lets the worker go on if it was stopped.
+        """Sends a signal, and resumes the worker if it was stopped.
 
-        SIGKILL is for the whole group. Others are for the worker alone: it looks after
-        what it has started, and may need that in order to save.
+        SIGKILL goes to the whole group. Other signals go to the worker alone, which
+        manages the processes it has started, and may need them in order to save.
         """
-        if self.code is not None:  # its process id may be another process's by now
+        if self.code is not None:  # its process id may be reused by now
             return
         self._signalled.setdefault(number, time.time())
         if number == signal.SIGKILL:
@@ -90,28 +90,27 @@ class Process:
             _send_group(self.pid, signal.SIGCONT)
 
     def poll(self) -> bool:
-        """Returns whether it has ended since it was last asked about.
+        """Returns whether it has ended since the last call.
 
-        What it has started ends with it.
+        Then the processes that it has started are killed.
         """
         if self.code is not None or not _has_ended(self._popen):
             return False
-        # Before it is reaped: afterwards its id may be that of another group.
+        # Before it is reaped: afterwards its id may be reused for another group.
         _send_group(self.pid, signal.SIGKILL)
         self.wait()
         return True
 
     def wait(self) -> None:
-        """Waits for its end."""
+        """Waits for its end, and keeps the exit code."""
         self.code = self._popen.wait()
         self.ended = time.time()
 
 
 class Guard:
-    """Kills the groups of workers when this process has died before them."""
+    """Kills the process groups of workers if this process dies before them."""
 
-    # It reads the groups that are alive, again whenever one has ended, since a number
-    # may come to be that of another group.
+    # It reads the living groups, again whenever one has ended, as ids are reused.
     _SCRIPT = "while read -r line; do groups=$line; done; kill -s KILL -- $groups"
 
     def __init__(self) -> None:
@@ -125,14 +124,14 @@ class Guard:
         )
 
     def watch(self, processes: Iterable[Process]) -> None:
-        """Takes note of the workers that are alive."""
+        """Sends the guard the groups that are alive."""
         groups = [f"-{p.pid}" for p in processes if p.code is None]
         if self._popen.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # it was killed, alone
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed
                 self._popen.stdin.write((" ".join(groups) + "\n").encode())
 
     def close(self) -> None:
-        """Ends it; to be called when no worker is left."""
+        """Ends the guard; call it when no worker is left."""
         self._popen.kill()
         self._popen.wait()
         if self._popen.stdin is not None:
@@ -140,13 +139,13 @@ class Guard:
 
 
 def _before_exec(cores: tuple[int, ...]) -> Callable[[], None]:
-    """Returns what the child does between fork and exec.
+    """Returns the function that the child calls between fork and exec.
 
-    There and not in the parent afterwards: threads inherit the cores of the one that
-    starts them, and libraries start theirs at once. It is safe as the parent has a
-    single thread when it forks, so no lock is held by another one. The request to Linux
-    also refers to the thread that has forked, so that one must live as long as the
-    parent; and what can be prepared is, so that the child calls little.
+    The cores are set there, not by the parent afterwards: threads inherit the cores of
+    the thread that starts them, and libraries start theirs at once. It is safe as the
+    parent has a single thread when it forks, so no other thread holds a lock. The
+    request to Linux refers to the thread that forks, so that must live as long as the
+    parent. What can be prepared is prepared before, so that the child calls little.
     """
     parent = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -154,7 +153,7 @@ def _before_exec(cores: tuple[int, ...]) -> Callable[[], None]:
     def prepare() -> None:
         if prctl is not None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it had died before the request
+        if os.getppid() != parent:  # the parent died before the request
             os._exit(1)
         if cores:
             os.sched_setaffinity(0, cores)
@@ -173,5 +172,5 @@ def _send_group(pid: int, number: int) -> None:
     try:
         os.killpg(pid, number)
     except (ProcessLookupError, PermissionError):
-        # macOS says "not permitted" of a group whose only member is a zombie.
+        # macOS says "not permitted" for a group whose only member is a zombie.
         return

@@ -1,4 +1,4 @@
-"""Why workers failed: each records its exception, and one of them is the root cause.
+"""Finds the root cause among the exceptions that failed workers have recorded.
 
 When one worker fails, the others' collectives fail after it. The root cause is the
 earliest failure that does not follow from another one.
@@ -17,11 +17,11 @@ from launch import run_files
 from launch.errors import UsageError
 
 _LONGEST_MESSAGE = 2000  # characters; TensorFlow appends whole graphs
-# The message says all there is to say: what was given is wrong, NonFinite has found the
-# step and the replica, or sys.exit() was given a text.
+# Their message needs no traceback: it says what is wrong with the input, names the step
+# and the replica (NonFinite), or was given to sys.exit().
 _EXPLAIN_THEMSELVES = (UsageError, FloatingPointError, SystemExit)
 
-# What TensorFlow raises in a worker whose peer has gone.
+# What TensorFlow raises in a worker that has lost a peer.
 _ALWAYS_FOLLOW = {
     "AbortedError",
     "CancelledError",
@@ -53,10 +53,10 @@ class Failure:
 
     Attributes:
         worker: the index of the worker.
-        time: when it was recorded, in seconds as `time.time()` counts them.
+        time: when it was recorded, in seconds of `time.time()`.
         type: the name of the exception's class.
-        message: what it says, at most 2000 characters.
-        traceback: as Python prints it; empty where the message says it all.
+        message: at most 2000 characters.
+        traceback: as Python prints it; empty if the message is enough.
         code: the exit code that the worker ends with.
     """
 
@@ -69,7 +69,7 @@ class Failure:
 
     @property
     def follows(self) -> bool:
-        """Whether this is what the failure of another worker looks like."""
+        """Whether this looks like a consequence of another worker's failure."""
         return _follows(self.type, self.message)
 
 
@@ -79,10 +79,10 @@ class End:
 
     Attributes:
         worker: its index.
-        code: its exit code; -9 if signal 9 has killed it.
-        time: when that was seen, in seconds as `time.time()` counts them.
-        asked: when the parent had sent it the signal that may have ended it, or None.
-        failure: what it had recorded, or None.
+        code: its exit code; -9 if signal 9 killed it.
+        time: when its end was seen, in seconds of `time.time()`.
+        asked: when the parent sent it the signal that may have ended it, or None.
+        failure: the failure it recorded, or None.
     """
 
     worker: int
@@ -93,17 +93,17 @@ class End:
 
     @property
     def began(self) -> float:
-        """When things went wrong, in seconds as `time.time()` counts them."""
+        """When things went wrong, in seconds of `time.time()`."""
         return self.time if self.failure is None else self.failure.time
 
     @property
     def is_own(self) -> bool:
-        """Whether neither a peer's failure nor the parent explains it."""
+        """Whether neither a peer's failure nor the parent's signal explains it."""
         return _rank(self) == 0
 
     @property
     def exit_code(self) -> int:
-        """The code that the parent ends with if this is the root cause."""
+        """The parent's exit code if this is the root cause."""
         code = self.code if self.failure is None else self.failure.code
         preempted, interrupted = 128 + signal.SIGTERM, 128 + signal.SIGINT
         return code if code in (1, 2, interrupted, preempted) else 1
@@ -112,12 +112,12 @@ class End:
 def record(workdir: pathlib.Path, index: int, error: BaseException, code: int) -> None:
     """Writes `<workdir>/logs/worker-<index>.error.json`.
 
-    Never raises, since that would hide the error: what goes wrong is said on stderr.
+    Never raises, as that would hide the error; problems are reported on stderr.
 
     Args:
         workdir: the working folder of the run.
         index: the index of this worker.
-        error: what ends it.
+        error: the exception that ends it.
         code: the exit code that it will end with.
     """
     try:
@@ -135,7 +135,7 @@ def record(workdir: pathlib.Path, index: int, error: BaseException, code: int) -
 
 
 def read(workdir: pathlib.Path, index: int) -> Failure | None:
-    """Returns what a worker has recorded; None if that is nothing, or unreadable."""
+    """Returns a worker's recorded failure; None if it is missing or malformed."""
     content = run_files.read_json(run_files.error(workdir, index))
     try:
         return None if content is None else Failure(**content)
@@ -144,9 +144,9 @@ def read(workdir: pathlib.Path, index: int) -> Failure | None:
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """Returns what an error says of the loss of another worker, if that is its cause.
+    """Returns the line of an error that reports a lost worker; None for other errors.
 
-    TensorFlow says it in one line among dozens about its graph.
+    TensorFlow puts it among dozens of lines about its graph.
     """
     name, message = type(error).__name__, str(error)
     if not _follows(name, message):
@@ -156,16 +156,16 @@ def lost_peer(error: BaseException) -> str | None:
 
 
 def root_cause(ends: Sequence[End]) -> End | None:
-    """Returns the end that the others follow from, or None if all ended with 0."""
+    """Returns the end that caused the others, or None if all exit codes are 0."""
     failed = [end for end in ends if end.code != 0]
     return min(failed, key=lambda end: (_rank(end), end.began), default=None)
 
 
 def failed_to_save(ends: Sequence[End]) -> End | None:
-    """Returns the end of a worker that was to save and could not, or None.
+    """Returns the end of a worker that failed to save, or None.
 
-    Once all have been sent SIGTERM from outside, ends say little; errors that are
-    recorded and follow from no peer do.
+    After a SIGTERM from outside, exit codes say little; recorded errors that do not
+    follow from a peer's failure do.
     """
     stopped = (128 + signal.SIGINT, 128 + signal.SIGTERM)
     failed = [
@@ -177,7 +177,7 @@ def failed_to_save(ends: Sequence[End]) -> End | None:
 
 
 def without_colours(text: str) -> str:
-    """Returns text without the escape sequences that Keras colours it with."""
+    """Removes the escape sequences by which Keras colours text."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
@@ -188,7 +188,7 @@ def _follows(type_name: str, message: str) -> bool:
 
 
 def _rank(end: End) -> int:
-    """0 for a cause, 1 for what follows from a peer, 2 for what the parent has done."""
+    """0 for a cause, 1 if it follows from a peer, 2 if from the parent's signal."""
     if end.asked is not None and end.began > end.asked:
         return 2
     return int(end.failure is not None and end.failure.follows)

@@ -1,4 +1,4 @@
-"""Where the output of workers goes: the screen, as it is or line by line, and logs."""
+"""Where the output of workers goes: the screen, raw or line by line, and log files."""
 
 import os
 import pathlib
@@ -7,22 +7,23 @@ import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
-_AT_ONCE = 4096  # bytes; small, so that a slow reader is seen to take something
+_AT_ONCE = 4096  # bytes; small, so that a slow reader shows progress
 _MOST_WAITING = 2**24  # bytes
-_NOTE = b"\nlaunch: %d bytes were too much for the screen, and are in the logs alone.\n"
+_NOTE = b"\nlaunch: %d bytes were dropped from the screen; the logs have them.\n"
 
 
 class Screen:
-    """A file that people may look at: standard output or error, or both in one.
+    """Stdout or stderr, or both in one, which somebody may read.
 
-    A thread writes to it. So a reader that is slow or has stopped, as `less` has and a
-    terminal after Ctrl-S, holds up nobody. What exceeds 16 MiB is dropped with a note,
-    and so is, without one, what comes once the reader has gone: the logs have it all.
+    A thread writes to it, so a reader that is slow or stopped, such as `less` or a
+    terminal after Ctrl-S, holds up no worker. Output beyond 16 MiB is dropped with a
+    note. After the reader has gone, all is dropped without a note. The logs have
+    everything.
 
     The thread starts with the first write, when the workers have been forked.
 
     Attributes:
-        begun: whether the last line has no end yet.
+        begun: whether the last line is unfinished.
     """
 
     def __init__(self, file: int) -> None:
@@ -35,7 +36,7 @@ class Screen:
         self._thread = threading.Thread(target=self._write_on, daemon=True)
 
     def write(self, data: bytes) -> None:
-        """Takes all of it, and waits for nothing."""
+        """Accepts all data without waiting."""
         with self._changed:
             if not data or not self._is_open:
                 return
@@ -74,20 +75,20 @@ class Screen:
                 self._changed.notify_all()
 
     def _write(self, data: bytes) -> int | None:
-        """Returns how much was written; None if nothing ever will be."""
+        """Returns how many bytes were written; None if writing has failed for good."""
         while True:
             try:
                 return os.write(self._file, data)
-            except BlockingIOError:  # another program has made the terminal so
+            except BlockingIOError:  # another program made the terminal non-blocking
                 select.select([], [self._file], [])
             except OSError:
                 return None
 
 
 class Lines:
-    """Passes whole lines on, each behind a prefix.
+    """Passes on whole lines, each with a prefix.
 
-    A progress bar redraws its line behind a carriage return: its last state is passed.
+    A progress bar redraws its line after a carriage return: only its last state passes.
     """
 
     def __init__(self, prefix: bytes, show: Callable[[bytes], None]) -> None:
@@ -96,15 +97,15 @@ class Lines:
         self._begun = b""
 
     def write(self, data: bytes) -> None:
-        """Passes the lines on that end in `data`, and keeps what has begun."""
+        """Passes on the lines that end in `data`, and keeps an unfinished one."""
         *lines, begun = (self._begun + data).split(b"\n")
-        # What is drawn over is let go, as an epoch's bar may take megabytes. A return
-        # at the very end may yet turn out to be a line's end.
+        # Overwritten text is dropped, as an epoch's bar may take megabytes. A carriage
+        # return at the very end may yet turn out to be part of a line's end.
         self._begun = begun[begun.rfind(b"\r", 0, len(begun) - 1) + 1 :]
         self._show(b"".join(map(self._line, lines)))
 
     def close(self) -> None:
-        """Passes a last line on that has no end."""
+        """Passes on a last line that is unfinished."""
         if self._begun:
             self._show(self._line(self._begun))
             self._begun = b""
@@ -114,11 +115,11 @@ class Lines:
 
 
 class Log:
-    """The file with what a worker has written, to standard output and error.
+    """The log file of a worker's stdout and stderr.
 
     Args:
-        path: the file; one that is there is replaced.
-        tell: called with a message for people if it cannot be written any more.
+        path: the file; an existing one is replaced.
+        tell: called with a message if it cannot be written to.
 
     Raises:
         OSError: it cannot be opened.
@@ -130,16 +131,16 @@ class Log:
         self._file: BinaryIO | None = path.open("wb", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Writes all of it; says so once if that cannot be done, and goes on."""
+        """Writes all data; if that fails, says so once and drops what follows."""
         while data and self._file is not None:
             try:
                 data = data[self._file.write(data) :]
             except OSError as error:
-                self._tell(f"launch: {self._path}: {error}; it ends here.\n".encode())
+                self._tell(f"launch: {self._path}: {error}; log ends here.\n".encode())
                 self.close()
 
     def close(self) -> None:
-        """Closes the file; what comes later is dropped."""
+        """Closes the file; later output is dropped."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,28 +1,27 @@
 """Runs several workers on this host: starts them, watches them, ends them together.
 
-What they are told: each gets the same arguments, and TF_CONFIG with the addresses of
-all and its own place. Besides, each gets its share of the cores and GPUs, the path of
-its log, and PYTHONUNBUFFERED, without which its output would come late and, when it is
-killed, not at all. Nothing else passes between them and this process, which never
-imports TensorFlow.
+Each worker gets the same arguments, TF_CONFIG with the addresses of all and its own
+index, its share of the cores and GPUs, the path of its log, and PYTHONUNBUFFERED,
+without which its output would come late and, if it is killed, not at all. Nothing else
+passes between the workers and this process, which never imports TensorFlow.
 
-How it ends:
+How a run ends:
 
-- All workers end with 0: so does this process. One that is done early keeps none of the
-  others from going on.
-- One fails: it ends with another code, by a signal, or records its error and hangs. The
-  others are sent SIGTERM, and SIGKILL after `GRACE`: a collective whose peer is gone
-  may wait for ever. The root cause is the last thing on the screen.
-- One stops making progress: the workers' watchdogs find that (stall.py). Those that are
-  left write their stacks to their logs before they end.
-- SIGINT (Ctrl-C): they are sent it too, and SIGKILL after `GRACE`, or at once with a
+- All workers exit with 0: so does this process. One that finishes early does not stop
+  the others.
+- One fails: it exits with another code, dies by a signal, or records its error and
+  hangs. The others get SIGTERM, and SIGKILL after `GRACE`, as a collective that waits
+  for a dead peer may wait forever. The root cause is printed last.
+- One stops making progress: the workers' watchdogs detect that (stall.py). The others
+  dump their stacks to their logs before they end.
+- SIGINT (Ctrl-C): the workers get it too, and SIGKILL after `GRACE`, or at once on a
   second Ctrl-C. Exit code 130.
-- SIGTERM or SIGHUP: they are sent SIGTERM and have `SAVE_GRACE` to save what they have.
-  Exit code 143 for both; the worker's code if one has failed at that.
-- This process is killed: processes.py sees to it that nothing is left.
+- SIGTERM or SIGHUP: the workers get SIGTERM, and have `SAVE_GRACE` to save. Exit code
+  143, or that of a worker that failed to save.
+- This process is killed: processes.py makes sure that no worker is left.
 
-A signal that this process was started to ignore, as nohup does, stays ignored. A screen
-that nobody reads keeps none of this from happening.
+A signal that was ignored at startup, as by nohup, stays ignored. A screen that nobody
+reads prevents none of this.
 """
 
 import collections
@@ -41,9 +40,9 @@ from launch.supervisor.output import Outputs
 from launch.supervisor.processes import Guard, Process
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
-SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly give 30
-SETTLE = 1.0  # seconds that a cause may take to show itself after what follows from it
-STACKS = 0.5  # seconds that workers have to write their stacks
+SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly allow 30
+SETTLE = 1.0  # seconds to wait for the cause of a failure that may follow from it
+STACKS = 0.5  # seconds that workers have to dump their stacks
 _POLL = 0.05  # seconds
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -60,21 +59,21 @@ def run(
 ) -> int:
     """Runs `command` with `arguments` once for each worker, until all have ended.
 
-    To be called from the main thread of a process that has no other.
+    Call it from the main thread of a process that has no other.
 
     Args:
         arguments: the command line that workers and this process share.
-        num_workers: how many.
-        workdir: their output and errors go to its folder `logs`.
-        tee: "chief" passes on to the screen what worker 0 writes, as it writes it;
-            "all" what every worker writes, line by line behind its name.
+        num_workers: how many workers.
+        workdir: their logs go to its folder `logs`.
+        tee: "chief" shows the output of worker 0 as it is; "all" that of every worker,
+            line by line, each prefixed with its worker.
         command: what to run, by default `python -m launch`.
 
     Returns:
         The exit code for this process.
 
     Raises:
-        UsageError: the working folder or the GPUs do not allow it. Nothing was started.
+        UsageError: the working folder or the GPUs are unsuitable; nothing was started.
     """
     command = [*(command or (sys.executable, "-m", "launch")), *arguments]
     shares = hardware.divide(num_workers)
@@ -91,17 +90,17 @@ def run(
 
 
 class _Group:
-    """The workers, and what is to be done to end them."""
+    """The workers, and the plan to end them."""
 
     def __init__(self, workdir: pathlib.Path, outputs: Outputs) -> None:
         self._workdir = workdir
         self._outputs = outputs
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
-        self._received: list[int] = []  # signals from outside
-        self._answered: int | None = None  # the one of them that ends the group
+        self._received: list[int] = []  # signals to this process
+        self._answered: int | None = None  # the signal that ends the group
         self._failing_since: float | None = None
-        # When to send which signal to those that are left, once they are to end.
+        # When to send which signal to the workers that are left, once the group ends.
         self._plan: collections.deque[tuple[float, int]] | None = None
         self._memory_kills = out_of_memory.kills()
         self._cleanup = contextlib.ExitStack()
@@ -114,7 +113,7 @@ class _Group:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever has happened, no worker is left."""
+        """Leaves no worker running, whatever has happened."""
         self._cleanup.close()
 
     def start(
@@ -124,7 +123,7 @@ class _Group:
         environment: dict[str, str],
         cores: tuple[int, ...],
     ) -> None:
-        """Starts a worker; a signal that has come before makes that needless."""
+        """Starts a worker, unless a termination signal has already arrived."""
         if self._received:
             return
         writing = self._outputs.connect(index)
@@ -146,14 +145,14 @@ class _Group:
             self._decide()
             while self._plan and self._plan[0][0] <= time.monotonic():
                 self._send(self._plan.popleft()[1])
-        # A screen that is read slowly gets all, but what has gone wrong waits for none.
+        # After success, wait for a slow screen; a failure waits for no screen.
         while not self._received and all(end.code == 0 for end in self._ends):
             if self._outputs.flush(_POLL):
                 break
 
     def tell(self) -> int:
-        """Says on the last lines of the screen why it has ended; returns the code."""
-        if not self._ends:  # it came before any worker was started
+        """Prints why the run ended, as the last lines; returns the exit code."""
+        if not self._ends:  # a signal came before any worker started
             self._answered = next(iter(self._received), None)
         if self._answered == signal.SIGINT:
             self._outputs.say("launch: interrupted\n")
@@ -183,14 +182,14 @@ class _Group:
         )
 
     def _decide(self) -> None:
-        """Makes the plan for the end as soon as there is a reason for one."""
+        """Plans the end of the group as soon as there is a reason for it."""
         if self._plan is None:
             if self._received:
                 self._answer(self._received[0])
             elif self._is_failing():
                 self._fail()
         elif any(end.code not in (0, _TERMINATED) for end in self._ends):
-            # Those that are left cannot save any more: that takes all of them.
+            # The workers that are left cannot save any more: that takes all of them.
             latest = time.monotonic() + GRACE
             moved = [(min(due, latest), number) for due, number in self._plan]
             self._plan = collections.deque(moved)
@@ -198,7 +197,7 @@ class _Group:
     def _answer(self, number: int) -> None:
         self._answered = number
         if number == signal.SIGINT:
-            self._outputs.mute_errors()  # they would all say that they are interrupted
+            self._outputs.mute_errors()  # each would report the interrupt
             self._schedule((0.0, signal.SIGINT), (GRACE, signal.SIGKILL))
         else:
             self._schedule((0.0, signal.SIGTERM), (SAVE_GRACE, signal.SIGKILL))
@@ -221,7 +220,7 @@ class _Group:
         self._plan = collections.deque((now + delay, number) for delay, number in steps)
 
     def _is_failing(self) -> bool:
-        """Whether a worker has failed, and had the time to show why."""
+        """Whether a worker has failed, and the cause has had time to show."""
         if any(end.code != 0 and end.is_own for end in self._ends):
             return True
         recorded = any(
@@ -265,7 +264,7 @@ class _Group:
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """While it lasts, signals from outside come to `handler`."""
+    """Sends external signals to `handler`, except those that are ignored."""
     former = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Notices that a worker hangs or is told to end, and ends it.
+"""Detects a worker that hangs or gets a signal to end, and ends it.
 
-`stall` is where to begin.
+Start with `stall`.
 """

@@ -1,4 +1,4 @@
-"""Ends a process whose main thread cannot be asked to: it waits in a native call."""
+"""Exits a process whose main thread is stuck in a native call."""
 
 import os
 import threading
@@ -17,14 +17,14 @@ def at_once(
     *,
     exit: Callable[[int], object] = os._exit,
 ) -> None:
-    """Ends this process after its last words, without them if they take over 10 s.
+    """Calls `last_words` for at most 10 s, then exits this process.
 
-    They may go to a file system or a pipe that blocks. The rest of the process goes on
-    meanwhile.
+    `last_words` may write to a file system or a pipe that blocks. Other threads keep
+    running meanwhile.
 
     Args:
         code: the exit code.
-        last_words: called in a thread of its own.
+        last_words: called in a separate thread.
         exit: ends the process without unwinding anything.
     """
     try:
@@ -34,7 +34,7 @@ def at_once(
 
 
 def within(seconds: float, do: Callable[[], _T]) -> _T | None:
-    """Returns what `do()` returns, None if that takes longer or fails.
+    """Returns the result of `do()`; None if it takes longer or fails.
 
     An error is printed with its traceback.
     """

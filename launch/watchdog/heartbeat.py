@@ -1,4 +1,4 @@
-"""The callback by which the watchdog of a worker knows how far training is."""
+"""The callback that reports a worker's progress to its watchdog."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from launch.watchdog import stall
 
 
 class Heartbeat(keras.callbacks.Callback):
-    """Notes the begin and the end of every execution, of training and evaluating.
+    """Notes the start and end of every execution, in training and in evaluation.
 
     Args:
-        watchdog: what is told.
+        watchdog: the watchdog of this worker.
     """
 
     in_step_with_others = True  # it neither reads logs nor stops anything
@@ -19,8 +19,8 @@ class Heartbeat(keras.callbacks.Callback):
     def __init__(self, watchdog: stall.Watchdog) -> None:
         super().__init__()
         self._watchdog = watchdog
-        self._before = 0  # steps of the epochs that are over
-        self._last = 0  # the last step of the execution that is over
+        self._before = 0  # steps of the finished epochs
+        self._last = 0  # last step of the last finished execution
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._watchdog.note(self._before + batch + 1, stall.IN_STEP)

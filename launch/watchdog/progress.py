@@ -1,8 +1,8 @@
-"""How far each worker is, kept in small files, and which of them the others wait for.
+"""Progress files of the workers, and which worker the others wait for.
 
-Workers enter the same stages one after the other: they make the data, build the model
-and execute steps. When all stand still, the one that has entered the fewest is the one
-that did not come.
+All workers go through the same stages in order: they make the data, build the model and
+execute steps. When all have stalled, the others wait for the one that has entered the
+fewest stages.
 """
 
 import dataclasses
@@ -19,25 +19,24 @@ BUILDING = "building the model"
 BEFORE_STEPS = "before the first step"
 IN_STEP = "in a step"
 BETWEEN_STEPS = "between steps"
-# Phases that no worker leaves out.
+# Phases that every worker goes through.
 STAGES = (MAKING_DATA, BUILDING, BEFORE_STEPS, IN_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a worker is.
+    """The progress of a worker.
 
     Attributes:
         worker: its index.
-        step: the step it is in, from 1, if it is in one; otherwise the last that it has
-            finished.
-        phase: what it does, such as "in a step" or "between steps".
+        step: the current step, from 1; outside of steps, the last finished one.
+        phase: what it is doing, such as "in a step" or "between steps".
         entered: how many stages it has entered; every execution of steps is one.
-        time: when it came there, in seconds as `time.time()` counts them.
-        alive: when it last wrote this, which it goes on to do while it stands still.
+        time: when it began this phase, in seconds of `time.time()`.
+        alive: when it last wrote this file, which it keeps doing while it is stalled.
         pid: its process id.
         host: the name of its host.
-        reading: whether Python code that makes its data was running then.
+        reading: whether Python code of its input pipeline was running then.
     """
 
     worker: int
@@ -72,7 +71,7 @@ def write(workdir: pathlib.Path, progress: Progress) -> None:
 
 
 def read(workdir: pathlib.Path, index: int) -> Progress | None:
-    """Returns where a worker is; None if it has not said so, or not readably."""
+    """Returns the progress of a worker; None if its file is missing or malformed."""
     content = run_files.read_json(run_files.progress(workdir, index))
     try:
         return None if content is None else Progress(**content)
@@ -86,17 +85,17 @@ def waiting_for(indices: Sequence[int]) -> str:
 
 
 def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> str:
-    """Says which workers hold the others up, once all stand still.
+    """Describes which workers hold up the others, once all have stalled.
 
     Args:
-        found: where each worker is, as far as that is known.
-        num_workers: how many there are.
-        silence: seconds after which a worker that writes nothing does not respond. They
-            count from the last that any has written: hosts' clocks may differ a little.
+        found: the progress of each worker, as far as it is known.
+        num_workers: how many workers there are.
+        silence: seconds without a write after which a worker does not respond, counted
+            from the latest write of any worker, as clocks of hosts may differ a little.
 
     Returns:
-        A part of a sentence, such as "worker 1 between steps after step 57, where
-        workers 0, 2 wait in step 58".
+        A phrase, such as "worker 1 between steps after step 57, while workers 0, 2 wait
+        in step 58".
     """
     missing = [i for i in range(num_workers) if i not in found]
     latest = max(each.alive for each in found.values())
@@ -104,7 +103,7 @@ def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> 
     fewest = min(p.entered for p in found.values())
     behind = [p for p in found.values() if p.entered == fewest]
     if missing:
-        # Not that they are to blame: hosts without a common folder look like this too.
+        # They may not be to blame: hosts without a shared folder look like this too.
         unknown = f"{_workers(missing)} without a progress file in the working folder"
         return f"{_places(list(found.values()))}, {unknown}"
     if silent:
@@ -121,7 +120,7 @@ def explain(found: Mapping[int, Progress], num_workers: int, silence: float) -> 
 
 
 def _with_others(which: str, others: Sequence[Progress]) -> str:
-    return f"{which}, where {_places(others, ' wait')}" if others else which
+    return f"{which}, while {_places(others, ' wait')}" if others else which
 
 
 def _silent(progress: Progress) -> str:
@@ -131,7 +130,7 @@ def _silent(progress: Progress) -> str:
 
 
 def _places(found: Sequence[Progress], verb: str = "") -> str:
-    """Names workers by where they are: "worker 0 in step 3, workers 1, 2 saving"."""
+    """Lists workers by place: "worker 0 in step 3 and workers 1, 2 saving"."""
     places: dict[str, list[int]] = {}
     for each in sorted(found, key=lambda p: p.worker):
         place = str(each).removeprefix(_WAITING) if verb else str(each)

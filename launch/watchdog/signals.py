@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C end a process that works, also where its main thread hangs.
+"""Makes SIGTERM and Ctrl-C end a process even if its main thread hangs.
 
-Python runs a handler between two instructions of the main thread, which comes to none
-while it waits in TensorFlow for a worker that does not come. So a second thread learns
-of signals as well, and ends the process if the handler does not run.
+Python runs a signal handler between two instructions of the main thread, so not while
+that waits in TensorFlow for a missing worker. A second thread therefore learns of
+signals as well, and ends the process if the handler does not run.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ def raised(
     *,
     patience: float = _PATIENCE,
 ) -> Iterator[None]:
-    """While it lasts, SIGTERM raises `SystemExit(143)`, Ctrl-C `KeyboardInterrupt`.
+    """Makes SIGTERM raise `SystemExit(143)`, and Ctrl-C `KeyboardInterrupt`.
 
-    So the process is cleaned up, and may save what it has. If the main thread has not
-    come to raise it after some seconds, the process ends as it is, with code 143 or
-    130. Signals that are ignored, or handled by others, are left alone.
+    This lets the process clean up, and save what it has. If the main thread does not
+    raise it within `patience`, the process exits without cleanup, with code 143 or 130.
+    Signals that are ignored, or have another handler, are left alone.
 
-    To be called from the main thread.
+    Call it from the main thread.
 
     Args:
-        record: told what would have been raised, before the process ends as it is.
-        patience: how many seconds.
+        record: called before such an exit, with the error that could not be raised.
+        patience: how many seconds the main thread has to raise it.
     """
     heard: set[int] = set()
 
@@ -46,7 +46,7 @@ def raised(
 
     def insist(number: int) -> None:
         deadline = time.monotonic() + patience
-        # As long as the handler is this one: code of the user may have its own.
+        # Only while this handler is installed: user code may have replaced it.
         while signal.getsignal(number) is handle and number not in heard:
             if time.monotonic() > deadline:
                 _end(number, record)
@@ -56,14 +56,14 @@ def raised(
         with _handled(handle), _told_of_signals(insist):
             yield
     except Exception as error:
-        if signal.SIGTERM in heard:  # TensorFlow may have made another error of it
+        if signal.SIGTERM in heard:  # TensorFlow may have turned it into another error
             raise _exception(signal.SIGTERM) from error
         raise
 
 
 @contextlib.contextmanager
 def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
-    """Lets signals come to `handle` that would otherwise do what they do by default."""
+    """Installs `handle` for the signals that have Python's default handler."""
     former = {
         number: signal.signal(number, handle)
         for number in _NUMBERS
@@ -75,7 +75,7 @@ def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
             if signal.getsignal(number) is handle:
                 signal.signal(number, handler)
 
-    # Before the next hook, by which signals come to the child.
+    # Runs in the child before let_go(), which unblocks signals there.
     os.register_at_fork(after_in_child=restore)
     try:
         yield
@@ -85,14 +85,14 @@ def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_of_signals(tell: Callable[[int], None]) -> Iterator[None]:
-    """Calls `tell`, in a thread, with each signal that comes to this process.
+    """Calls `tell`, in a thread, with each signal that this process receives.
 
-    A forked child, as one that loads data, has the same pipe. What is sent to it is not
-    to come here, so it is sent none before it has let go of the pipe.
+    A forked child, such as one that loads data, inherits the pipe. Its signals must not
+    arrive here, so they stay blocked until it has let go of the pipe.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)  # Python itself writes to it, in its C handler
-    masks = threading.local()  # of threads that fork
+    masks = threading.local()  # signal masks of threads that fork
 
     def listen() -> None:
         while number := os.read(reading, 1)[0]:

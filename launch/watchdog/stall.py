@@ -1,10 +1,10 @@
-"""Ends a worker that makes no progress, and says which worker the others wait for.
+"""Ends a worker that makes no progress, and reports which worker held up the others.
 
-A collective whose peer does not come waits for ever and without a word. So a thread of
-each worker watches its main thread. It needs no parent and no connection: workers on
-many hosts find who is behind in the progress files of their common working folder.
-Without a common folder, each still says where it stands itself. The folder may hang as
-well, so the thread that watches leaves files to another one.
+A collective whose peer is missing waits forever without a word. So a thread of each
+worker watches its main thread. It needs no parent and no connection: workers on several
+hosts find out who is behind from the progress files in their shared working folder.
+Without a shared folder, each still reports its own progress. The folder may hang, too,
+so the thread that watches leaves files to another one.
 """
 
 import contextlib
@@ -30,54 +30,53 @@ __all__ = ["BETWEEN_STEPS", "IN_STEP", "StallError", "Watchdog", "enable_stack_d
 
 TIMEOUT = 1800.0  # seconds, by default
 _STDERR = 2  # not sys.stderr, which a library may have replaced
-_WRITE_EVERY = 1.0  # seconds, at most: the folder may be on a network
+_WRITE_EVERY = 1.0  # seconds; not more often: the folder may be on a network
 _ALIVE_EVERY = 5.0  # seconds
-_FOLDER_ANSWERS = 3.0  # seconds; then it is taken to hang
-_CLOCKS_DIFFER = 10.0  # seconds, at most, between hosts
-_LATER_IN_C = 30.0  # seconds: whatever else can end the process says why
-# The file of TensorFlow through which a pipeline calls a generator or a py_function.
+_FOLDER_ANSWERS = 3.0  # seconds, after which it counts as hung
+_CLOCKS_DIFFER = 10.0  # seconds, at most, between two hosts
+_LATER_IN_C = 30.0  # seconds; the watchdog, which says why, comes first
+# The file of TensorFlow through which input pipelines call generators and py_functions.
 _CALLS_PYTHON = os.path.join("tensorflow", "python", "ops", "script_ops.py")
 
 
 class StallError(Exception):
-    """No progress for too long. It is recorded, never raised: nobody could catch it."""
+    """No progress for too long. Recorded but never raised: nothing could catch it."""
 
 
 class _Note(NamedTuple):
     step: int
     phase: str
     entered: int
-    time: float  # as time.time() counts
+    time: float  # of time.time()
 
 
 def enable_stack_dumps() -> None:
-    """Lets SIGUSR1, and a crash, write the Python stacks of all threads to stderr.
+    """Makes SIGUSR1 and crashes dump the Python stacks of all threads to stderr.
 
-    That works in C, also when the main thread hangs in a native call.
+    C code does that, so it works even if the main thread hangs in a native call.
     """
-    stderr = os.dup(_STDERR)  # which quiet.py replaces for a while
+    stderr = os.dup(_STDERR)  # quiet.py replaces it for a while
     faulthandler.enable(stderr, all_threads=True)
     if hasattr(faulthandler, "register"):  # not on Windows
         faulthandler.register(signal.SIGUSR1, stderr, all_threads=True)
 
 
 class Watchdog:
-    """Ends this process when nothing is noted for too long.
+    """Ends this process if no progress is noted for too long.
 
-    A context manager: threads watch, and write where this worker is, while it is
-    entered. Where this process was itself stopped or starved, that time does not count;
-    whoever sees from outside that it does not respond is another worker.
+    A context manager: within it, threads watch this worker and write its progress. Time
+    in which this process was stopped or starved does not count; the other workers
+    report that it does not respond.
 
     Args:
-        workdir: the working folder of the run, common to all workers; None: there is
-            none, and nothing is written. What workers had written there before the
-            watchdog was made counts as that of a former run.
+        workdir: the working folder of the run, shared by all workers; None: nothing is
+            written. Files older than this watchdog count as an earlier run's.
         index: the index of this worker.
         num_workers: how many workers there are.
-        timeout: seconds; 0 or None: nothing is watched.
-        clock: counts seconds.
+        timeout: seconds; 0 or None: no watchdog.
+        clock: returns the time in seconds.
         exit: ends the process at once, as a thread in a collective cannot be unwound.
-        poll: seconds between two looks.
+        poll: seconds between two checks.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Watchdog:
         self._noted = _Note(0, "preparing", 0, time.time())
         self._made = time.time()
         self._seen: _Note | None = None
-        self._idle = 0.0  # seconds since the last note, without those of being stopped
+        self._idle = 0.0  # seconds since the last note, excluding time stopped
         self._looked = self._written = clock()
         self._written_note: _Note | None = None
         self._can_write = True
@@ -112,7 +111,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._timeout:
-            # So that the others know of this worker from the first.
+            # So that the others know of this worker from the start.
             forced_exit.within(_FOLDER_ANSWERS, self.write)
             self._looked = self._clock()
             self._start("watchdog", self.look)
@@ -122,13 +121,13 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(1.0)  # not for ever: the folder may hang
+            thread.join(1.0)  # not forever: the folder may hang
 
     @contextlib.contextmanager
     def in_native_call(self) -> Iterator[None]:
-        """Watches a call that lets no other thread of Python run.
+        """Watches a call that holds Python's global interpreter lock (GIL).
 
-        Only C can end that: with the stacks, but without a message or a record.
+        Only C code can end that: it dumps the stacks, but reports and records nothing.
         """
         if self._timeout:
             seconds = self._timeout + _LATER_IN_C
@@ -139,30 +138,30 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def note(self, step: int, phase: str) -> None:
-        """Takes note of progress; one assignment, so it costs about a microsecond.
+        """Notes progress; a single assignment, so it takes about a microsecond.
 
         Args:
-            step: the first step of the execution that begins, counted from 1, if the
-                phase is "in a step"; otherwise the last step that is finished, or 0.
+            step: if the phase is "in a step", the first step of the execution that
+                begins, from 1; otherwise the last finished step, or 0.
             phase: "in a step", "between steps", "preparing", "evaluating", "saving" ...
         """
         entered = self._noted.entered + (phase in STAGES)
         self._noted = _Note(step, phase, entered, time.time())
 
     def look(self) -> None:
-        """What one thread does again and again: ends a stalled process."""
+        """Ends the process if it has stalled; one thread calls this repeatedly."""
         now, noted = self._clock(), self._noted
-        # A long time since the last look is one in which this process did not run.
+        # A long gap since the last check is time in which this process did not run.
         passed = min(now - self._looked, self._poll + 1.0)
         self._looked = now
         self._idle = self._idle + passed if noted is self._seen else 0.0
         self._seen = noted
         if self._idle >= self._timeout:
-            # What is said then goes to the folder and to stderr, which may both hang.
+            # The report goes to the folder and to stderr, which may both hang.
             forced_exit.at_once(1, lambda: self._say_why(noted), exit=self._exit)
 
     def write(self) -> None:
-        """What the other thread does again and again: writes where this worker is."""
+        """Writes this worker's progress; the other thread calls this repeatedly."""
         now, noted = self._clock(), self._noted
         changed = noted is not self._written_note
         wait = self._write_every if changed else self._alive_every
@@ -174,8 +173,8 @@ class Watchdog:
             progress.write(self._workdir, self._progress(noted))
             self._can_write = True
         except OSError as error:
-            if self._can_write:  # said once until it works again
-                print(f"launch: no progress is kept: {error}", file=sys.stderr)
+            if self._can_write:  # reported once until it works again
+                print(f"launch: cannot write progress: {error}", file=sys.stderr)
             self._can_write = False
 
     def _start(self, name: str, do: Callable[[], None]) -> None:
@@ -201,7 +200,7 @@ class Watchdog:
         )
 
     def _say_why(self, noted: _Note) -> None:
-        """Writes the stacks, and says and records why this worker ends."""
+        """Dumps the stacks, and reports and records why this worker ends."""
         with open(_STDERR, "wb", closefd=False) as stderr:
             stderr.write(_stacks())
         error = StallError(self._message(noted))
@@ -219,7 +218,7 @@ class Watchdog:
             found = {**others, self._index: own}
             where = progress.explain(found, self._num_workers, self._timeout / 2)
         may = (
-            "workers may start late, or may not reach each other"
+            "workers may start late, or be unable to reach each other"
             if own.joins
             else "a callback, the data or a native call may hang"
         )
@@ -240,15 +239,15 @@ class Watchdog:
 def _where_stacks_are() -> str:
     log = os.environ.get(run_files.LOG_VARIABLE)
     if log is None:
-        return "each worker's standard error"
+        return "each worker's stderr"
     return str(pathlib.Path(log).parent / "worker-*.log")
 
 
 def _stacks() -> bytes:
     """Returns the Python stacks of all threads.
 
-    By way of a file: faulthandler holds the interpreter's lock while it writes, and
-    stderr may be a pipe that nobody reads.
+    They go through a file: faulthandler holds the GIL while it writes, and stderr may
+    be a pipe that nobody reads.
     """
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
@@ -257,10 +256,10 @@ def _stacks() -> bytes:
 
 
 def _makes_data() -> bool:
-    """Whether Python code that makes data runs: TensorFlow calls it in its own threads.
+    """Whether Python code of the input pipeline runs, in a thread of TensorFlow.
 
-    Where every pipeline has filled its buffers, the one that still runs is the one that
-    the others wait for.
+    Once all other pipelines have filled their buffers, the one that still runs is the
+    one that the others wait for.
     """
     main = threading.main_thread().ident
     frames = [f for ident, f in sys._current_frames().items() if ident != main]

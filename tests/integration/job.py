@@ -1,4 +1,4 @@
-"""The small job that clusters of every kind train, and what one device makes of it."""
+"""The small job that every kind of cluster trains, and its results on one device."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ class Custom(distfit.Model):
 
 def build(config):
     inputs = keras.Input((3,))
-    # No bias: its gradient would be zero but for rounding, which Adam makes steps of.
+    # No bias: its gradient would be zero except for rounding, which Adam amplifies.
     hidden = keras.layers.Dense(5, use_bias=False)(inputs)
     hidden = keras.layers.BatchNormalization()(hidden)
     model = Custom(inputs, keras.layers.Dense(1)(hidden))
@@ -106,7 +106,7 @@ def epochs(folder: pathlib.Path, workdir: str = "out") -> list[dict]:
 
 @functools.cache
 def on_one_device() -> list[dict]:
-    """Returns what the epochs come to on one device, in one process."""
+    """Returns the logs of the epochs on one device, in one process."""
     with tempfile.TemporaryDirectory() as name:
         folder = write_module(pathlib.Path(name))
         subprocess.run(

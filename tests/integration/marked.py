@@ -1,7 +1,7 @@
-"""Processes that carry a mark in their environment, which whoever they start inherits.
+"""Processes that carry a mark in their environment, which their children inherit.
 
-So a test finds, and ends, exactly what it has started: also what has left its parent,
-as daemons of Slurm and Ray do.
+So a test finds, and kills, exactly the processes that it started, also those that left
+their parent, as daemons of Slurm and Ray do.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _NAME = "DISTFIT_TEST_MARK"
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[dict[str, str]]:
-    """Yields an environment with a mark of its own; kills what still has it then."""
+    """Yields an environment with a unique mark; then kills processes that have it."""
     mark = secrets.token_hex(8)
     try:
         yield {**os.environ, **variables, _NAME: mark}
@@ -26,7 +26,7 @@ def environment(**variables: str) -> Iterator[dict[str, str]]:
 
 
 def left(environ: dict[str, str], within: float = 0.0) -> dict[int, str]:
-    """Returns the processes, by id, that are alive with this mark after `within` s."""
+    """Returns the processes, by id, that still have this mark after `within` s."""
     deadline = time.monotonic() + within
     while (found := _with(environ[_NAME])) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,8 +1,8 @@
 """Two hosts on one machine: network namespaces, with a link that nobody else can reach.
 
-The link is a pair of virtual Ethernet devices or, to let every packet take its time,
-two TUN devices and a thread that passes packets on late. That needs no kernel module
-but `tun`; `tc netem`, the usual way, is not in every kernel.
+The link is a pair of virtual Ethernet devices or, to delay every packet, two TUN
+devices and a thread that forwards packets late. That needs no kernel module except
+`tun`; `tc netem`, the usual way, is not in every kernel.
 """
 
 import collections
@@ -26,7 +26,7 @@ _TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x1001
 
 
 class Hosts:
-    """Two network namespaces. `command(i, ...)` is what runs a program in one."""
+    """Two network namespaces. `command(i, ...)` is a command that runs in one."""
 
     def __init__(self) -> None:
         unique = secrets.token_hex(4)
@@ -37,7 +37,7 @@ class Hosts:
         return ["ip", "netns", "exec", self.names[index], *command]
 
     def cut(self) -> None:
-        """Takes the link away: no packet passes, and nobody is told."""
+        """Cuts the link: packets are dropped without an error."""
         for name in self.names:
             _ip("-n", name, "link", "set", "link0", "down")
 
@@ -111,7 +111,7 @@ def _tun(namespace: str, name: str) -> int:
 
 
 def _pass_on(ends: list[int], delay: float, done: threading.Event) -> None:
-    """Passes packets from each end to the other, each `delay` seconds after it came."""
+    """Forwards packets between the ends, each `delay` seconds after it came."""
     waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
     while not done.is_set():
         due = waiting[0][0] - time.monotonic() if waiting else 0.1

@@ -3,7 +3,7 @@
 Its programs are Debian's. Where they are not installed, apt fetches the packages, of
 3.5 MB, and they are unpacked into a temporary folder: nothing is installed, no service
 starts. Keys, state, logs and ports are the cluster's own. Nodes are named by their
-addresses, as nobody resolves names for them.
+addresses, as their names are not resolved.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ PartitionName=all Nodes=ALL Default=YES
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Where Slurm's programs and libraries lie: below `root`."""
+    """The paths of Slurm's programs and libraries, below `root`."""
 
     root: pathlib.Path
 
@@ -104,7 +104,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def running(folder: pathlib.Path, **variables: str) -> Iterator[Slurm]:
-    """Starts a cluster whose jobs have these variables; skips where it cannot."""
+    """Starts a cluster whose jobs have these variables; skips the test if it cannot."""
     with namespaces.hosts() as hosts:
         programs = _programs(folder)
         own = {**programs.environment(), "SLURM_CONF": str(folder / "slurm.conf")}
@@ -117,7 +117,7 @@ def running(folder: pathlib.Path, **variables: str) -> Iterator[Slurm]:
 
 
 def _outside_slurm(environ: dict[str, str]) -> dict[str, str]:
-    """Forgets the job that the tests may run in, and their TF_CONFIG."""
+    """Removes the variables of a job that the tests may run in, and TF_CONFIG."""
     kept = ("SLURM_CONF",)
     return {
         name: value
@@ -140,7 +140,7 @@ def _programs(folder: pathlib.Path) -> Programs:
         "--no-install-recommends",
     )
     where = ("-o", f"Dir::Cache::archives={folder / 'packages'}")
-    # A later minor release may have replaced the one that the lists of apt know.
+    # A later minor release may have replaced the one in apt's package lists.
     for command in ([*fetch, *where, *PACKAGES], ["apt-get", "update"]) * 2:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode == 0 and command[1] == "install":
@@ -155,7 +155,7 @@ def _programs(folder: pathlib.Path) -> Programs:
 def _write_files(folder: pathlib.Path, programs: Programs) -> None:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
-    # No plugin above uses cgroups, but Slurm wants one for them that starts anywhere.
+    # Nothing above uses cgroups, but Slurm needs a plugin for them that can start.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for name in ("state", *(f"spool-{address}" for address in namespaces.ADDRESSES)):
         (folder / name).mkdir()
@@ -172,7 +172,7 @@ def _write_files(folder: pathlib.Path, programs: Programs) -> None:
 def _daemons(
     cluster: Slurm, hosts: namespaces.Hosts, folder: pathlib.Path, programs: Programs
 ) -> Iterator[None]:
-    """Runs the daemons; `marked.environment` kills what does not end when told to."""
+    """Runs the daemons; `marked.environment` kills those that do not end."""
     started: list[subprocess.Popen] = []
 
     def start(index: int, name: str, *arguments: str) -> None:
@@ -188,7 +188,7 @@ def _daemons(
             started.append(process)
 
     try:
-        # By force: in a folder of pytest's, which other users cannot enter.
+        # --force: it is in a folder of pytest's, which other users cannot enter.
         start(0, "munged", "--foreground", "--force", *_munge_files(folder))
         _wait(folder, started, (folder / "munge.socket").exists)
         start(0, "slurmctld-wlm", "-D")

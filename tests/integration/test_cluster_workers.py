@@ -1,4 +1,4 @@
-"""Workers of a cluster that nobody watches: how they end when another does not come."""
+"""Unsupervised workers of a cluster: how they end when another does not come."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from launch.cluster import local
 
 pytestmark = pytest.mark.integration
 
-# Worker 1 goes on saying that it is alive, so TensorFlow waits for it.
+# Worker 1 keeps sending heartbeats, so TensorFlow waits for it.
 MODULE = """
 import json
 import os
@@ -62,7 +62,7 @@ class Workers:
             )
 
     def end(self, index):
-        """Returns the exit code and what was written."""
+        """Returns the exit code and the output."""
         code = self.processes[index].wait(job.SECONDS)
         return code, self._log(index).read_text()
 
@@ -104,7 +104,7 @@ def test_a_worker_that_nobody_joins_ends_and_says_for_whom_it_has_waited(workers
     assert log.splitlines()[-1] == (
         "launch: No progress for 12 s. Received: worker 0 waiting for worker 1 to "
         "join, worker 1 without a progress file in the working folder. See the stacks "
-        "in each worker's standard error: workers may start late, or may not reach "
+        "in each worker's stderr: workers may start late, or be unable to reach "
         "each other."
     )
 

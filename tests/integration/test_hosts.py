@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 WORKERS = [f"{address}:2222" for address in namespaces.ADDRESSES]
 
-# Nothing listens there, and workers reach each other without it.
+# Nothing listens there: workers must reach each other without the proxy.
 PROXY = {"http_proxy": "http://127.0.0.1:9"}
 
 # Sends a byte there and back.
@@ -72,7 +72,7 @@ class Run:
         return [p.wait(max(deadline - time.monotonic(), 0)) for p in self.processes]
 
     def wait_for_steps(self, count):
-        """Returns when the chief has noted that it is in step `count` or later."""
+        """Waits until the chief has recorded step `count` or later."""
         path = self.folder / "out" / "logs" / "worker-0.progress.json"
         deadline = time.monotonic() + job.SECONDS
         while not path.exists() or json.loads(path.read_text())["step"] < count:

@@ -160,7 +160,7 @@ def epochs(folder, workdir="out"):
 
 
 def reported(result):
-    """Returns the summary as a dict of texts."""
+    """Returns the summary as a dict of strings."""
     lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
@@ -261,9 +261,9 @@ def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
     [
         ("--dataset=mine:empty", "empty"),
         ("--dataset=mine:of_unequal_length", "'x' sizes: 20 'y' sizes: 19"),
-        ("--dataset=mine:alone", "no pair (train, validation)"),
+        ("--dataset=mine:alone", "not a pair (train, validation)"),
         ("--dataset=mine:none_such", "Define none_such(config)"),
-        ("--model=mine:build_uncompiled", "no compiled keras.Model"),
+        ("--model=mine:build_uncompiled", "not return a compiled keras.Model"),
     ],
 )
 def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, expected):
@@ -294,7 +294,7 @@ def test_a_model_without_a_loss_cannot_be_evaluated(folder):
 def test_a_broken_data_file_is_refused(folder):
     (folder / "mnist.npz").write_text("no archive")
     result = launch(folder, "--model=mnist_cnn", "--data_dir=.")
-    check_refused(result, "no readable .npz archive")
+    check_refused(result, "not a readable .npz archive")
 
 
 def verify_mine(folder, model, *arguments):
@@ -305,7 +305,7 @@ def verify_mine(folder, model, *arguments):
 def test_verify_passes_a_right_model_and_writes_its_report(folder):
     result = verify_mine(folder, "build")
     check_done(result)
-    assert "OK: Custom on 1, 2, 4 replicas is what it is on one device" in result.stdout
+    assert "OK: Custom on 1, 2, 4 replicas matches one device" in result.stdout
     assert json.loads((folder / "out" / "report.json").read_text())["ok"]
     assert "<svg" in (folder / "out" / "report.html").read_text()
     assert not (folder / "out" / "config.json").exists()
@@ -338,7 +338,7 @@ def test_an_interrupt_ends_without_a_traceback(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Of a test run in the background, children would ignore the signal.
+        # If the tests run in the background, children would ignore the signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -352,7 +352,7 @@ def test_an_interrupt_ends_without_a_traceback(folder):
 
 
 def test_the_first_process_of_a_container_ends_when_it_is_told_to(folder):
-    # It is process 1 of its own numbering: there, signals without a handler are lost.
+    # It is process 1 of its namespace, where signals without a handler are ignored.
     alone = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
     try:
         tried = subprocess.run([*alone, "true"], capture_output=True, text=True)

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.integration
 
-# Each of them lets worker 1 do something else than worker 0.
+# In each of them, worker 1 differs from worker 0.
 MODULE = """
 import json
 import os
@@ -92,10 +92,10 @@ def folder(tmp_path):
 
 
 def launch(folder, *flags, module="theirs", dataset="rows"):
-    """Runs it to its end; whatever it has started must be gone then."""
+    """Runs it to its end; no process that it started may be left."""
     command = [*job.command("--num_workers=2", *flags), f"--dataset={module}:{dataset}"]
     with marked.environment(**job.variables()) as environ:
-        del environ["TF_CPP_MIN_LOG_LEVEL"]  # What is shown is looked at.
+        del environ["TF_CPP_MIN_LOG_LEVEL"]  # The output is checked.
         result = subprocess.run(
             command,
             cwd=folder,
@@ -160,9 +160,9 @@ def test_a_worker_that_hangs_is_named_with_its_step_and_stack(folder):
     last = result.stderr.splitlines()[-1]
     assert last.startswith("launch: No progress for 6 s."), result.stderr
     found = re.search(
-        r"worker 1 in step (\d+)(, making its data)?, where worker 0", last
+        r"worker 1 in step (\d+)(, making its data)?, while worker 0", last
     )
-    assert found and 18 <= int(found[1]) <= 21, last  # Batches are made ahead.
+    assert found and 18 <= int(found[1]) <= 21, last  # Batches are prefetched.
     (line,) = [n for n, s in enumerate(MODULE.splitlines(), 1) if s.endswith("# here")]
     assert f'theirs.py", line {line} in __getitem__' in log(folder, 1)
     assert "most recent call first" in log(folder, 0)
@@ -195,7 +195,7 @@ def test_a_signal_ends_all_workers(folder, number, code):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Of a test run in the background, children would ignore the signal.
+            # If the tests run in the background, children would ignore the signal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         _wait_for_steps(folder, process, 5)

@@ -1,7 +1,7 @@
 """The tests of the library, run by the workers of a real cluster on loopback.
 
-Each worker is a pytest of its own that runs the same tests in the same order: what they
-compare with one device is then trained on all of them. tests/conftest.py tells how.
+Each worker is a pytest process that runs the same tests in the same order, so models
+that are compared with one device train on all of them. See tests/conftest.py.
 """
 
 import os
@@ -28,9 +28,9 @@ def run_tests(folder, num_workers, *arguments, replicas=1):
 
     Args:
         folder: The working folder of the run.
-        num_workers: How many workers there are.
-        arguments: Those of pytest.
-        replicas: How many replicas each worker has.
+        num_workers: Number of workers.
+        arguments: Arguments of pytest.
+        replicas: Number of replicas of each worker.
     """
     options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=300"]
     result = subprocess.run(
@@ -56,7 +56,7 @@ def test_two_workers_agree_and_are_told_when_they_cannot(tmp_path):
 
 
 def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
-    """The cases, and what workers have of their own: data, logs, loss scales, state."""
+    """The cases, and what is specific to workers: data, logs, loss scales, state."""
     files = (
         "test_accumulation.py",
         "test_cases.py",

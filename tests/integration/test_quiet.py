@@ -1,4 +1,4 @@
-"""What is shown of what is written to stderr while TensorFlow is imported."""
+"""Which lines written to stderr while TensorFlow is imported are shown."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ with quiet.tensorflow_import():
 
 
 def start(script, *command):
-    """Starts a process that does `script` in the place of the import."""
+    """Starts a process that runs `script` in place of the import."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     del environ["TF_CPP_MIN_LOG_LEVEL"]
     return subprocess.Popen(

@@ -24,7 +24,7 @@ def python(tmp_path):
     """`python(*arguments)` returns what it prints; leaves no process."""
     pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
     path = {"PYTHONPATH": f"{job.ROOT}:{EXAMPLE.parent}"}
-    # Ray's sockets have too long names in a folder of pytest's.
+    # In a folder of pytest's, the names of Ray's sockets would be too long.
     with tempfile.TemporaryDirectory(prefix="ray-") as sockets:
         variables = {**job.variables(), **path, "RAY_TMPDIR": sockets}
         with marked.environment(**variables) as environ:

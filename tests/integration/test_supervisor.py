@@ -27,7 +27,7 @@ sys.exit(supervisor.run(["--flag=1"], num_workers={num_workers},
     workdir=pathlib.Path("out"), tee="{tee}", command=command))
 """
 
-# Each says who it is, so that a test can look for it by its process id.
+# Each leaves a file with its process id, so that a test can find it.
 PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, threading, time
 config = json.loads(os.environ["TF_CONFIG"])
@@ -66,7 +66,7 @@ def deaf(number):
 class Launch:
     """A supervisor in a process of its own, in an empty folder.
 
-    `files` are its standard output and errors; `before` is called in it at first.
+    `files` are its stdout and stderr; `before` is called in it first.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Launch:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
 
         def prepare():
-            # Of a test run in the background, children would ignore these signals.
+            # If the tests run in the background, children would ignore these signals.
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             before()
@@ -153,7 +153,7 @@ def is_alive(pid):
 
 
 def check_nothing_is_left(run, within=0.0):
-    """By process id, and by the ports, which can be bound again."""
+    """Checks the process ids, and that the ports can be bound again."""
     assert run.pids()
     deadline = time.monotonic() + within
     while left := [pid for pid in run.pids() if is_alive(pid)]:
@@ -433,7 +433,7 @@ def between_steps(step):
 with stall.Watchdog(pathlib.Path("out"), index, count, {timeout}) as watchdog:
     for step in range(1, 100):
         watchdog.note(step, stall.IN_STEP)
-        # As a collective: nobody leaves a step that someone has not entered.
+        # As a collective: no worker leaves a step before all have entered it.
         pathlib.Path(f"entered-{{index}}-{{step}}").touch()
         while len(list(pathlib.Path().glob(f"entered-*-{{step}}"))) < count:
             time.sleep(0.01)
@@ -448,7 +448,7 @@ def test_a_stalled_callback_is_named_with_its_step_and_all_stacks_are_logged(lau
     assert run.wait() == 1
     assert run.last.startswith("launch: No progress for 2 s. Received: worker 1")
     assert (
-        "worker 1 between steps after step 7, where workers 0, 2 wait in step 8."
+        "worker 1 between steps after step 7, while workers 0, 2 wait in step 8."
         in run.last
     )
     assert "in between_steps" in run.log(1)
@@ -463,7 +463,7 @@ def test_a_stopped_worker_is_named_and_leaves_its_stack(launch):
     run = launch(WATCHED.format(callback=callback, timeout=3), num_workers=3)
     assert run.wait() == 1
     assert "Received: worker 2 not responding since" in run.last
-    assert "where workers 0, 1 wait in step 6" in run.last
+    assert "while workers 0, 1 wait in step 6" in run.last
     assert "in between_steps" in run.log(2)
     check_nothing_is_left(run)
 
@@ -542,7 +542,7 @@ def test_workers_know_their_logs_and_are_reached_without_a_proxy(launch):
         assert run.log(index) == f"{expected}\n"
 
 
-# More than a pipe or a terminal holds. The last file says that the pipe is empty again.
+# More than a pipe or a terminal holds. The last file shows that the pipe is empty.
 TALKS = (
     "for i in range(10_000 if index == 0 else 0): print(i, 'x' * 99)\n"
     "sys.stdout.flush()\n"
@@ -552,7 +552,7 @@ TALKS = (
 
 @pytest.fixture
 def terminal():
-    """The ends of a terminal, for who looks at it and for who writes."""
+    """The ends of a terminal, to read from and to write to."""
     ends = os.openpty()
     yield ends
     for end in ends:

@@ -1,4 +1,4 @@
-"""Branches, loops and the lists that loops keep: what they carry lies as it may."""
+"""Branches, loops and lists of loops: what they carry may have any layout."""
 
 import numpy as np
 import pytest
@@ -64,14 +64,14 @@ def test_branches(name, counts):
             ),
         ]
 
-    # Three branches may keep different things in the same place for their gradients.
+    # Three branches may keep different tensors in the same place for their gradients.
     falls_back = None if name in MIXED else False
     arrays = [batch(counts, 3)]
     check(both_ways(taken), arrays, counts, falls_back=falls_back, rtol=1e-4)
 
 
 def rounds(body, *start, times=3):
-    """What a loop of three rounds has made of its variables."""
+    """The variables of a loop after three iterations."""
     _, *results = tf.while_loop(
         lambda i, *_: i < times,
         lambda i, *carried: (i + 1, *body(i, *carried)),
@@ -180,7 +180,7 @@ LISTS = {
 @given(splits())
 def test_lists_and_their_gradients(name, counts):
     function = both_ways(LISTS[name])
-    # How long the sum of a list of unknown length is cannot be told from rows.
+    # The size of a sum over a list of unknown length cannot be told from rows.
     falls_back = name == "recurrent"
     check(function, [batch(counts, 3, 4)], counts, falls_back=falls_back, rtol=1e-4)
 

@@ -103,7 +103,7 @@ def test_depthwise(counts, padding, stride, dilation):
 
 def test_filter_gradients_of_no_rows_are_zeros():
     x = images([2, 0, 0], 5, 5, 2)
-    for _ in range(5):  # Memory that is not written may be zeros by chance.
+    for _ in range(5):  # Uninitialised memory may be zeros by chance.
         for convolved, shape in [
             (lambda x, w: tf.nn.conv2d(x, w, 1, "SAME"), (3, 3, 2, 3)),
             (

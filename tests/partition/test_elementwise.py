@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rules import check, splits
 
 few = settings(deadline=None, max_examples=5)
-# Of tests whose every example holds all operations of a kind.
+# For tests in which every example holds all operations of a kind.
 broad = settings(deadline=None, max_examples=2, phases=[Phase.generate])
 RAW = tf.raw_ops
 
@@ -112,7 +112,7 @@ def _int(value):
 
 
 def batch(counts, *shape, seed=0):
-    """Numbers between 0.1 and 0.9, of the rows of all replicas."""
+    """Numbers between 0.1 and 0.9, for the rows of all replicas."""
     random = np.random.default_rng(seed)
     return random.uniform(0.1, 0.9, (sum(counts), *shape)).astype("float32")
 
@@ -125,7 +125,7 @@ def test_unary_operations_equal_one_device(kind, counts):
         value = LAYOUTS[kind](x)
         results = [operation(x=value) for operation in UNARY.values()]
         results += [operation(features=value) for operation in FEATURES.values()]
-        if kind != "partial":  # The bits of a sum tell in what order it was added.
+        if kind != "partial":  # The bits of a sum depend on the order of addition.
             results.append(tf.bitcast(value, tf.int32))
         return results + [operation(value) for operation in OTHER_UNARY]
 
@@ -238,7 +238,7 @@ def test_linear_operations_keep_a_sum_a_sum(place):
 @given(splits())
 @few
 def test_a_sum_times_infinity(counts):
-    """On a replica without any of what is counted, the part of the sum is zero."""
+    """On a replica that has nothing to count, the part of the sum is zero."""
     infinite = tf.constant([np.inf, 1.0, -np.inf])
 
     def function(x):
@@ -351,7 +351,7 @@ def test_cross_entropies(counts):
 @given(splits(), st.integers(1, 5))
 @few
 def test_a_size_that_equals_the_rows_by_chance(counts, size):
-    """A constant of as many rows as the batch has, or of one, where rows are open."""
+    """A constant with as many rows as the batch, or one, where rows are open."""
     total = sum(counts)
 
     def function(x):
@@ -390,7 +390,7 @@ def test_features_as_many_as_rows(counts):
             [batch(counts, n)],
             counts,
             rows=rows,
-            falls_back=None,  # Open rows are not proven to be so many.
+            falls_back=None,  # Open rows are not known to equal n.
         )
 
 

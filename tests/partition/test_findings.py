@@ -1,4 +1,4 @@
-"""What every replica computes in full: counted, merged by line, told in one line."""
+"""What every replica computes in full: counted, merged by line, put into one line."""
 
 import pytest
 import tensorflow as tf

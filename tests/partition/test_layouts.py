@@ -19,7 +19,7 @@ numbers = st.fixed_dictionaries({name: st.integers(1, 5) for name in NAMES})
 
 
 def number(dim, values):
-    """The number that a size is, given those of its symbols."""
+    """The value of a size, given the values of its symbols."""
     if not isinstance(dim, Size):
         return dim
     return dim.factor * int(np.prod([values[s] for s in dim.symbols]))

@@ -103,7 +103,7 @@ PAIRS = {
 @few
 @given(splits())
 def test_pairs_of_two_views(counts):
-    """A row has two of them: the mask of its own ones is that of one device."""
+    """Every row has two views: the mask of the diagonal is that of one device."""
 
     def loss(x):
         rows = tf.shape(x)[0]
@@ -131,7 +131,7 @@ def test_pairs_of_two_views(counts):
 @few
 @given(splits())
 def test_diagonals_that_are_set(counts):
-    """Of their gradient, a size comes from a branch."""
+    """In their gradient, a size comes from a branch."""
 
     def function(x):
         pairs = tf.matmul(x[:, 0], x[:, 1], transpose_b=True)

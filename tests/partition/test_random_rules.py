@@ -172,7 +172,7 @@ def test_draws_of_a_fixed_number_of_rows(counts, columns):
         return x + noise, noise, tf.concat([x, x], 0) * double
 
     outcome = same(step, [x], counts, rows=total)
-    if total not in (1, columns):  # There the number does not tell the rows.
+    if total not in (1, columns):  # Else the size does not identify the rows.
         assert outcome.layouts[:2] == ["rows", "rows"]
 
 
@@ -315,7 +315,7 @@ def test_categorical_of_blocks_of_rows_falls_back(counts):
 @given(splits())
 @few
 def test_a_shuffle(counts):
-    """Rows of the batch are at hand whole; those of what is computed are not."""
+    """All rows of the batch are available; those of computed tensors are not."""
     x, shuffle = rows_like(counts, 3), tf.random.experimental.stateless_shuffle
     outcome = same(lambda x: shuffle(x, [1, 2]), [x], counts)
     assert outcome.layouts == ["rows"]
@@ -377,7 +377,7 @@ def test_draws_without_rows_keep_their_state(counts):
 
 
 def test_an_unseeded_draw_is_the_same_for_all():
-    """And leaves NumPy's generator, which the user's data may depend on, as it is."""
+    """And does not change NumPy's generator, on which the user's data may depend."""
 
     def step(x):
         noise = tf.raw_ops.RandomStandardNormal(shape=[4], dtype=tf.float32)
@@ -443,7 +443,7 @@ def test_a_generator_of_the_scope(replicas):
     for copy in generator.state.values:
         np.testing.assert_array_equal(copy, alone.state)
     assert "skip" not in vars(generator)
-    with strategy.scope():  # The generator's own way is back.
+    with strategy.scope():  # The generator's own methods are restored.
         assert len(strategy.experimental_local_results(generator.skip(1))) == replicas
 
 
@@ -539,7 +539,7 @@ def test_draws_in_loops_and_branches(counts):
 
 @pytest.mark.parametrize("name,dtype", DRAWS[2::3])
 def test_a_draw_that_xla_compiles(name, dtype):
-    """XLA draws other numbers than kernels, in an order of its own."""
+    """XLA draws other numbers than the kernels, in another order."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1", "CPU:2"])
     x = rows_like([7], 2)
 

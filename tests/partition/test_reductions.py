@@ -1,4 +1,4 @@
-"""Reductions over rows and other dimensions, and what is made of them."""
+"""Reductions over rows and other dimensions, and what is built on them."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_means_and_moments_of_half_precision_stay_in_range(dtype):
         ]
         return [tf.cast(r, tf.float32) for r in results]
 
-    # TensorFlow's own means leave the range on a CPU, so these are of NumPy.
+    # TensorFlow's own means overflow on a CPU, so these are NumPy's.
     outcome = partitioned(function, [x], [150, 50])
     mean, variance = np.mean(x), np.var(x)
     expected = [mean, np.mean(x * x, 0), np.var(x, 0), mean, variance, np.std(x)]

@@ -12,7 +12,7 @@ few = settings(deadline=None, max_examples=4)
 
 
 def weighted(value):
-    """So that every element has a gradient of its own."""
+    """Gives every element a different gradient."""
     return tf.math.log1p(tf.square(tf.cast(value, tf.float32)))
 
 
@@ -180,7 +180,7 @@ def test_partitioned_and_equal_to_one_device(kind, counts):
 @pytest.mark.parametrize("kind", PARTITIONED)
 @pytest.mark.parametrize("counts", [[2, 1], [1, 0], [3, 0, 1], [0, 12]])
 def test_equal_with_a_fixed_number_of_rows(kind, counts):
-    """As many rows as features, too: 3, 4 and 12."""
+    """Includes as many rows as features: 3, 4 and 12."""
     x = batch(counts, 3, 4)
     check(both_ways(PARTITIONED[kind]), [x], counts, rows=sum(counts), falls_back=None)
 
@@ -308,7 +308,7 @@ def test_top_k_and_one_hot(counts):
 @given(splits(), st.booleans())
 @few
 def test_repeated_for_each_of_a_known_number_of_rows(counts, tiled_twice):
-    """A replica repeats for its own rows, also through what is done in between."""
+    """A replica repeats for its own rows, also through operations in between."""
     rows, x = sum(counts), batch(counts, 3)
     numbers = tf.constant([0.5, 2.0, -1.0])
 

@@ -57,8 +57,8 @@ KINDS = list(of_shape(tf.zeros([2, 3])))
 @few
 @given(splits())
 def test_integers_of_the_global_shape(kind, counts):
-    # Of a single row TensorFlow also names axes of size 1 to sum over, which is the
-    # same sum: whether there is a single row is not known while a step is made.
+    # For a single row TensorFlow also lists axes of size 1 to sum over, which is the
+    # same sum: whether there is a single row is not known while a step is traced.
     assume(kind != "broadcasts" or sum(counts) > 1)
     function = lambda x: of_shape(x)[kind]  # noqa: E731
     outcome = check(function, [batch(counts, 3)], counts)

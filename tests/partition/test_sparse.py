@@ -15,7 +15,7 @@ TABLE = np.random.default_rng(1).normal(size=(5, 3, 4)).astype("float32")
 
 
 def places(counts, *shape, below=5, seed=2):
-    """Places in a table, of the rows of all replicas."""
+    """Places in a table, for the rows of all replicas."""
     random = np.random.default_rng(seed)
     return random.integers(0, below, (sum(counts), *shape)).astype("int32")
 

@@ -27,8 +27,8 @@ def _trained(build, data, options, scope, fit) -> comparing.Run:
 def assert_same(make_strategy):
     """`assert_same(build, *data, **options)`: trains what `build` makes.
 
-    By `keras.Model.fit` on one device and by `distfit.fit` on 2 and 3 replicas, where
-    weights and logs are the same.
+    Uses `keras.Model.fit` on one device and `distfit.fit` on 2 and 3 replicas, where
+    weights and logs must be the same.
     """
 
     def check(build, *data, **options):

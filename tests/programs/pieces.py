@@ -53,7 +53,7 @@ class Program(keras.Model):
 
 
 def compiled(make, optimizer="sgd", rate=0.05, **options):
-    """`build()` of the model that `make` returns, compiled."""
+    """Returns `build()`, which makes the model by `make` and compiles it."""
 
     def build():
         model = make()

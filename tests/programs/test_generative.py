@@ -8,7 +8,7 @@ from pieces import Program, compiled, mlp, numbers
 
 
 class Vae(keras.Model):
-    """With the divergence by hand and trackers of three losses."""
+    """Computes the divergence by hand and tracks three losses."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class VectorQuantizer(keras.Model):
         return tf.argmin(distances, axis=1)
 
     def move(self, z, nearest):
-        """Codes become moving averages of what is nearest to them."""
+        """Codes become moving averages of the rows nearest to them."""
         chosen = tf.one_hot(nearest, 5)
         counts = 0.9 * self.counts + 0.1 * tf.reduce_sum(chosen, 0)
         self.counts.assign(counts)
@@ -104,7 +104,7 @@ def test_codebook_by_moving_average(assert_same):
 
 
 class WassersteinGan(keras.Model):
-    """With a penalty on the gradient and two steps of the critic."""
+    """Has a penalty on the gradient and two steps of the critic."""
 
     def __init__(self):
         super().__init__()

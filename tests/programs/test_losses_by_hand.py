@@ -8,7 +8,7 @@ from pieces import Program, classes, compiled, mlp, numbers
 
 
 class Focal(Program):
-    """Rows that are well classified count less; a mean over the positives."""
+    """Well classified rows count less; a mean over the positives."""
 
     def loss_of(self, x, y):
         chance = tf.sigmoid(self.net(x))
@@ -23,7 +23,7 @@ def test_focal_loss(assert_same):
 
 
 class Masked(Program):
-    """Only rows that are marked count: `boolean_mask` of predictions."""
+    """Only marked rows count: `boolean_mask` of predictions."""
 
     def loss_of(self, inputs, y):
         x, marks = inputs
@@ -117,7 +117,7 @@ def test_cutmix_with_the_batch_reversed(assert_same):
 
 
 class Transcription(Program):
-    """CTC with lengths of its own for each row."""
+    """CTC with different lengths for each row."""
 
     def loss_of(self, frames, targets):
         labels, lengths = targets

@@ -22,7 +22,7 @@ class Contrastive(Program):
 
 
 class BothViews(Program):
-    """The loss of SimCLR: the views of all rows in one matrix, without itself."""
+    """The loss of SimCLR: all views in one matrix, without its diagonal."""
 
     def loss_of(self, x, other):
         z = tf.concat([self.net(x), self.net(other)], axis=0)

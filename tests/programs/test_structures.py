@@ -132,7 +132,7 @@ def test_vectorized_map_over_rows(assert_same):
 
 
 class Sinkhorn(Program):
-    """Normalizes a matrix of pairs over rows and columns until it is doubly so."""
+    """Normalizes a matrix of pairs over rows and columns in turn."""
 
     def loss_of(self, x, y):
         a, b = self.net(x), self.net(y)
@@ -152,7 +152,7 @@ def test_loop_over_a_matrix_of_pairs(assert_same):
 
 
 class Power(Program):
-    """The largest eigenvalue of the covariance of the batch, until it is found."""
+    """The largest eigenvalue of the batch's covariance, by power iteration."""
 
     def loss_of(self, x):
         z = self.net(x)
@@ -202,7 +202,7 @@ def test_python_in_a_step(assert_same):
 
 
 class WithMaximum(Program):
-    """A step of its own for evaluation, with the largest error of all rows."""
+    """A `test_step` of its own, with the largest error of all rows."""
 
     def __init__(self):
         super().__init__(mlp(5, 1))
@@ -241,7 +241,7 @@ def test_own_evaluation_with_a_maximum(assert_same, make_strategy):
 
 
 class Chosen(Program):
-    """A branch, by a number of the batch, with rows in it."""
+    """A branch that depends on the batch and processes rows."""
 
     def loss_of(self, x, y):
         z = self.net(x)

@@ -15,7 +15,7 @@ DATA = numbers(5), numbers(1, seed=2)
 
 
 class Regression(Program):
-    """Squares, with a step for derived classes to change."""
+    """A squared error, with a step for subclasses to override."""
 
     def __init__(self):
         super().__init__(mlp(5, 1))
@@ -191,7 +191,7 @@ def test_adam_by_hand(assert_same):
 
 
 class Meta(Regression):
-    """Learns weights from which one step of descent gets far."""
+    """Learns weights that one gradient step improves a lot."""
 
     def train_step(self, data):
         x, y = data
@@ -266,7 +266,7 @@ def test_penalty_on_the_slope(assert_same):
 
 
 class Decides(Regression):
-    """Branches and loops of a compiled step, which take what it has computed before."""
+    """Branches and loops in a compiled step that use values computed before them."""
 
     @tf.function
     def train_step(self, data):
@@ -305,7 +305,7 @@ def test_decisions_and_derivatives_in_a_step(assert_same, program, fused):
 
 
 class LoopInCall(Regression):
-    """A loop in a compiled `call`, to whose graph a gradient adds."""
+    """A loop in a compiled `call`, whose gradient adds to its graph."""
 
     @tf.function
     def call(self, x, training=None):
@@ -321,7 +321,7 @@ class LoopInCall(Regression):
 
 
 def test_a_compiled_call_is_trained_evaluated_and_used(make_strategy):
-    """In float64: Adam makes much of what rounding leaves of small gradients."""
+    """In float64: Adam amplifies rounding in small gradients."""
     results = []
     for replicas in (1, 2, 3):
         keras.utils.set_random_seed(7)
@@ -336,7 +336,7 @@ def test_a_compiled_call_is_trained_evaluated_and_used(make_strategy):
 
 
 class PerRow(Regression):
-    """Clips what each row gives, and tells the step's logs row by row."""
+    """Clips the gradient of each row, and logs row by row."""
 
     def prepare(self):
         # A variable of TensorFlow itself, whose elements are set in place.
@@ -361,6 +361,6 @@ def test_gradients_of_each_row_that_are_clipped(assert_same):
 
 @pytest.mark.parametrize("size", [1, 6])
 def test_logs_of_each_row(assert_same, size):
-    """Of batches that promise their size, also fewer rows than replicas."""
+    """With batches of a fixed size, also of fewer rows than replicas."""
     rows = tf.data.Dataset.from_tensor_slices(DATA).batch(size, drop_remainder=True)
     assert_same(compiled(PerRow, steps_per_execution=3), rows)

@@ -1,7 +1,7 @@
-"""What each operation does with layouts, a file a family.
+"""What each operation does with layouts, one file per family.
 
-`registry.rule` registers a rule for types of operations. A rule answers only what it
-can prove from known sizes; anything else is computed in full on every replica. Read
+`registry.rule` registers a rule for types of operations. A rule applies only where
+known sizes prove it right; anything else is computed in full on every replica. Read
 `elementwise.py` first.
 """
 

@@ -1,4 +1,4 @@
-"""Operations that join tensors, or take them apart, block by block."""
+"""Operations that join or split tensors, block by block."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def _concat(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
 
 
 def _lead(values: list[Value]) -> Value:
-    """The value by whose rows others are laid: one that is not known whole, if any."""
+    """The value whose layout others take: one that is not known in full, if any."""
     cut = [v for v in values if v.has_rows]
     return min(cut, key=lambda v: v.whole is not None)
 
@@ -87,7 +87,7 @@ def _blocks(emitter, node, values, where, axis: int, dims) -> list[Value] | None
 
 
 def blocks_in(emitter: Emitter, size: Any, inner: Dim) -> int | None:
-    """How many blocks of all rows a size is; None if it is not known to be a number."""
+    """How many blocks of all rows a size has; None if that is not a known number."""
     if size is None or isinstance(size, int) and size == 0:
         return size
     number = emitter.sizes.number
@@ -167,7 +167,7 @@ def _split(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 
 
 def _split_rows(emitter, node, value, axis, count, lengths) -> list[Value] | None:
-    """`fake, real = tf.split(both, 2)`: apart at the borders of blocks."""
+    """`fake, real = tf.split(both, 2)`: splits at the borders of blocks."""
     blocks = value.layout.blocks
     if not isinstance(blocks, int):
         return None

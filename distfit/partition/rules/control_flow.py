@@ -1,7 +1,7 @@
 """Branches and loops: their bodies are partitioned, too.
 
-All replicas take the same branch. The variables of a loop lie as they come to rest:
-the body is emitted again until it returns them as it was given them.
+All replicas take the same branch. The layouts of a loop's variables are a fixed point:
+the body is emitted again until it returns the layouts that it was given.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def _branches(
 
 @dataclasses.dataclass
 class _Carried:
-    """How a value lies that bodies give or take."""
+    """The layout of a value that enters or leaves a body."""
 
     layout: Layout
     dims: list[Dim] | None
@@ -84,7 +84,7 @@ class _Carried:
 
 
 def _joined(emitter: Emitter, values: Sequence[Value]) -> _Carried:
-    """How a value lies that is one of several."""
+    """The common layout of the values that branches return."""
     first, *others = values
     joined = _Carried(
         first.layout,
@@ -102,7 +102,7 @@ def _joined(emitter: Emitter, values: Sequence[Value]) -> _Carried:
 
 
 def _outside(emitter: Emitter, dims: Sequence[Dim] | None) -> list[Dim] | None:
-    """Sizes as they are known outside of a body: those made inside are unknown."""
+    """Sizes as known outside of a body: those computed inside are unknown."""
     if dims is None:
         return None
     return [d if emitter.can_compute([d]) else unknown() for d in dims]
@@ -137,13 +137,13 @@ def _common_element(emitter: Emitter, a: Any, b: Any) -> Any:
     if a is None or b is None:
         return _element_outside(emitter, a or b)
     if a.layout != b.layout:
-        raise NotImplementedError(f"lists of elements {a.layout} and {b.layout}")
+        raise NotImplementedError(f"lists of layouts {a.layout} and {b.layout}")
     sizes = a.sizes if same_sizes(a.sizes, b.sizes) else None
     return Element(a.layout, _common_dims(emitter, a.dims, b.dims), sizes)
 
 
 def _element_outside(emitter: Emitter, element: Element | None) -> Element | None:
-    """How elements lie, as far as it is known outside of a body."""
+    """The layout of elements, as far as it is known outside of a body."""
     if element is None:
         return None
     sizes = element.sizes
@@ -231,7 +231,7 @@ def _values(carried: Sequence[_Carried]) -> list[Value]:
 def _at_rest(
     emitter: Emitter, body: Any, inputs: Sequence[Value], constant: Sequence[bool]
 ) -> tuple[list[_Carried], Emitter, list[Value]]:
-    """How the variables of a loop come to lie, with the body that keeps them so."""
+    """The final layouts of a loop's variables, and the body that preserves them."""
     carried = [
         _Carried(
             v.layout, v.dims, v.dtype, v.element, v.resource, v.sizes if same else None
@@ -248,17 +248,17 @@ def _at_rest(
         if all(_alike(a, b) for a, b in zip(carried, after, strict=True)):
             return carried, inner, outputs
         carried = after
-    raise NotImplementedError("a loop whose variables come to no rest")
+    raise NotImplementedError("a loop whose layouts do not converge")
 
 
 def _after(emitter: Emitter, before: _Carried, value: Value, settled: bool) -> _Carried:
-    """How a variable lies that was so before and is so after the body.
+    """The next layout to try for a variable, from those before and after the body.
 
     Args:
         emitter: The emitter of the loop.
-        before: How it was given to the body.
-        value: What the body returns.
-        settled: Whether what does not rest yet is to be replicated.
+        before: The layout in which the body was given it.
+        value: The value that the body returns.
+        settled: Whether to replicate it if its layout still changes.
     """
     if value.dtype in (tf.resource, tf.variant) and not is_list(value):
         return before
@@ -281,7 +281,7 @@ def _kept_element(
         return _element_outside(emitter, after)
     if before.layout != after.layout:
         raise NotImplementedError(
-            f"a list whose elements lie as {before.layout} and as {after.layout}"
+            f"a list whose layout changes from {before.layout} to {after.layout}"
         )
     sizes = before.sizes if same_sizes(before.sizes, after.sizes) else None
     return Element(before.layout, _kept_dims(emitter, before.dims, after.dims), sizes)
@@ -289,7 +289,7 @@ def _kept_element(
 
 def _kept_dims(emitter: Emitter, before: Any, after: Any) -> list[Dim] | None:
     """The sizes that a variable keeps. A size that changes gets a symbol, which then
-    stands for its size at the start of any round."""
+    stands for its size at the start of any iteration."""
     if before is None or after is None or len(before) != len(after):
         return None
     kept = []

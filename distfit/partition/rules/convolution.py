@@ -1,8 +1,8 @@
 """Convolutions: each replica computes the images of its rows.
 
-They treat the images of a batch one by one. So they take rows of the first dimension,
-in any blocks, and a sum over replicas only where it is their only tensor. The gradient
-of a filter adds up over the images: its parts are a sum over replicas.
+They process images one by one, so rows in the first dimension stay, in any blocks. The
+gradient of a filter is a sum over images, and so partial. Partial inputs are
+all-reduced first.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from distfit.partition.rules.sizes import elements_of, ints
 from distfit.partition.tracing import Node
 from distfit.partition.values import Value
 
-# What is given the shape of its result first.
+# Their first input is the shape of the result.
 _GRADIENTS_OF_IMAGES = (
     *("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
     "DepthwiseConv2dNativeBackpropInput",
@@ -47,15 +47,15 @@ _CONVOLUTIONS = {
 def batched(
     emitter: Emitter, inputs: Sequence[Value], images: Sequence[int]
 ) -> tuple[list[Value], Layout] | None:
-    """Lays inputs whose first dimension is the images by the same rows.
+    """Splits inputs whose first dimension is the images by the same rows.
 
     Args:
         emitter: The emitter.
         inputs: The inputs of an operation.
-        images: Which of them have the images; all others are made whole.
+        images: Which of them have the images; all others are replicated.
 
     Returns:
-        The inputs and the layout of images; None where rows are not proven to meet.
+        The inputs and the layout of images; None where matching rows are not proven.
     """
     values = [
         v if i in images and not v.is_partial else emitter.whole(v)
@@ -86,20 +86,20 @@ def emitted(
     layout: Layout,
     dims: list[Dim] | None = None,
 ) -> list[Value] | None:
-    """An operation on images that lie as given, or the sum of what these add up to."""
+    """Emits an operation on images; `layout` and `dims` are those of its result."""
     if dims is not None and layout.kind == "rows":
         dims = [layout.size, *dims[1:]]
     if dims is not None and _is_grouped(emitter, node, inputs, dims):
         return [_compiled(emitter, node, inputs, layout, dims)]
-    # Kernels are not made for no images: some fail, on CPU or on GPU, or leave their
-    # result unwritten; those of oneDNN give it the shape of what they are given.
+    # Kernels cannot handle zero images: some fail, on CPU or on GPU, or leave their
+    # result unwritten; those of oneDNN give it the shape of their input.
     if any(v.has_rows for v in inputs) and not emitter.all_have_rows():
         return None
     return emitter.op(node, inputs, layout, dims)
 
 
 def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) -> bool:
-    """Whether a convolution is one of groups of channels."""
+    """Whether a convolution has groups of channels."""
     if node.type not in _CONVOLUTIONS:
         return False
     images, filter = inputs[0].dims or [], inputs[1].dims or []
@@ -112,14 +112,14 @@ def _is_grouped(emitter: Emitter, node: Node, inputs: list[Value], dims: Any) ->
 
 
 def _channels(node: Node, rank: int) -> int:
-    """Which dimension of images has their channels."""
+    """The dimension of the channels of images."""
     return 1 if node.attr("data_format").startswith("NC") else rank - 1
 
 
 def _compiled(emitter, node, inputs, layout: Layout, dims) -> Value:
     """An operation compiled by XLA: CPUs have no other kernel for groups.
 
-    That is what Keras does, in a function of its own.
+    Keras does the same, in its own function.
     """
 
     @tf.function(autograph=False, jit_compile=True)
@@ -134,10 +134,10 @@ def _compiled(emitter, node, inputs, layout: Layout, dims) -> Value:
 
 
 def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
-    """How many windows there are along a dimension.
+    """The number of windows along a dimension.
 
-    A size that is not known gets a symbol that says how it comes about: the same one
-    wherever windows of the same kind are taken of the same dimension.
+    An unknown number gets a symbol named after its computation, so it is the same for
+    all windows of the same kind over the same dimension.
     """
     if padding not in ("SAME", "VALID") or not isinstance(window, int):
         return unknown()
@@ -152,7 +152,7 @@ def _windowed(dim: Dim, window: Any, stride: int, padding: str) -> Dim:
 def window_dims(
     emitter: Emitter, node: Node, images: Value, windows: list[Any]
 ) -> list[Dim]:
-    """The shape of what windows over images give, which keep their channels."""
+    """The shape of the result of windows over images, which keep their channels."""
     (traced,) = node.outputs
     strides, given = node.attr("strides"), images.dims or []
     padding = node.attr("padding")
@@ -166,7 +166,7 @@ def window_dims(
 
 
 def _spread(emitter: Emitter, node: Node, filter: Value) -> list[Any]:
-    """What a window of a convolution spans of each dimension."""
+    """The span of a convolution's window in each dimension."""
     (traced,) = node.outputs
     rank = traced.shape.rank
     dilations = node.attr("dilations")
@@ -182,7 +182,7 @@ def _spread(emitter: Emitter, node: Node, filter: Value) -> list[Any]:
 
 
 def _from_elements(shape: Value, static: tf.TensorShape) -> list[Dim]:
-    """A shape that is an input, as far as it is known."""
+    """A shape that is given as an input, as far as it is known."""
     elements = elements_of(shape) or []
     if len(elements) != static.rank:
         elements = [None] * static.rank
@@ -232,7 +232,7 @@ def _to_shape(
 ) -> list[Value] | None:
     """An operation whose first input is the shape of its result, and the last images.
 
-    It wants the shape of what a replica has.
+    It needs the shape of a replica's part.
     """
     (traced,) = node.outputs
     if traced.shape.rank is None:
@@ -285,7 +285,7 @@ def _filter_gradient(
     return emitted(emitter, node, laid, result, dims)
 
 
-# --- Space as further images: dilated convolutions.
+# --- Space as more images: dilated convolutions.
 
 
 @rule("SpaceToBatchND", "SpaceToBatch", "BatchToSpaceND", "BatchToSpace")
@@ -294,8 +294,8 @@ def _space_and_images(
 ) -> list[Value] | None:
     """Each image becomes several, or the other way round.
 
-    All images with their first pixels come first, then all with their second ones: so
-    these are blocks of rows.
+    The first pixels of all images come first, then their second pixels: these are
+    blocks of rows.
     """
     times = _images_for_one(node, inputs)
     found = batched(emitter, inputs, [0])

@@ -1,6 +1,6 @@
 """Operations on elements: each replica computes its own rows.
 
-A sum over replicas passes through what is linear; for anything else it is exchanged.
+A partial sum passes through linear operations; before any other it is all-reduced.
 """
 
 from collections.abc import Sequence
@@ -51,10 +51,10 @@ _LINEAR = {
     *("Identity", "StopGradient", "PreventGradient", "Snapshot", "Neg", "Conj"),
     *("Real", "Imag"),
 }
-# Linear in all their tensors together.
+# Jointly linear in all their tensors.
 _ADDITIVE = {"Add", "AddV2", "Sub", "AddN", "AccumulateNV2", "Complex"}
 _SHAPE_ONLY = {"ZerosLike", "OnesLike"}
-# Give the numbers of their first input, but for the sign.
+# Return the numbers of their first input, except for the sign.
 _SAME_NUMBERS = VIEWS | {"Neg", "BroadcastTo", "Tile"}
 
 
@@ -80,7 +80,7 @@ def _unary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 
 def _is_linear(node: Node, value: Value) -> bool:
     if node.type == "Cast":
-        # Parts may leave the range of a smaller dtype where their sum does not.
+        # Parts may overflow a smaller dtype where their sum does not.
         to = node.outputs[0].dtype
         is_wider = to.size > value.dtype.size
         return is_wider and _is_inexact(value.dtype) and _is_inexact(to)
@@ -113,7 +113,7 @@ def _nary(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
 
 @cut_rule(*(set(_UNARY) | set(_NARY)) - {"Bitcast"})
 def _of_repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
-    """Elements that come from what is repeated: as the gradient of a mean does."""
+    """Elementwise results of repeated tensors, such as the gradient of a mean."""
     node: Any = value.node
     laid = []
     for edge in node.inputs:
@@ -132,10 +132,10 @@ def _of_repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None
 
 
 def _exchanged_early(emitter: Emitter, inputs: list[Value]) -> list[Value]:
-    """Inputs where sums do not wait for what is known only after an exchange.
+    """Sums partial inputs if another input is available only after an exchange.
 
-    A sum can travel with that exchange. To keep it a sum would take another one later.
-    The state of a metric, which is never exchanged, stays as it is.
+    A sum can travel with that exchange; keeping it partial would take another one
+    later. The state of a metric, which is never exchanged, stays partial.
     """
     latest = max([v.level for v in inputs if not v.is_partial], default=0)
     return [
@@ -153,24 +153,24 @@ def _is_state(value: Value) -> bool:
 def _linear_inputs(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
-    """The inputs of an operation that keeps a sum over replicas a sum; else None."""
+    """The inputs of an operation whose result stays a partial sum; else None."""
     if any(v.has_rows for v in inputs):
         return None
     partial = [v.is_partial for v in inputs]
     if node.type in _ADDITIVE:
-        # A number, such as a loss with its penalties, is often never exchanged. What
-        # is larger is: then exchanged as it is, without parts of what is added to it.
+        # A scalar, such as a loss with its penalties, often needs no exchange. A larger
+        # tensor does: it is summed alone, and what is added to it stays replicated.
         stays = all(partial) or any(map(_is_state, inputs))
         if stays or all(v.rank == 0 for v in inputs if v.is_partial):
             return [emitter.as_partial(v) for v in inputs]
         return None
     if node.type == "Mul" and sum(partial) == 1:
-        # A part of 0 times infinity is no number, where the whole sum may be.
+        # A part of 0 times infinity is NaN, where the sum times infinity may not be.
         others = (v for v in inputs if not v.is_partial)
         return inputs if all(_is_finite(emitter, v) for v in others) else None
     floating = _is_inexact(node.outputs[0].dtype)
     if node.type in ("RealDiv", "Div", "DivNoNan") and partial == [True, False]:
-        # A part of 0 over 0 is no number, where the whole sum over 0 is infinite.
+        # A part of 0 over 0 is NaN, where the sum over 0 is infinite.
         is_safe = node.type == "DivNoNan" or _is_never_zero(emitter, inputs[1])
         return inputs if floating and is_safe else None
     if node.type == "SelectV2" and not partial[0]:
@@ -179,7 +179,7 @@ def _linear_inputs(
 
 
 def _is_finite(emitter: Emitter, value: Value) -> bool:
-    """Whether a value is known not to be infinite: a constant, or made of sizes."""
+    """Whether a value is known to be finite: a constant, or computed from sizes."""
     if not _is_inexact(value.dtype):
         return True
     node = value.node
@@ -224,22 +224,22 @@ def _numbers(node: Node) -> np.ndarray:
 def align(
     emitter: Emitter, inputs: Sequence[Value]
 ) -> tuple[list[Value], Layout] | None:
-    """Lays values that broadcast together by the same rows.
+    """Gives values that broadcast together matching layouts.
 
     Args:
         emitter: The emitter.
-        inputs: Values that are replicated or lie by rows, of known ranks.
+        inputs: Values that are replicated or split by rows, of known ranks.
 
     Returns:
-        The values, some cut or made whole, and the layout of an elementwise result.
-        None where it cannot be proven that rows meet rows.
+        The values, some cut or replicated, and the layout of an elementwise result.
+        None where matching rows cannot be proven.
     """
     cut = [v for v in inputs if v.has_rows]
     rank = max(v.rank for v in inputs)
     if not cut:
         return list(inputs), REPLICATED
-    # Where rows meet along two dimensions, as in x[:, None] - x[None], the first stays.
-    # Of those that lie by blocks of other sizes, the largest stays as it is.
+    # With rows in two dimensions, as in x[:, None] - x[None], the first stays split. If
+    # several values have them there, the largest that is not known in full is kept.
     lead = min(
         cut,
         key=lambda v: (v.layout.dim - v.rank, v.whole is not None, v.dims.count(1)),
@@ -252,7 +252,7 @@ def align(
             result.append(value)
             continue
         size: Any = None if dim < 0 else value.dims[dim]
-        # A batch of one row is cut as any other: not all operations broadcast.
+        # A batch of one row is cut like any other: not all operations broadcast.
         if size is not None and emitter.sizes.same(size, layout.size):
             result.append(emitter.cut(emitter.whole(value), layout.moved(dim)))
         elif size is None or emitter.sizes.is_one(size):
@@ -263,7 +263,7 @@ def align(
 
 
 def alike(emitter: Emitter, values: Sequence[Value], layout: Layout) -> Any:
-    """Values by the same rows of the same dimension, in none of which it is broadcast.
+    """Gives values the same layout by rows; none is broadcast along that dimension.
 
     Returns:
         The values; None where they cannot be proven to have these rows.
@@ -335,7 +335,7 @@ def _cross_entropy(
     if lead is None:
         return emitter.op(node, inputs)
     layout, rows = lead.layout, lead.layout.size
-    if layout.dim != 0:  # As of the transpose of a matrix of pairs of rows.
+    if layout.dim != 0:  # E.g. the transpose of a matrix of pairs of rows.
         layout, rows = by_rows(0), ROWS
     laid = []
     for value in inputs:

@@ -1,4 +1,4 @@
-"""Pooling, images of another size, colors: each replica has the images of its rows."""
+"""Pooling, resizing, colors: each replica computes the images of its rows."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _pool(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
     return emitted(emitter, node, *found, dims)
 
 
-# Which inputs have the images, for operations whose results have them, too.
+# The inputs whose first dimension is the images, as it is for all results.
 _IMAGES = {
     **dict.fromkeys(["MaxPoolV2", "Dilation2D", "ExtractImagePatches"], [0]),
     **dict.fromkeys(["ExtractVolumePatches", "SpaceToDepth", "DepthToSpace"], [0]),
@@ -39,7 +39,7 @@ def _of_images(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
     return emitter.op(node, laid, layout, tuple([first, *s[1:]] for s in shapes))
 
 
-# Which inputs have the images, and which of them is as large as the result.
+# The inputs whose first dimension is the images, and the one with the result's shape.
 _ALIKE = {
     **dict.fromkeys(["MaxPoolGrad", "MaxPoolGradV2", "MaxPool3DGrad"], ([0, 1, 2], 0)),
     **dict.fromkeys(["MaxPoolGradGrad", "MaxPoolGradGradV2"], ([0, 1, 2], 1)),
@@ -96,7 +96,7 @@ def _transform(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
 
 @rule("AdjustContrastv2", "AdjustHue", "AdjustSaturation", "RGBToHSV", "HSVToRGB")
 def _colors(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """What looks at the colors of a pixel or, for contrast, at the mean of an image."""
+    """Operations on the colors of a pixel or, for contrast, with an image's mean."""
     images, *rest = [emitter.whole(v) if v.is_partial else v for v in inputs]
     if images.dims is None:
         return None

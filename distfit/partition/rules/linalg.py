@@ -1,7 +1,7 @@
 """Operations on the last dimensions: each replica computes those of its own rows.
 
-Decompositions, solutions, diagonals, Fourier transforms. Rows in the dimensions that an
-operation works on fall back.
+Decompositions, solvers, diagonals, Fourier transforms. If the rows are in the
+dimensions that an operation works on, most are computed in full.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def _result(
 
 @rule("MatrixDiagV2", "MatrixDiagV3")
 def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """The last dimension of the diagonals, or their last two where there are many."""
+    """Works on the last dimension, or on the last two for several diagonals."""
     value, *others = (emitter.whole(v) if v.is_partial else v for v in inputs)
     result = node.outputs[0].shape.rank
     if value.dims is None or result is None:
@@ -110,7 +110,7 @@ def _diag(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | No
 
 @cut_rule("MatrixDiagV2", "MatrixDiagV3")
 def _rows_of_diag(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
-    """Rows of square matrices of which all replicas have the diagonals."""
+    """Rows of square matrices whose diagonals are replicated."""
     node: Any = value.node
     diagonal, where, *_, padding = (emitter.values[edge] for edge in node.inputs)
     if not diagonal.is_replicated or diagonal.dims is None:
@@ -124,7 +124,7 @@ def _rows_of_diag(emitter: Emitter, value: Value, layout: Layout) -> Value | Non
 
 
 def _diag_of_rows(emitter: Emitter, diagonal: Value, padding: Value) -> Value:
-    """Square matrices by their rows, of diagonals by the same rows."""
+    """Square matrices, split by the same rows as their diagonals."""
     size, layout = diagonal.dims[-1], diagonal.layout
     number = emitter.known(size, tf.int32)
     every = emitter.call(tf.range, [number], REPLICATED, [size])
@@ -146,12 +146,12 @@ def _are_size(emitter: Emitter, values: Sequence[Value], size: Dim) -> bool:
 
 
 def _is_last(value: Value) -> bool:
-    """Whether the last dimension is the rows, one after another."""
+    """Whether the last dimension is the rows, in a single block."""
     return value.has_rows and value.layout == by_rows(value.rank - 1)
 
 
 def _diagonal(tensor, total, start):
-    """Where a replica's rows of a square matrix meet its diagonal: [rows, total]."""
+    """A mask of the diagonal in a replica's rows of a square matrix: [rows, total]."""
     own = start + tf.range(tf.shape(tensor)[-1])
     return own[:, tf.newaxis] == tf.range(total)
 
@@ -178,7 +178,7 @@ def _diag_part(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
 
 
 def _square_of_rows(emitter: Emitter, value: Value) -> Value | None:
-    """Square matrices of pairs of rows, by the first of the two; else None."""
+    """Square matrices of pairs of rows, split by the first of the two; else None."""
     if value.dims is None or value.rank < 2 or not value.has_rows:
         return None
     if not emitter.sizes.same(value.dims[-1], value.dims[-2]):
@@ -251,7 +251,7 @@ def _band_part(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
 def laid_by(
     emitter: Emitter, values: Sequence[Value], layout: Layout
 ) -> list[Value] | None:
-    """Values whose dimensions are counted from the first, by the same rows."""
+    """Values split by the same rows, in the same dimension counted from the first."""
     laid = []
     for value in values:
         if value.layout != layout:
@@ -263,7 +263,7 @@ def laid_by(
     return laid
 
 
-# --- Counts: those of all rows are the sum of those of each replica.
+# --- Counts: those of a replica's own rows are a partial sum.
 
 
 @rule("DenseBincount")

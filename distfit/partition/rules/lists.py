@@ -1,9 +1,7 @@
-"""Lists and optionals, as loops and branches keep tensors for their gradients.
+"""Lists and optionals, in which loops and branches keep tensors for their gradients.
 
-What they hold has a layout.
-
-`Value.element` tells how they lie; it is None as long as nothing is known of them: a
-list without elements takes the layout of the first that it is given.
+`Value.element` is the layout of their elements; it is None while that is unknown: an
+empty list takes the layout of its first element.
 """
 
 from typing import Any
@@ -32,7 +30,7 @@ def is_list(value: Value) -> bool:
 
 
 def of_list(values: list[Value], element: Any) -> list[Value]:
-    """Marks the first of some values as a list with such elements."""
+    """Marks the first of some values as a list of such elements."""
     values[0].element = element
     return values
 
@@ -61,14 +59,14 @@ def _lies(several: Value) -> tuple[Layout, list[Dim] | None]:
 
 
 def _open_shape(element: Any, given: Value, emitter: Emitter) -> Value:
-    """The shape of elements with everything open that the elements may change."""
+    """The shape of elements with all sizes open, as they may differ."""
     if element is None or element.dims is None:
         return emitter.whole(given)
     return emitter.known([-1] * len(element.dims), given.dtype)
 
 
 def _element_of_shape(emitter: Emitter, shape: Value) -> Any:
-    """What a shape tells of elements: their layout, if it says which are rows."""
+    """The layout of elements, if their shape has a multiple of the rows."""
     if shape.sizes is None or shape.sizes.ndim != 1:
         return None
     dims = list(shape.sizes)
@@ -78,7 +76,7 @@ def _element_of_shape(emitter: Emitter, shape: Value) -> Any:
         many = quotient(dim, ROWS)
         if many is not None:
             return Element(by_rows(i, 1, many), dims)
-    return None  # As yet: elements by rows may have such a shape, too.
+    return None  # Still unknown: elements by rows may have such a shape, too.
 
 
 @rule("TensorListReserve", "EmptyTensorList")
@@ -87,7 +85,7 @@ def _new_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
     element = _element_of_shape(emitter, shape)
     given = emitter.whole(shape)
     if shape.sizes is not None and shape.sizes.ndim == 1:
-        # Elements of another layout may be put in: only the rank is sure.
+        # Elements of another layout may be added: only the rank is certain.
         given = emitter.known([-1] * len(shape.sizes), shape.dtype)
     values = emitter.op(node, [given, emitter.whole(number)], REPLICATED, [])
     return of_list(values, element)
@@ -268,7 +266,7 @@ def _concat_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Valu
 
 
 def _whole_list(emitter: Emitter, several: Value, given: Value, dtype: Any) -> Value:
-    """A list whose elements are whole, and of one shape."""
+    """A list whose elements are replicated, and of one shape."""
     layout, dims = _lies(several)
     if dims is None:
         raise NotImplementedError("a list of elements of unknown rank")
@@ -304,7 +302,7 @@ def same_list(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] 
     return of_list(values, Element(elements[0].layout, dims))
 
 
-# --- Optionals: what only the branch that was taken has computed.
+# --- Optionals: values that only the branch that was taken has computed.
 
 
 @rule("OptionalFromValue")
@@ -337,7 +335,7 @@ def _of_optional(
     rank = traced.shape.rank
 
     def get(tensor):
-        # The shapes that it is to have are those of one device.
+        # Only the rank: the shape in the traced graph is that of one device.
         (value,) = tf.raw_ops.OptionalGetValue(
             optional=tensor,
             output_types=[traced.dtype],

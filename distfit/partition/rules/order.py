@@ -1,4 +1,4 @@
-"""Operations for which the order along a dimension matters."""
+"""Operations that depend on the order along a dimension."""
 
 from distfit.partition.emission import Emitter
 from distfit.partition.layouts import REPLICATED, Dim, unknown
@@ -42,7 +42,7 @@ def _top_k(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
 def _largest_rows(
     emitter: Emitter, node: Node, value: Value, k: Value, dims: list[Dim]
 ) -> list[Value]:
-    """The order of rows takes all of them; where all are taken, it lies by rows."""
+    """Ordering rows needs all of them; if `k` is their number, the result has rows."""
     if value.rank > 1:
         emitter.report(node)
     given = [emitter.whole(value), emitter.whole(k)]

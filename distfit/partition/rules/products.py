@@ -1,5 +1,5 @@
-"""Products of matrices: by rows where a factor has rows that stay, and a sum over
-replicas where rows are contracted."""
+"""Matrix products: by rows if the rows of a factor stay in the result, a partial sum if
+they are contracted."""
 
 import string
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def contraction(
         output: The labels of the result.
 
     Returns:
-        The values of the result; None where rows cannot be proven to meet rows.
+        The values of the result; None where matching rows cannot be proven.
     """
-    # Also where one factor is a sum: the other may be infinite, and parts of it zero.
+    # Even a single partial factor is summed: a part of 0 times infinity would be NaN.
     values = [emitter.whole(v) if v.is_partial else v for v in inputs]
     found = _by_rows(emitter, values, terms, output)
     if found is None:
@@ -56,8 +56,8 @@ def _by_rows(
     cut = [(t[v.layout.dim], v) for t, v in pairs if v.has_rows]
     if not cut:
         return values, REPLICATED
-    # Rows that the result has cost nothing; else those that are contracted. What is
-    # known whole can be cut in another way for nothing.
+    # Prefer rows that stay in the result, which need no exchange, to contracted ones.
+    # Values that are known in full can be cut in another way at no cost.
     label, lead = min(
         cut,
         key=lambda c: (c[0] not in output, output.find(c[0]), c[1].whole is not None),

@@ -1,10 +1,10 @@
 """Stateless random draws: exactly those of one device.
 
 A stateless draw is a function of its seed, so every replica could draw all and keep its
-rows. Philox counts: element `i` comes from the counter plus `i // group`, so a replica
-starts at its first row and draws no more than its own. What every replica could draw
-stays at hand as `Value.whole`: another layout that is asked for later costs no
-exchange, and TensorFlow drops what nothing uses.
+rows. Philox is counter-based: element `i` comes from the counter plus `i // group`, so
+a replica starts at its first row and draws only its own. The full draw is kept as
+`Value.whole`: another layout that is needed later costs no exchange, and TensorFlow
+drops the full draw if it is unused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ _PHILOX, _AUTO = 1, 3  # `tf.random.Algorithm`: kernels take Philox for auto_sel
 _MOST_BLOCKS = 4
 
 
-# XLA counts on as kernels do, for these.
+# For these, XLA advances the counter as kernels do.
 _UNIFORM = {
     *("StatelessRandomUniformV2", "StatelessRandomUniformIntV2"),
     *("StatelessRandomUniformFullIntV2",),
@@ -44,10 +44,10 @@ _UNIFORM = {
 
 @rule(*_UNIFORM, "StatelessRandomNormalV2", "StatelessTruncatedNormalV2")
 def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    """A draw of `group` elements for each step of the counter, or for a few.
+    """A draw of `group` elements for each `steps` of the counter.
 
-    That is how kernels of CPU and GPU draw. In XLA, a normal draw depends on the whole
-    shape; there, and where the algorithm may be another, the draw is cut.
+    CPU and GPU kernels draw like that. In XLA, a normal draw depends on the whole
+    shape; there, and where the algorithm may not be Philox, the full draw is cut.
     """
     whole = _in_full(emitter, node, inputs, inputs[0])
     layout = rows_of(emitter, inputs[0], whole.dims)
@@ -64,7 +64,7 @@ def _draw(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 
     given = [emitter.whole(v) for v in inputs[1:]]
     group = 2 if whole.dtype.size == 8 else 4
-    # 256 numbers are kept for each truncated one, and a step gives 4.
+    # 256 numbers are reserved for each truncated one, and a step gives 4.
     steps = 64 * group if node.type == "StatelessTruncatedNormalV2" else 1
     part = _in_spans(emitter, given, whole.dims, layout, drawn, group, steps)
     part.whole = whole
@@ -90,7 +90,7 @@ def _draw_all(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 def _in_full(
     emitter: Emitter, node: Node, inputs: Sequence[Value], shape: Value
 ) -> Value:
-    """All that is drawn, on every replica."""
+    """The full draw, on every replica."""
     if any(v.has_rows and v.whole is None for v in inputs):
         emitter.report(node)
     given = [emitter.whole(v) for v in inputs]
@@ -99,7 +99,7 @@ def _in_full(
 
 
 def drawn_shape(emitter: Emitter, node: Node, shape: Value, *more: Value) -> Any:
-    """The dims of a result from the vector of its shape, and what comes after it."""
+    """The dims of a draw: the elements of its shape vector, then the dims of `more`."""
     elements = elements_of(shape)
     if elements is None or any(v.dims is None for v in more):
         return emitter.static_dims(node.outputs[0])
@@ -120,13 +120,13 @@ def _counts(emitter: Emitter, alg: Value) -> bool:
     return ints(alg) in ([_PHILOX], [_AUTO])
 
 
-# --- Which rows.
+# --- The layout of a draw.
 
 
 def rows_of(
     emitter: Emitter, shape: Value, dims: Sequence[Dim] | None
 ) -> Layout | None:
-    """How to lay a draw, whose shape tells only its size: a choice of speed."""
+    """The layout of a draw, of which only sizes are given: it affects only speed."""
     if not dims:
         return None
     layout = _of_source(emitter, shape, dims) or _of_sizes(emitter, dims)
@@ -136,7 +136,7 @@ def rows_of(
 
 
 def _of_source(emitter: Emitter, shape: Value, dims: Sequence[Dim]) -> Layout | None:
-    """The rows of the tensor whose shape it is, as in `normal(tf.shape(x))`."""
+    """The layout of the tensor whose shape it is, as in `normal(tf.shape(x))`."""
     for source in _measured(emitter, shape.node):
         for at, dim in enumerate(dims):
             if emitter.sizes.same(dim, source.layout.size):
@@ -151,7 +151,7 @@ _MOVES_SIZES = {
 
 
 def _measured(emitter: Emitter, node: Node | None) -> Iterator[Value]:
-    """The tensors with rows whose shape a vector of sizes comes from."""
+    """The tensors with rows from whose shapes a vector of sizes is computed."""
     seen: set[Node] = set()
     stack = [] if node is None else [node]
     while stack:
@@ -178,11 +178,11 @@ def _of_sizes(emitter: Emitter, dims: Sequence[Dim]) -> Layout | None:
     return None
 
 
-# --- A replica's own elements, from its first.
+# --- Drawing only a replica's own elements.
 
 
 def _is_in_spans(emitter: Emitter, layout: Layout, dims: Any) -> bool:
-    """Whether a replica has a few spans of elements in a row."""
+    """Whether a replica's elements are a few contiguous spans."""
     return (
         layout.dim == 0
         and isinstance(layout.blocks, int)
@@ -204,13 +204,13 @@ def _in_spans(
 
     Args:
         emitter: The emitter.
-        inputs: Key, counter, algorithm and what else the operation takes.
+        inputs: Key, counter, algorithm and other inputs of the operation.
         dims: The shape of the draw.
-        layout: How it lies by rows of its first dimension.
-        drawn: Given a size, the counter, the key, the algorithm and what else the
-            operation takes, a vector of elements.
-        group: How many elements come from one place of the counter.
-        steps: How far the counter goes for them.
+        layout: Its layout, by rows of the first dimension.
+        drawn: Takes a size, the counter, the key, the algorithm and the other inputs,
+            and returns a vector of elements.
+        group: How many elements are drawn at a time.
+        steps: How far the counter advances for them.
     """
     dims = [layout.size, *dims[1:]]
     row = emitter.known(product([layout.inner, *dims[1:]]), tf.int64)
@@ -242,18 +242,18 @@ def _row_ports(emitter: Emitter) -> list[Port]:
 
 
 def _port(port: Port) -> Value:
-    """A scalar that every program is told of the rows of a replica."""
+    """The value of a port that describes a replica's rows, a scalar."""
     value = Value(REPLICATED, [], tf.int32)
     value.tensor = port
     return value
 
 
 def _advanced(counter: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-    """A counter of 128 bits, as two words with the low one first, after some steps."""
+    """A counter of 128 bits, as two words with the low one first, advanced by steps."""
     low, high = tf.unstack(tf.bitcast(counter, tf.int64), num=2)
     lowest = tf.constant(tf.int64.min, tf.int64)
     later = low + steps
-    # Without sign, the sum is less than what was added to if it has run over.
+    # As unsigned numbers, the sum is less than `low` if it has overflowed.
     carry = tf.bitwise.bitwise_xor(later, lowest) < tf.bitwise.bitwise_xor(low, lowest)
     high += tf.cast(carry, tf.int64)
     return tf.bitcast(tf.stack([later, high]), tf.uint64)
@@ -264,10 +264,10 @@ def _advanced(counter: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
 
 @rule("StatelessRandomGammaV3")
 def _gamma(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    """Each element has 256 places of the counter, in the order of the alphas.
+    """Each element has 256 steps of the counter, in the order of the alphas.
 
-    That is the order of the elements where each alpha, or the only one, is drawn for
-    once. XLA has no such operation.
+    That is the order of the elements if there is one draw for each alpha, or only one
+    alpha. XLA has no such operation.
     """
     shape, key, counter, alg, alpha = inputs
     dims = elements_of(shape)
@@ -295,7 +295,7 @@ def _gamma(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 def _rows_of_gamma(
     emitter: Emitter, shape: Value, dims: Any, alpha: Value
 ) -> Layout | None:
-    """How a draw lies whose elements a replica can draw from its first on."""
+    """The layout of a draw if a replica can draw only its own elements; else None."""
     if not dims or alpha.dims is None or any(d is None for d in dims):
         return None
     layout = alpha.layout if alpha.has_rows else rows_of(emitter, shape, dims)
@@ -323,8 +323,8 @@ def with_parameters(
 ) -> list[Value]:
     """A draw whose shape ends with that of its parameters, in full on every replica.
 
-    An element is a function of its place and of its own parameters. So a replica that
-    has those of its rows can draw its rows, whatever stands in the place of others.
+    An element is a function of its index and of its own parameters. So a replica that
+    has those of its rows can draw its rows, whatever the parameters of other rows.
     """
     shape = inputs[shape_at]
     dims = elements_of(shape)
@@ -354,7 +354,7 @@ def with_parameters(
 
 
 def _at_hand(emitter: Emitter, value: Value) -> Value:
-    """A value whole, unless that takes a gather."""
+    """A value, replicated unless that takes a gather."""
     needs_gather = value.has_rows and value.whole is None
     return value if needs_gather else emitter.whole(value)
 
@@ -372,7 +372,7 @@ def _can_pad(emitter: Emitter, layout: Layout) -> bool:
 
 
 def _padded(emitter: Emitter, value: Value) -> Value:
-    """A replica's own rows at their places among ones, which are good parameters."""
+    """A replica's own rows, padded with ones, which are valid parameters."""
     if not value.has_rows:
         return value
     layout, rank = value.layout, value.rank
@@ -388,7 +388,7 @@ def _padded(emitter: Emitter, value: Value) -> Value:
 
 
 def _own_rows(emitter: Emitter, drawn: Value, layout: Layout) -> Value:
-    """The rows of a replica, of a draw that is right in these rows only."""
+    """A replica's rows of a draw that is correct only in these rows."""
     rows = emitter.cut(drawn, layout)
     rows.whole = None
     return rows
@@ -400,8 +400,8 @@ def _multinomial(
 ) -> list[Value] | None:
     """Draws for each row of logits.
 
-    Kernels split the batch between threads, and where they split it decides the draw.
-    So the batch keeps its size.
+    Kernels split the batch between threads, and the draw depends on where. So the batch
+    keeps its size.
     """
     logits = inputs[0]
     if logits.dims is None:
@@ -424,7 +424,7 @@ def _multinomial(
 
 @rule("StatelessShuffle")
 def _shuffle(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """Rows of another dimension are all shuffled alike: by the size of the first."""
+    """With rows in another dimension, all replicas shuffle the first one alike."""
     value, *others = inputs
     value = emitter.whole(value) if value.is_partial else value
     given = [emitter.whole(v) for v in others]

@@ -1,4 +1,4 @@
-"""Reductions: a sum over rows is a sum over replicas of the sums of their rows."""
+"""Reductions: a sum over rows is a partial sum, of each replica's own rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,14 +61,14 @@ def _is_inexact(value: Value) -> bool:
 
 
 def _wide(dtype: tf.DType) -> tf.DType:
-    """What sums of many rows are taken in: they leave the range of half precision."""
+    """The dtype to sum many rows in: half precision may overflow."""
     return tf.float32 if dtype.size < 4 else dtype
 
 
 def _mean(
     emitter: Emitter, node: Node, value: Value, axes: set[int], dims: list[Dim]
 ) -> list[Value] | None:
-    """The sum of the rows of a replica, divided by the number of all."""
+    """The sum of a replica's rows divided by the number of all rows, a partial sum."""
     count = product([value.dims[a] for a in axes])
     dtype, at, keep = value.dtype, sorted(axes), node.attr("keep_dims")
     if not emitter.can_compute([count]) or not _is_inexact(value):
@@ -84,10 +84,10 @@ def _mean(
 
 
 def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] | None:
-    """The mean of the squared distances from a mean over the same axes.
+    """The mean of the squared differences from a mean over the same axes.
 
-    Taken as it stands, it takes an exchange for the mean and then one for itself. From
-    the means and squared distances of each replica it takes one, together with the mean
+    Emitted literally, it needs an exchange for the mean and then one for itself. From
+    each replica's mean and sum of squares it needs one, which the mean shares
     (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm
     for computing sample variances", 1979):
     sum of squares = sum over replicas of (own sum of squares + n · (own mean - mean)²).
@@ -110,7 +110,7 @@ def _variance(emitter, node, value: Value, axes: set[int], dims) -> list[Value] 
 
 
 def _differences(node: Node | None) -> list[tuple[Edge, Edge]]:
-    """Of a squared difference, its two terms in both orders."""
+    """The two terms of a squared difference, in both orders."""
     if node is not None and node.type == "Square":
         node = _origin(node.inputs[0]).node
         if node.type != "Sub":
@@ -166,7 +166,7 @@ _OF_PARTS: dict[str, Callable] = {
 
 
 def _of_parts(emitter, node, value: Value, where: Value, dims) -> Value:
-    """The reduction of each replica's rows, and then of these."""
+    """Reduces each replica's rows, and then the results of all replicas."""
     (own,) = emitter.op(node, [value, where], REPLICATED, dims)
     parts = emitter.whole(emitter.stacked(own))
     dtype, combine = node.outputs[0].dtype, _OF_PARTS[node.type]
@@ -229,7 +229,7 @@ def _softmax(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
 
 
 def _softmax_of_rows(emitter: Emitter, node: Node, value: Value) -> Value:
-    """A softmax along the rows: their largest, and the sum of exponentials."""
+    """A softmax along the rows: exchanges their maximum and the sum of exponentials."""
     dtype, wide = value.dtype, _wide(value.dtype)
     dims = [*(value.dims or ())[:-1], 1]
 

@@ -1,4 +1,4 @@
-"""Operations that repeat what they get, or make rows of a number."""
+"""Operations that repeat their input, or make rows from a number."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def _spread(
         layout = value.layout.moved(dim)
         if not emitter.sizes.same(dims[dim], layout.size):
             return None
-        dims = [*dims[:dim], layout.size, *dims[dim + 1 :]]  # Not its number.
+        dims = [*dims[:dim], layout.size, *dims[dim + 1 :]]  # Kept symbolic.
     else:
         at = _rows_at(dims)
         if at is None or value.is_partial:
@@ -76,7 +76,7 @@ def _spread(
     local = emitter.local_shape(dims, layout)
     result = emitter.call(tf.broadcast_to, [value, local], layout, dims)
     if source is not None:
-        # For other rows, and where it is needed whole, there is nothing to exchange.
+        # Computed in full where needed, so that no other layout takes an exchange.
         given = [source, emitter.known(dims, tf.int32)]
         result.whole = emitter.call(tf.broadcast_to, given, REPLICATED, dims)
     return [result]
@@ -113,7 +113,7 @@ def _tiled_to_rows(
 ) -> list[Value] | None:
     """`tf.tile(x, [n, 1])`: what is repeated for each row becomes its inner part.
 
-    A single element may as well be repeated for each block.
+    A single element may be repeated in any other layout of this size.
     """
     each = quotient(times[at], ROWS)
     size = (value.dims or [])[at]
@@ -131,10 +131,10 @@ def _tiled_to_rows(
 
 @cut_rule("Tile", "BroadcastTo", "Fill")
 def _repeated(emitter: Emitter, value: Value, layout: Layout) -> Value | None:
-    """Repeated as often as there are rows on a replica, and not for all of them.
+    """Repeats an input only for a replica's own rows.
 
-    The number of rows is an ordinary number where a step knows it, so that the rules
-    above cannot tell that something is repeated for each row.
+    In a step with a fixed number of rows, that is an ordinary number, from which the
+    rules above cannot see that something is repeated for each row.
     """
     node: Any = value.node
     first, second = (emitter.values[edge] for edge in node.inputs)

@@ -1,4 +1,4 @@
-"""Operations that give the same elements in another shape."""
+"""Operations that return the same elements in another shape."""
 
 import tensorflow as tf
 
@@ -24,7 +24,7 @@ def _reshape(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
     value, shape = inputs
     wanted = elements_of(shape)
     if wanted is None or any(w is None for w in wanted):
-        if value.is_partial:  # The shape is that of the global batch.
+        if value.is_partial:  # Each part has the global shape.
             dims = emitter.static_dims(node.outputs[0])
             return emitter.op(node, [value, emitter.whole(shape)], PARTIAL, dims)
         return None
@@ -46,7 +46,7 @@ def _is_its_shape(emitter: Emitter, value: Value, wanted: list[Dim]) -> bool:
 
 
 def to_shape(emitter: Emitter, value: Value, dims: list[Dim], layout: Layout) -> Value:
-    """A value reshaped to global dims that lie by rows."""
+    """A value reshaped to global dims, in a layout by rows."""
     others = [d for i, d in enumerate(dims) if i != layout.dim]
     if all(isinstance(d, int) and d > 0 for d in others):
         static = [-1 if i == layout.dim else d for i, d in enumerate(dims)]
@@ -56,7 +56,7 @@ def to_shape(emitter: Emitter, value: Value, dims: list[Dim], layout: Layout) ->
 
 
 def _resolved(emitter: Emitter, value: Value, wanted: list[Dim]) -> list[Dim]:
-    """The wanted shape with its -1 computed, if that can be."""
+    """The wanted shape with its -1 replaced by the size, if that is known."""
     if -1 not in wanted:
         return wanted
     at = wanted.index(-1)
@@ -70,9 +70,9 @@ def reshaped(
 ) -> tuple[list[Dim], Layout] | None:
     """The shape and layout of rows after a reshape.
 
-    In the order of the elements there are `left` times the rows, and each has `right`
-    elements. Both stay as they are, so a dimension of the result has the rows if what
-    is before it divides `left`, and what is after it divides `right`.
+    In memory order, all rows come `left` times, and each row has `right` elements. A
+    reshape changes neither, so a dimension of the result can have the rows if the sizes
+    before it divide `left`, and those after it divide `right`.
     """
     number = emitter.sizes.number
     lies, dims = value.layout, value.dims or []
@@ -133,7 +133,7 @@ def _squeeze(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] |
     else:
         axes = [i for i, d in enumerate(value.dims) if sizes.is_one(d)]
         if not all(isinstance(sizes.number(d), int) for d in value.dims):
-            return None  # A size that is not known may be 1.
+            return None  # An unknown size may be 1.
     if value.has_rows and value.layout.dim in axes:
         return None
     dims = [d for i, d in enumerate(value.dims) if i not in axes]
@@ -179,7 +179,7 @@ def _ensure_shape(
     at = value.layout.dim
     if known[at] is not None and not emitter.sizes.same(known[at], value.layout.size):
         return None
-    known[at] = None  # A replica has fewer.
+    known[at] = None  # A replica has fewer rows.
     return [
         emitter.call(
             lambda tensor: tf.ensure_shape(tensor, known), [value], value.layout, dims

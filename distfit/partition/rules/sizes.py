@@ -1,6 +1,6 @@
-"""Small integers that follow from shapes: computed as sizes, while the graph is made.
+"""Small integers derived from shapes: computed symbolically while the graph is built.
 
-A size rule returns the elements of each output as `Dim`s, None where one is not known.
+A size rule returns the elements of each output as `Dim`s, None for unknown ones.
 """
 
 import operator
@@ -15,7 +15,7 @@ from distfit.partition.registry import size_rule
 from distfit.partition.tracing import Node
 from distfit.partition.values import Value
 
-Elements = Any  # An array of objects: `Dim`s, and None where nothing is known.
+Elements = Any  # An array of objects: `Dim`s, and None for unknown elements.
 
 
 def shape_of(value: Value) -> Elements:
@@ -26,7 +26,7 @@ def shape_of(value: Value) -> Elements:
 
 
 def elements_of(value: Value) -> list[Any] | None:
-    """The elements of a vector of sizes, None where one is not known."""
+    """The elements of a vector of sizes, None for unknown ones."""
     return None if value.sizes is None else list(value.sizes.flat)
 
 
@@ -130,7 +130,7 @@ def _maximum(a: Dim, b: Dim) -> Dim | None:
         return a
     for size, other in ((a, b), (b, a)):
         if isinstance(size, Size) and size.factor > 0 and other == 0:
-            return size  # Which is never negative, but may be 0.
+            return size  # It is never negative, but may be 0.
     return None
 
 
@@ -343,7 +343,7 @@ def _reverse(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 
 @size_rule("ConcatOffset")
 def _concat_offset(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
-    """Where each of some shapes begins in their concatenation along a dimension."""
+    """The offset of each shape in their concatenation along a dimension."""
     axis, shapes = ints(inputs[0]), [v.sizes for v in inputs[1:]]
     if axis is None or any(s is None for s in shapes):
         return None
@@ -386,7 +386,7 @@ def _broadcast_args(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
 def _broadcast_gradient_args(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
     """The axes along which each of two shapes is broadcast, from global sizes.
 
-    A replica with a single row would take it for a broadcast.
+    The local sizes of a replica with a single row would look like a broadcast.
     """
     shapes = _known_shapes(inputs)
     if shapes is None:
@@ -428,7 +428,7 @@ def _vector(elements: list) -> Elements:
 
 @size_rule("ListDiff")
 def _without(emitter: Emitter, node: Node, inputs: list[Value]) -> Any:
-    """What is in one vector and not in another: the axes that are left."""
+    """The elements of one vector that are not in another, e.g. the remaining axes."""
     if any(v.sizes is None or v.sizes.ndim != 1 for v in inputs):
         return None
     elements, others = (list(v.sizes) for v in inputs)

@@ -29,7 +29,7 @@ def _strided_slice(
         return None
     if spec.rows != "all":
         return _slice_of_blocks(emitter, node, value, inputs[1:], spec)
-    # An end that is the number of all rows is beyond those of a replica: all of them.
+    # An end at the number of all rows is beyond a replica's rows, so takes all of them.
     layout = value.layout.moved(spec.row_dim)
     return emitter.op(node, [value, *given], layout, spec.dims)
 
@@ -67,7 +67,7 @@ class _Slices:
 
     @classmethod
     def of(cls, emitter: Emitter, node: Node, value: Value, given: list[Value]):
-        """That of a slice, or of its gradient, whose last input is like the result."""
+        """From a slice, or from its gradient, whose last input is like the result."""
         is_slice = node.type == "StridedSlice"
         elements = [elements_of(v) for v in given]
         if value.dims is None or elements[2] is None:
@@ -156,7 +156,7 @@ class _Slices:
         self.dims.append(unknown() if length is None else length)
 
     def of_all_rows(self, emitter: Emitter, given: list[Value]) -> Any:
-        """Begin, end and step that take all rows, and the rest as before."""
+        """Begin, end and step that take all rows and leave the rest unchanged."""
         laid = []
         for value, all_rows in zip(given, (0, 2**31 - 1, 1), strict=True):
             elements = elements_of(value)
@@ -170,7 +170,7 @@ class _Slices:
 
 
 def _block_borders(emitter, value, begin, end, step) -> tuple[int, int] | None:
-    """The first and last block that a slice of rows takes; None if it cuts one."""
+    """The first and last block that a slice of rows takes; None if it splits one."""
     blocks = value.layout.blocks
     if step != 1 or "?" in (begin, end) or not isinstance(blocks, int):
         return None
@@ -212,7 +212,7 @@ def _slice(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | N
         return None
     if blocks != (0, value.layout.blocks):
         value = taken_blocks(emitter, value, *blocks)
-    begins[at], sizes[at] = 0, -1  # Of the rows that are left.
+    begins[at], sizes[at] = 0, -1  # All rows of these blocks.
     if not emitter.can_compute([*begins, *sizes]):
         return None
     dims = _sliced_dims(emitter, value, begins, sizes)
@@ -236,7 +236,7 @@ def _sliced_dims(emitter: Emitter, value: Value, begins, sizes) -> list[Dim]:
 
 
 def _sliced_blocks(emitter: Emitter, value: Value, begin, size) -> Any:
-    """The first and last block that are taken of the rows; None if one is cut."""
+    """The first and last block of rows that are taken; None if one is split."""
     lies, sizes = value.layout, emitter.sizes
     whole = size is not None and (size == -1 or sizes.same(size, lies.size))
     if begin == 0 and whole:
@@ -262,7 +262,7 @@ def _strided_slice_grad(
     if not gradient.has_rows:
         laid = [emitter.whole(v) for v in (shape, *given)]
         return emitter.op(node, [*laid, gradient], gradient.layout, dims)
-    # As if it were the slice of a tensor with these dims, by the rows of one of them.
+    # As for a slice of a tensor with these dims, split by rows in one of them.
     for source in _sources(emitter, dims, gradient):
         spec = _Slices.of(emitter, node, source, given)
         if spec is None or spec.rows is None or spec.row_dim != gradient.layout.dim:
@@ -279,7 +279,7 @@ def _strided_slice_grad(
 
 
 def _sources(emitter: Emitter, dims: list[Any], gradient: Value) -> Iterator[Value]:
-    """Values by rows of which a slice may have the rows of a gradient."""
+    """Values by rows whose slice may have the rows of the gradient."""
     inner = gradient.layout.inner
     for at, dim in enumerate(dims):
         many = blocks_in(emitter, dim, inner)
@@ -348,7 +348,7 @@ def _padded_dims(emitter: Emitter, node: Node, dims: list[Dim], numbers) -> list
 
 
 def _padded_rows(emitter, node, value, numbers, given, dims) -> list[Value] | None:
-    """The gradient of a slice of blocks of rows: further blocks, of zeros."""
+    """The gradient of a slice of blocks of rows: more blocks, of zeros."""
     lies, at = value.layout, value.layout.dim
     ends = numbers[2 * at : 2 * at + 2]
     before, after = (blocks_in(emitter, n, lies.inner) for n in ends)
@@ -369,7 +369,7 @@ def _padded_rows(emitter, node, value, numbers, given, dims) -> list[Value] | No
 
 
 def _mirrored(emitter, node, value, given, dims) -> Value:
-    """With a row of zeros more, as the kernels refuse tensors without elements."""
+    """With an extra row of zeros, as the kernels refuse tensors without elements."""
     at = value.layout.dim
 
     def mirrored(tensor, paddings):

@@ -1,7 +1,7 @@
 """Gathers, scatters, segments and tables.
 
-Rows that pick elements of a table stay rows. Rows that are put into a table give a sum
-over replicas.
+Rows of indices that gather from a table stay rows. Rows that are scattered into a table
+give a partial sum.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from distfit.partition.values import Value
 
 
 def _settled(emitter: Emitter, value: Value) -> Value:
-    """A value that is not partial."""
+    """The value, summed if it is partial."""
     return emitter.whole(value) if value.is_partial else value
 
 
@@ -62,7 +62,7 @@ def _gather(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
         given = [params, emitter.whole(indices), where]
         return emitter.op(node, given, layout, dims)
     if params.has_rows:
-        # Rows are picked from all rows: each replica picks those of its own result.
+        # Rows gathered from all rows: each replica gathers those of its own result.
         params = emitter.whole(params)
         indices = cut_first_rows(emitter, indices)
     layout = indices.layout
@@ -98,7 +98,7 @@ def _gather_nd(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]
         return None
     dims = [*indices.dims[:-1], *params.dims[depth:]]
     if params.has_rows and params.layout.dim >= depth and indices.is_replicated:
-        if not emitter.all_have_rows():  # TensorFlow refuses to pick from nothing.
+        if not emitter.all_have_rows():  # TensorFlow cannot gather from no rows.
             return None
         layout = params.layout.moved(params.layout.dim - depth + indices.rank - 1)
         return emitter.op(node, [params, indices], layout, dims)
@@ -123,7 +123,7 @@ def _resource_gather_nd(
 
 
 def _together(emitter: Emitter, keys: Value, data: Value, depth: int):
-    """Keys and data that lie by the same rows, of their first `depth` dimensions.
+    """Keys and data, split by the same rows in one of their first `depth` dimensions.
 
     Returns:
         Both, or None where they cannot be proven to have the same rows.
@@ -138,7 +138,7 @@ def _together(emitter: Emitter, keys: Value, data: Value, depth: int):
 def _scatter_nd(
     emitter: Emitter, node: Node, inputs: list[Value]
 ) -> list[Value] | None:
-    """Adds up what is put into the same place: so replicas can add, too."""
+    """Updates of the same place add up, so the results of replicas do, too."""
     indices, updates, shape = inputs
     dims = None if shape.sizes is None else list(shape.sizes.flat)
     if dims is None or any(d is None for d in dims):
@@ -173,7 +173,7 @@ def _tensor_scatter_update(
 def _within_rows(
     emitter: Emitter, node: Node, target: Value, indices: Value, updates: Value
 ) -> list[Value] | None:
-    """What is put into the same places of all rows."""
+    """Updates of the same places in all rows."""
     depth = (indices.dims or [None])[-1]
     if not isinstance(depth, int) or indices.has_rows:
         return None
@@ -188,7 +188,7 @@ def _within_rows(
     dims: Any = (target.dims[at], updates.dims[at + further])
     if not all(emitter.sizes.same(dim, layout.size) for dim in dims):
         return None
-    if not emitter.all_have_rows():  # TensorFlow refuses to put anything into nothing.
+    if not emitter.all_have_rows():  # TensorFlow cannot scatter into no rows.
         return None
     laid = [emitter.to(target, layout), indices]
     laid.append(emitter.to(updates, layout.moved(at + further)))
@@ -221,8 +221,7 @@ def _tensor_scatter(
     return emitter.op(node, given, PARTIAL, target.dims)
 
 
-# How the segments of the replicas are made one; those without rows hold what leaves the
-# others as they are.
+# How to combine the replicas' segments; an empty segment has the neutral element.
 _COMBINATIONS: dict[str, Callable | None] = {
     "UnsortedSegmentSum": None,
     "UnsortedSegmentMax": tf.reduce_max,
@@ -266,7 +265,7 @@ def _count(number: Value) -> Dim:
 
 @rule("Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2")
 def _unique(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """Which values there are takes all rows; where each row's is found is by rows."""
+    """The unique values depend on all rows; the index for each row is by rows."""
     value = inputs[0]
     if value.dims is None or value.rank != 1:
         return None
@@ -279,7 +278,7 @@ def _unique(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | 
 
 @rule("LookupTableFindV2")
 def _lookup(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value] | None:
-    """A table exists once, so the first replica looks up for all."""
+    """A table exists once, so the first replica does the lookup for all."""
     keys, default = inputs[1:]
     if keys.dims is None or default.dims is None:
         return None

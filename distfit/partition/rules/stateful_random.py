@@ -1,4 +1,4 @@
-"""Random draws that keep a state: done once, on the first replica, for all."""
+"""Stateful random draws: done once, on the first replica, for all."""
 
 import itertools
 from typing import Any
@@ -38,7 +38,7 @@ def _stateful(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
 
 @rule("RandomGamma", "RandomPoisson", "RandomPoissonV2")
 def _stateful_of_one(emitter: Emitter, node: Node, inputs: list[Value]) -> list[Value]:
-    """The shape of these comes before that of the parameter."""
+    """The given shape precedes that of the parameter."""
     dims = drawn_shape(emitter, node, inputs[0], inputs[1])
     return _once(emitter, node, inputs, dims, inputs[1])
 
@@ -66,14 +66,14 @@ def _once(
     dims: Any,
     like: Value | None = None,
 ) -> list[Value]:
-    """A draw of the first replica for all, and of it each replica's rows.
+    """A draw by the first replica for all, of which each replica takes its rows.
 
     Args:
         emitter: The emitter.
         node: The node.
         inputs: Its inputs.
         dims: The shape of the draw.
-        like: An input with whose dimensions the shape ends, or begins.
+        like: An input whose dimensions the shape begins or ends with.
     """
     if any(v.has_rows and v.whole is None for v in inputs):
         emitter.report(node)
@@ -100,10 +100,10 @@ def _is_unseeded(node: Node) -> bool:
 
 
 def _seeds() -> dict[str, int]:
-    """Seeds for an operation without: each worker draws, so all must draw the same.
+    """Seeds for an unseeded operation: each worker draws, and all must draw the same.
 
-    They follow from the state of NumPy's generator, on which workers agree and which
-    stays as it is.
+    They are derived from the state of NumPy's generator, which is the same on all
+    workers and is not changed.
     """
     state: Any = np.random.get_state()
     generator = np.random.default_rng([*state[1], state[2], next(_UNSEEDED)])

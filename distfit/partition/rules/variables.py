@@ -1,8 +1,8 @@
 """Variables and constants.
 
-A mirrored variable is replicated: what is written must be whole. One that is summed on
-read is partial: a replica adds its part, and nothing is exchanged. Of a variable that
-exists once, the first replica reads and writes for all.
+A mirrored variable is replicated, and so must be the values written to it. One that is
+summed on read is partial: each replica adds its part, without an exchange. One that
+exists only once is read and written by the first replica, for all.
 """
 
 from typing import Any
