@@ -13,14 +13,15 @@ BENCH_READY := $(VENV)/.bench-ready
 # More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
 ARGS ?=
 
-.PHONY: help install train test test-fast test-ray check lint benchmark benchmark-torch clean
+.PHONY: help install train test test-fast test-exhaustive test-ray check lint benchmark benchmark-torch clean
 
 help:
 	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take no minutes and start no processes"
+	@echo "make test-exhaustive  all tests in all variants: hours"
 	@echo "make test-ray   the example for Ray, which is installed for it"
-	@echo "make check      what a commit should pass, in seconds: lint, and who imports whom"
+	@echo "make check      what a commit should pass, in seconds: lint and import rules"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  distfit and its peers on the same work, side by side"
 	@echo "make benchmark-torch  install PyTorch, so that it takes part as well"
@@ -38,6 +39,10 @@ test: test-fast
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile
+
+# All numbers of replicas, all sizes of batches, more examples of each property.
+test-exhaustive:
+	EXHAUSTIVE=1 $(MAKE) test
 
 # Not part of the tests for its size, 500 MB.
 test-ray: $(READY)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 from keras import layers
 from keras.optimizers import SGD, Adam, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
@@ -89,6 +90,9 @@ OPTIMIZERS = {
 }
 
 
+NUMBERS = pick([4], [2, 3, 4])
+
+
 @functools.cache
 def _on_one_device(strategy, name, sparse):
     return _run(strategy, OPTIMIZERS[name], sparse)
@@ -97,7 +101,7 @@ def _on_one_device(strategy, name, sparse):
 @pytest.mark.parametrize(
     "name, sparse, replicas",
     [
-        *(("plain", sparse, n) for sparse in (False, True) for n in (2, 3, 4)),
+        *(("plain", sparse, n) for sparse in (False, True) for n in NUMBERS),
         *((name, True, 3) for name in OPTIMIZERS if name != "plain"),
     ],
 )

@@ -14,11 +14,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 
 import distfit
 from distfit.training.inputs import without_autotune
 
-REPLICAS = (1, 2, 3, 4)
+REPLICAS = pick([1, 4], [1, 2, 3, 4])
 STEPS_PER_EXECUTION = (1, 4)
 # (rows, batch size): a last batch of 10, 11 and 2 rows of 30; even batches; and global
 # batches smaller than 2, 3 and 4 replicas.
@@ -94,7 +95,9 @@ def _assert_same(stock, run):
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize("name", NAMES)
 def test_guide_class_equals_stock_keras_on_one_device(make_strategy, name, replicas):
-    for (rows, batch_size), fused in itertools.product(SIZES, STEPS_PER_EXECUTION):
+    alternating = zip(SIZES, itertools.cycle(STEPS_PER_EXECUTION), strict=False)
+    every = itertools.product(SIZES, STEPS_PER_EXECUTION)
+    for (rows, batch_size), fused in pick(list(alternating), list(every)):
         stock = _run(keras.Model, name, make_strategy(1), rows, batch_size)
         run = _run(distfit, name, make_strategy(replicas), rows, batch_size, fused)
         _assert_same(stock, run)
@@ -117,7 +120,7 @@ def _run_gan(library, strategy, rows):
     )
 
 
-@pytest.mark.parametrize("rows", [1001, 992])
+@pytest.mark.parametrize("rows", pick([1001], [1001, 992]))
 @pytest.mark.parametrize("replicas", REPLICAS)
 def test_guide_gan_equals_stock_keras_on_one_device(make_strategy, replicas, rows):
     stock = _run_gan(keras.Model, make_strategy(1), rows)

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 from keras import layers
 
 import distfit
@@ -25,7 +26,10 @@ def _model(cls, **compiled):
     return model
 
 
-def _histories(make_strategy, build, replicas=(1, 2, 4), **arguments):
+REPLICAS = pick([1, 4], [1, 2, 4])
+
+
+def _histories(make_strategy, build, replicas=REPLICAS, **arguments):
     found = []
     for n in replicas:
         keras.utils.set_random_seed(0)
@@ -37,7 +41,7 @@ def _histories(make_strategy, build, replicas=(1, 2, 4), **arguments):
     return found[0]
 
 
-def _as_stock(make_strategy, make_class, replicas=(1, 2, 4), **arguments):
+def _as_stock(make_strategy, make_class, replicas=REPLICAS, **arguments):
     """Asserts that logs are those of stock Keras on one device, and returns them."""
 
     def history(base, strategy):
@@ -105,7 +109,7 @@ LOGS = {
 
 @pytest.mark.parametrize("name", LOGS)
 def test_logs_are_those_of_stock_keras(make_strategy, name):
-    _as_stock(make_strategy, _returns(LOGS[name]), replicas=(2, 4))
+    _as_stock(make_strategy, _returns(LOGS[name]), pick([4], [2, 4]))
 
 
 def test_log_of_a_vector(make_strategy):
@@ -234,7 +238,7 @@ def test_default_step_equals_one_device_and_evaluates(make_strategy):
     history = _histories(
         make_strategy,
         build,
-        replicas=(1, 2, 3, 4),
+        replicas=pick([1, 4], [1, 2, 3, 4]),
         validation_data=comparing.regression_data(31, seed=4),
     )
     assert set(history) == {"loss", "mae", "val_loss", "val_mae"}
@@ -280,7 +284,7 @@ def test_validation_steps_validate_the_same_rows_each_epoch(make_strategy):
         assert len(set(history.history["val_loss"])) == 1
 
 
-@pytest.mark.parametrize("replicas", [2, 3, 4])
+@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
 def test_metric_fed_with_means_over_the_batch(make_strategy, replicas):
     """And with a constant; the last of the batches has 1 row."""
 
@@ -346,7 +350,7 @@ def test_batches_without_rows_do_what_they_do_in_stock_keras(
         return history, evaluated, predicted, model.get_weights()
 
     stock = run(keras.Model, tf.distribute.get_strategy())
-    for replicas in (1, 2, 3):
+    for replicas in pick([1, 3], [1, 2, 3]):
         many = run(distfit.Model, make_strategy(replicas))
         comparing.assert_close_logs(stock[0], many[0], 1e-5)
         np.testing.assert_allclose(many[1], stock[1], rtol=1e-5)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 
 from distfit import datasets, models
 from distfit.models import gan, mnist_cnn
@@ -187,7 +188,7 @@ def train_gan(strategy, *, rows=233, with_labels=False, callbacks=()):
 def test_gan_losses_of_20_steps_do_not_depend_on_the_replicas(make_strategy):
     _, expected = train_gan(make_strategy(1))
     assert len(expected) == 20
-    for replicas in (2, 4):
+    for replicas in pick([4], [2, 4]):
         _, logs = train_gan(make_strategy(replicas))
         for key in ("d_loss", "g_loss"):
             np.testing.assert_allclose(

@@ -6,12 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 from keras import layers
 
 import distfit
 
 ROWS = 40
-REPLICAS = (1, 2, 3)
+REPLICAS = pick([3], [1, 2, 3])
 
 
 def _fit_gan(model):
@@ -28,7 +29,7 @@ def test_gan_of_the_guide_does_not_depend_on_replicas(make_strategy):
         return comparing.run(strategy, lambda: guide.small_gan(gan), _fit_gan)
 
     one = run(keras.Model, tf.distribute.get_strategy())
-    for replicas in (1, 2, 4):
+    for replicas in pick([4], [1, 2, 4]):
         comparing.assert_same(one, run(distfit.Model, make_strategy(replicas)))
 
 
@@ -174,7 +175,7 @@ def test_seed_state_stays_equal_on_replicas_and_as_on_one_device(make_strategy):
     assert len({tuple(s) for s in [*state(1), *state(2), *state(4)]}) == 1
 
 
-@pytest.mark.parametrize("replicas", [2, 4, 8])
+@pytest.mark.parametrize("replicas", pick([4], [2, 4, 8]))
 def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, replicas):
     class Sums(distfit.Model):
         def __init__(self):

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import given, settings
 from rules import check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
-few = settings(deadline=None, max_examples=3)
+few = settings(deadline=None, max_examples=examples(2, 3))
 
 
 def whole(x):

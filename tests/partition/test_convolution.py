@@ -4,13 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 
 generated = [Phase.explicit, Phase.generate]
-quick = settings(deadline=None, max_examples=15, phases=generated)
-few = settings(deadline=None, max_examples=4, phases=generated)
+quick = settings(deadline=None, max_examples=examples(8, 15), phases=generated)
+few = settings(deadline=None, max_examples=examples(2, 4), phases=generated)
 paddings = st.sampled_from(["SAME", "VALID"])
 
 

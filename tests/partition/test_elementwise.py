@@ -4,13 +4,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 
-few = settings(deadline=None, max_examples=5)
+few = settings(deadline=None, max_examples=examples(3, 5))
 # For tests in which every example holds all operations of a kind.
-broad = settings(deadline=None, max_examples=2, phases=[Phase.generate])
+broad = settings(
+    deadline=None, max_examples=examples(1, 2), phases=[Phase.explicit, Phase.generate]
+)
 RAW = tf.raw_ops
 
 LAYOUTS = {

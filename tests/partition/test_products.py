@@ -4,13 +4,14 @@ import math
 
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
-few = settings(deadline=None, max_examples=5)
+few = settings(deadline=None, max_examples=examples(2, 5))
 
 
 def weights(*shape):

@@ -6,14 +6,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import check, compiled_step, partitioned, splits
 
 from distfit.partition.rules import random
 
-few = settings(deadline=None, max_examples=6)
-slow = settings(deadline=None, max_examples=5)  # Large graphs.
+few = settings(deadline=None, max_examples=examples(3, 6))
+slow = settings(deadline=None, max_examples=examples(2, 5))  # Large graphs.
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _INTS = ("int32", "int64")

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 from test_elementwise import batch
 
-few = settings(deadline=None, max_examples=4)
+few = settings(deadline=None, max_examples=examples(2, 4))
 
 
 def weighted(value):

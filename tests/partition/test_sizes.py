@@ -2,11 +2,12 @@
 
 import pytest
 import tensorflow as tf
+from breadth import examples
 from hypothesis import assume, given, settings
 from rules import check, splits
 from test_elementwise import batch
 
-few = settings(deadline=None, max_examples=5)
+few = settings(deadline=None, max_examples=examples(3, 5))
 
 
 def of_shape(x):
