@@ -35,7 +35,7 @@ train: $(READY)
 
 test: test-fast
 	$(BIN)/python -m pytest -m slow -n auto
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m pytest -m integration -n 2 --dist loadfile
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile

@@ -10,13 +10,20 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# The workers of a cluster pick those variants that have as many replicas as they have.
-EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE")) or "TF_CONFIG" in os.environ
+EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
 
 
 def pick(few: Sequence[T], every: Sequence[T]) -> list[T]:
     """The variants of a test: `few`, or `every` one in the exhaustive tests."""
     return list(every if EXHAUSTIVE else few)
+
+
+def numbers_of_replicas(few: Sequence[T], every: Sequence[T]) -> list[T]:
+    """As `pick`, for the parameter `replicas` of a test.
+
+    Workers get all numbers, and run the variants with as many replicas as they have.
+    """
+    return list(every) if "TF_CONFIG" in os.environ else pick(few, every)
 
 
 def examples(few: int, many: int) -> int:

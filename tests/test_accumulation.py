@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas
 from keras import layers
 from keras.optimizers import SGD, Adam, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
@@ -90,7 +90,7 @@ OPTIMIZERS = {
 }
 
 
-NUMBERS = pick([4], [2, 3, 4])
+NUMBERS = numbers_of_replicas([4], [2, 3, 4])
 
 
 @functools.cache

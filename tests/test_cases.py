@@ -7,7 +7,7 @@ import comparing
 import keras
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas
 from cases import CASES, Case
 
 import distfit
@@ -33,7 +33,7 @@ def _on_one_device(name: str) -> comparing.Run:
     return _trained(case, contextlib.nullcontext(), keras.Model.fit)
 
 
-@pytest.mark.parametrize("replicas", pick([4], [3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([4], [3, 4]))
 @pytest.mark.parametrize("name", CASES)
 def test_keras_model(make_strategy, name, replicas):
     case = CASES[name](keras.Model)

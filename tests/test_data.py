@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -344,7 +344,7 @@ class Mixes(distfit.Model):
         return [self.rows, self.mae]
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 def test_batches_that_replicas_bring_themselves_equal_one_device(
     make_strategy, replicas
 ):
@@ -772,7 +772,7 @@ class OptionalInput(distfit.Model):
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
-@pytest.mark.parametrize("replicas", pick([3], [2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3]))
 @pytest.mark.parametrize("given", [False, True])
 def test_an_optional_input_whose_first_leaf_is_none(make_strategy, replicas, given):
     x, y = comparing.regression_data(23)
@@ -807,7 +807,7 @@ def test_an_optional_input_whose_first_leaf_is_none(make_strategy, replicas, giv
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # By stock Keras.
-@pytest.mark.parametrize("replicas", pick([3], [1, 2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
 @pytest.mark.parametrize("sizes", [(6, 6), (6, 2, 1)])
 def test_predictions_of_another_width_in_each_batch(make_strategy, replicas, sizes):
     """As wide as the longest string of the whole batch; ragged, if batches differ."""

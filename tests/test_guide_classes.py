@@ -14,12 +14,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 
 import distfit
 from distfit.training.inputs import without_autotune
 
-REPLICAS = pick([1, 4], [1, 2, 3, 4])
+REPLICAS = numbers_of_replicas([1, 4], [1, 2, 3, 4])
 STEPS_PER_EXECUTION = (1, 4)
 # (rows, batch size): a last batch of 10, 11 and 2 rows of 30; even batches; and global
 # batches smaller than 2, 3 and 4 replicas.

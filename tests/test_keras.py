@@ -254,6 +254,11 @@ def test_values_of_replicas_are_told_from_sums_over_them(make_strategy):
     assert not _keras.is_summed_on_read(weight) and not _keras.is_summed_on_read(seed)
     assert _keras.local_value(weight).tolist() == [1.0, 2.0]
     assert _keras.local_value(seed).shape == (2,)
+    first, second = _keras.local_copies(metric.total)
+    first.assign(3.0)
+    second.assign(4.0)
+    assert _keras.local_value(metric.total) == 3.0 and metric.total.numpy() == 7.0
+    assert len(_keras.local_copies(tf.Variable(1.0))) == 1
 
 
 class Held:

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -284,7 +284,7 @@ def test_validation_steps_validate_the_same_rows_each_epoch(make_strategy):
         assert len(set(history.history["val_loss"])) == 1
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 def test_metric_fed_with_means_over_the_batch(make_strategy, replicas):
     """And with a constant; the last of the batches has 1 row."""
 

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -464,7 +464,7 @@ class AverageLoss(distfit.Model):
         return {}
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 def test_loss_that_the_step_scales_itself_in_a_batch_of_few_rows(
     make_strategy, replicas
 ):
@@ -487,7 +487,7 @@ def test_loss_that_the_step_scales_itself_in_a_batch_of_few_rows(
     comparing.assert_same(run(make_strategy(1)), run(make_strategy(replicas)))
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 def test_unreduced_loss_in_a_batch_of_few_rows(make_strategy, replicas):
     def run(strategy):
         def build():

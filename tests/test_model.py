@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -226,7 +226,7 @@ def _of_keras(kind):
     return model
 
 
-@pytest.mark.parametrize("replicas", pick([3], [1, 2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
 @pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
 def test_functions_train_any_model_of_keras(make_strategy, kind, replicas):
     """As its own methods do on one device."""
@@ -339,7 +339,7 @@ class LoopsOverRows(distfit.Model):
         return {"loss": loss, "first": first}
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3]))
 def test_static_number_of_rows(make_strategy, replicas):
     def build():
         model = LoopsOverRows(*_inputs_outputs())

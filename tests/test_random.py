@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -175,7 +175,7 @@ def test_seed_state_stays_equal_on_replicas_and_as_on_one_device(make_strategy):
     assert len({tuple(s) for s in [*state(1), *state(2), *state(4)]}) == 1
 
 
-@pytest.mark.parametrize("replicas", pick([4], [2, 4, 8]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([4], [2, 4, 8]))
 def test_streams_do_not_depend_on_what_is_known_of_the_batches(make_strategy, replicas):
     class Sums(distfit.Model):
         def __init__(self):

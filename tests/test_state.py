@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import pick
+from breadth import numbers_of_replicas
 from keras import layers
 
 import distfit
@@ -37,7 +37,7 @@ def _evaluated(model):
     return logs, model.predict(x, batch_size=BATCH, verbose=0)
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 @pytest.mark.parametrize("dtype, rows", [("float32", 40), ("float64", ROWS)])
 def test_batch_normalization_equals_one_device(make_strategy, dtype, rows, replicas):
     """The last batch has 12 rows, or 2: fewer than there are 3 or 4 replicas.
@@ -105,7 +105,7 @@ def _codebook():
     return model
 
 
-@pytest.mark.parametrize("replicas", pick([3], [2, 3, 4]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
 def test_state_from_rows_equals_one_device(make_strategy, replicas):
     one, many = (
         comparing.run(make_strategy(n), _codebook, _fit) for n in (1, replicas)

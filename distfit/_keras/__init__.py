@@ -184,10 +184,17 @@ def is_summed_on_read(variable: Any) -> bool:
     return value.synchronization == tf.VariableSynchronization.ON_READ
 
 
+def local_copies(variable: Any) -> list[tf.Variable]:
+    """The copies, or parts, of a variable on the replicas of this worker."""
+    value = underlying(variable)
+    if not isinstance(value, tf.distribute.DistributedValues):
+        return [value]
+    return list(value.distribute_strategy.experimental_local_results(value))
+
+
 def local_value(variable: Any) -> np.ndarray:
     """The value of a variable on the first replica of this worker."""
-    strategy = tf.distribute.get_strategy()
-    return np.asarray(strategy.experimental_local_results(underlying(variable))[0])
+    return local_copies(variable)[0].numpy()
 
 
 # --- Callbacks.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from breadth import pick
 
 pytestmark = pytest.mark.integration
 
@@ -65,18 +66,24 @@ def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
         "test_mixed_precision.py",
         "test_state.py",
     )
+    names = "overflow or bring or shard or eager or beside or on_batch or state"
+    names += " or contrastive or gan or normalization or unknown"
+    chosen = pick(["-k", names], [])
     passed = run_tests(
-        tmp_path, 2, *(f"tests/{name}" for name in files), "-m", "not slow"
+        tmp_path, 2, *(f"tests/{name}" for name in files), "-m", "not slow", *chosen
     )
-    assert passed[0] == passed[1] > 90
+    assert passed[0] == passed[1] > pick([20], [90])[0]
 
 
-@pytest.mark.parametrize("num_workers, classes", [(2, "Step or Eval"), (3, "Custom")])
+@pytest.mark.parametrize(
+    "num_workers, classes",
+    pick([(3, "CustomEval")], [(2, "Step or Eval"), (3, "Custom")]),
+)
 def test_the_classes_of_the_guide_equal_one_device(tmp_path, num_workers, classes):
     """Uneven batches, some with fewer rows than workers; 1 and 4 fused steps."""
     arguments = ("tests/test_guide_classes.py", "-k", classes)
     passed = run_tests(tmp_path, num_workers, *arguments)
-    assert passed == [passed[0]] * num_workers and passed[0] >= 2
+    assert passed == [passed[0]] * num_workers and passed[0] >= 1
 
 
 def test_two_workers_of_two_replicas_equal_one_device(tmp_path):
