@@ -19,7 +19,7 @@ from breadth import numbers_of_replicas, pick
 import distfit
 from distfit.training.inputs import without_autotune
 
-REPLICAS = numbers_of_replicas([1, 4], [1, 2, 3, 4])
+REPLICAS = numbers_of_replicas([4], [1, 2, 3, 4])
 STEPS_PER_EXECUTION = (1, 4)
 # (rows, batch size): a last batch of 10, 11 and 2 rows of 30; even batches; and global
 # batches smaller than 2, 3 and 4 replicas.
@@ -95,15 +95,15 @@ def _assert_same(stock, run):
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize("name", NAMES)
 def test_guide_class_equals_stock_keras_on_one_device(make_strategy, name, replicas):
-    alternating = zip(SIZES, itertools.cycle(STEPS_PER_EXECUTION), strict=False)
-    every = itertools.product(SIZES, STEPS_PER_EXECUTION)
-    for (rows, batch_size), fused in pick(list(alternating), list(every)):
+    every = list(itertools.product(SIZES, STEPS_PER_EXECUTION))
+    few = [((1001, 30), 4), ((11, 3), 1), ((4, 1), 4), ((10, 4), 1)]
+    for (rows, batch_size), fused in pick(few, every):
         stock = _run(keras.Model, name, make_strategy(1), rows, batch_size)
         run = _run(distfit, name, make_strategy(replicas), rows, batch_size, fused)
         _assert_same(stock, run)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", pick(["WeightedStep"], NAMES))
 def test_methods_of_distfit_models_equal_stock_keras(make_strategy, name):
     own = _run(distfit.Model, name, make_strategy(2), 1001, 30, base=distfit.Model)
     _assert_same(_run(keras.Model, name, make_strategy(1), 1001, 30), own)
