@@ -38,7 +38,12 @@ def run_tests(folder, num_workers, *arguments, replicas=1):
         [sys.executable, "-c", START, str(num_workers), str(folder)]
         + [*options, *arguments],
         cwd=TESTS.parent,
-        env={**os.environ, "REPLICAS_PER_WORKER": str(replicas)},
+        env={
+            **os.environ,
+            "REPLICAS_PER_WORKER": str(replicas),
+            # Several runs of pytest must not clean up one folder at the same time.
+            "PYTEST_DEBUG_TEMPROOT": str(folder),
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
