@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from distfit import _keras
-from distfit.training import loop
+from distfit.training import fitting, loop
 from distfit.training.logs import in_order_of_metrics
 
 
@@ -28,6 +28,7 @@ def fit(
     validation_steps=None,
     validation_batch_size=None,
     validation_freq=1,
+    resume_from=None,
 ) -> keras.callbacks.History:
     """Trains a model of any class. Arguments are those of `keras.Model.fit`.
 
@@ -43,7 +44,7 @@ def fit(
         ValueError: before any work, for data, arguments or objects that cannot be
             trained.
     """
-    return loop.fit(**locals())
+    return fitting.fit(**locals())
 
 
 def evaluate(

@@ -178,6 +178,22 @@ def tensorflow_generator() -> random.Random | None:
     return tf_context.context()._rng
 
 
+def tensorflow_generator_state() -> list | None:
+    """The seed of TensorFlow and the state of its generator; None if it is unseeded."""
+    seed, generator = tf_context.global_seed(), tensorflow_generator()
+    if seed is None or generator is None:
+        return None
+    return [seed, generator.getstate()]
+
+
+def set_tensorflow_generator_state(state: list) -> None:
+    """Sets what `tensorflow_generator_state` has returned, before or after JSON."""
+    seed, (version, words, gauss) = state
+    tf.random.set_seed(seed)
+    if generator := tensorflow_generator():
+        generator.setstate((version, tuple(words), gauss))
+
+
 def is_summed_on_read(variable: Any) -> bool:
     """Whether each replica holds a part of a variable, aggregated on read."""
     value = underlying(variable)

@@ -4,6 +4,7 @@ Begin with `callback_list`.
 """
 
 from distfit.callbacks.callback_list import CallbackList
+from distfit.callbacks.checkpoint import Checkpoint
 from distfit.callbacks.chief_only import ChiefOnly
 from distfit.callbacks.lazy_logs import LazyLogs
 from distfit.callbacks.non_finite import NonFinite
@@ -11,6 +12,7 @@ from distfit.callbacks.progress_bar import ProgressBar, SharedProgressBar
 
 __all__ = [
     "CallbackList",
+    "Checkpoint",
     "ChiefOnly",
     "LazyLogs",
     "NonFinite",

@@ -5,15 +5,19 @@ same decisions. Keras callbacks that write files write them on the chief.
 """
 
 import contextlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.callbacks import BackupAndRestore
 
 from distfit._keras import scalars
+from distfit.callbacks import states
+from distfit.callbacks.checkpoint import Checkpoint
 from distfit.callbacks.chief_files import move_paths, packed_backups, unpack_backups
 from distfit.callbacks.chief_only import ChiefOnly
 from distfit.callbacks.hooks import BATCH_HOOKS, listens
@@ -73,6 +77,10 @@ class CallbackList(keras.callbacks.CallbackList):
                 move_paths(callbacks, moved)
             super().__init__(callbacks, verbose=verbose, **arguments)
             self._moved = moved.pop_all()
+        self.checkpoints = [c for c in self.callbacks if isinstance(c, Checkpoint)]
+        self.stateful = list(_with_state(self.callbacks))
+        self._before = states.snapshot(self.stateful)
+        self._has_warned = False
         self._listeners = {
             hook: [c for c in self.callbacks if listens(c, hook)]
             for hooks in BATCH_HOOKS.values()
@@ -99,6 +107,29 @@ class CallbackList(keras.callbacks.CallbackList):
             if isinstance(callback, NonFinite):
                 callback.watch = watch
 
+    def states(self, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """The Python state of the callbacks, for JSON; its arrays go into `arrays`."""
+        found = states.states_of(self.stateful, self._before, arrays)
+        self._warn_of_unsaved([e for e in found if e["unsaved"]])
+        return found
+
+    def _warn_of_unsaved(self, entries: list[dict[str, Any]]) -> None:
+        if entries and not self._has_warned:
+            names = "; ".join(
+                f"{e['class']}: {', '.join(e['unsaved'])}" for e in entries
+            )
+            logging.getLogger("distfit").warning(
+                "Checkpoints cannot hold some attributes of callbacks. Received: "
+                f"{names}. Give these callbacks `get_state()` and `set_state(state)`."
+            )
+            self._has_warned = True
+
+    def set_states(
+        self, found: list[dict[str, Any]], arrays: dict[str, np.ndarray]
+    ) -> None:
+        """Sets what `states` has returned."""
+        states.set_states(self.stateful, found, self._before, arrays)
+
     def _independent(self, kind: str) -> list[str]:
         """Callbacks for batches that may behave differently on other workers."""
         listeners = [c for hook in BATCH_HOOKS[kind] for c in self._listeners[hook]]
@@ -114,6 +145,8 @@ class CallbackList(keras.callbacks.CallbackList):
         return self
 
     def __exit__(self, *exc_info) -> None:
+        for checkpoints in self.checkpoints:
+            checkpoints.join()  # Also after an error: what was begun is finished.
         self._moved.close()
 
     def batch_begin(self, kind: str, step: int) -> None:
@@ -130,6 +163,27 @@ class CallbackList(keras.callbacks.CallbackList):
             getattr(callback, BATCH_HOOKS[kind][1])(step, logs=logs)
         if sys.getrefcount(logs) > 2:  # A callback keeps them: they must not change.
             logs.read()
+
+
+def has_checkpoint(callbacks: Any) -> bool:
+    """Whether there is a Checkpoint in what `fit()` takes as callbacks."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return any(isinstance(c, Checkpoint) for c in keras.tree.flatten(callbacks or []))
+
+
+def _with_state(callbacks: list) -> Iterator[keras.callbacks.Callback]:
+    """The callbacks whose state a checkpoint holds."""
+    for callback in callbacks:
+        if isinstance(callback, ChiefOnly):
+            callback = callback.callback
+            if isinstance(callback, Checkpoint):
+                raise ValueError(
+                    "A Checkpoint takes all workers. Received: ChiefOnly(Checkpoint). "
+                    "Give it to every worker as it is: the chief alone writes."
+                )
+        if not isinstance(callback, Checkpoint | keras.callbacks.ProgbarLogger):
+            yield callback
 
 
 def _make_scalars_convertible(model: keras.Model | None) -> None:

@@ -12,7 +12,7 @@ import keras
 
 from distfit import _keras
 from distfit.cluster import workers
-from distfit.training import checks
+from distfit.training import checks, state
 from distfit.training.driver import StepDriver
 from distfit.training.global_batches import GlobalBatches
 
@@ -41,7 +41,7 @@ def check_same_program(
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
-    alike = {**facts(), **_facts_of_model(model), "code": _code(model)}
+    alike = {**facts(), **facts_of_model(model), "code": _code(model)}
     team.check_alike(place, alike)
 
 
@@ -70,14 +70,8 @@ def agree_on_state(
     team = workers.of(model.distribute_strategy)
     if team.count == 1:
         return
-    variables = [
-        *model.variables,
-        *(v for optimizer in checks.optimizers_of(model) for v in optimizer.variables),
-        *(v for driver in drivers for v in driver.variables),
-    ]
-    variables = [_keras.underlying(variable) for variable in variables]
-    once = {id(v): v for v in variables}.values()
-    workers.agree_on_values(team, f"{place}, with its state", once)
+    variables = state.variables_of(model, drivers).values()
+    workers.agree_on_values(team, f"{place}, with its state", variables)
 
 
 def first_epoch(model: keras.Model, initial_epoch: int) -> int:
@@ -109,7 +103,8 @@ def _learning_rates(model: keras.Model) -> list[keras.Variable]:
     return list({id(r): r for r in rates if isinstance(r, keras.Variable)}.values())
 
 
-def _facts_of_model(model: keras.Model) -> dict[str, Any]:
+def facts_of_model(model: keras.Model) -> dict[str, Any]:
+    """The layers, variables, losses, metrics and optimizers of a model."""
     layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
     variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
     losses = [_described(loss) for loss in keras.tree.flatten(model.loss)]
@@ -135,15 +130,19 @@ def _numbered(name: str, facts: list) -> dict[str, Any]:
 
 
 def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The optimizer's settings except the learning rate, which is the chief's."""
+    """The settings that must be the same: the learning rate is the chief's."""
     settings = _plain_settings(optimizer)
-    return {name: value for name, value in settings.items() if name != "learning_rate"}
+    settings.pop("name")  # Keras counts the optimizers that a process has made.
+    settings.pop("learning_rate", None)
+    return settings
 
 
 def _described(loss: Any) -> Any:
     """A loss as a value that is the same in every process."""
     if isinstance(loss, keras.losses.Loss):
-        return _plain_settings(loss)
+        settings = _plain_settings(loss)
+        settings.pop("name", None)  # Counted, too.
+        return settings
     return getattr(loss, "__qualname__", loss if isinstance(loss, str) else type(loss))
 
 

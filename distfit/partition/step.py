@@ -249,6 +249,13 @@ class Step:
         return all(exchange.has_fixed_size for exchange in self._program.exchanges)
 
     @property
+    def counted_draws(self) -> list[str]:
+        """The lines of draws that count themselves, in no variable."""
+        drawing = tracing.drawing_operations(self._graph)
+        lines = dict.fromkeys(map(tracing.line_of, drawing))
+        return [line for line in lines if line is not None]
+
+    @property
     def variables(self) -> list:
         """The variables that the step captures, in the order of their use.
 

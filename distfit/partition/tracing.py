@@ -113,6 +113,15 @@ def operations(graph: Any) -> list[tf.Operation]:
     return [op for each in every for op in each.get_operations()]
 
 
+def drawing_operations(graph: Any) -> list[tf.Operation]:
+    """The operations that draw random numbers and keep count of their draws."""
+    return [
+        op
+        for op in operations(graph)
+        if op.op_def.is_stateful and {"seed", "seed2"} <= set(op.node_def.attr)
+    ]
+
+
 def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
     """Where the user's code creates the operations that an error names.
 

@@ -1,4 +1,4 @@
-"""The epoch loop and the compiled steps.
+"""Training, the compiled steps, and the checkpoints from which it goes on.
 
-`loop` is where `fit`, `evaluate` and `predict` begin.
+`fitting` is where `fit` begins, `loop` where `evaluate` and `predict` do.
 """

@@ -155,6 +155,11 @@ class StepDriver:
         return [metric.name for metric in idle if not _keras.is_compiled(metric)]
 
     @property
+    def counted_draws(self) -> list[str]:
+        """The lines of draws in the step whose state is in no variable."""
+        return [] if self.eagerly else self.step.counted_draws
+
+    @property
     def variables(self) -> list:
         """The variables that the step uses."""
         return [] if self.eagerly else self.step.variables

@@ -6,6 +6,7 @@ turn arrays, datasets, PyDatasets and generators into a `tf.data.Dataset`; it is
 a plain iterator on the host, and each replica cuts its rows inside the compiled step.
 """
 
+import json
 import threading
 import types
 import warnings
@@ -15,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from distfit import _keras
+from distfit.training import randomness
 from distfit.training.batch import fingerprint
 from distfit.training.inputs import (
     check_element_spec,
@@ -87,6 +89,8 @@ class GlobalBatches:
         self._iterator: Any = None
         self._next: Any = None
         self._seen = 0
+        self._events = ""  # What has moved the data, see `_move`.
+        self._randomness: dict | None = None  # At the start of the current pass.
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.dataset.element_spec)
         self.layout = Layout(self.dataset.element_spec, *first)
@@ -130,16 +134,103 @@ class GlobalBatches:
 
         With `steps_per_epoch`, an epoch continues where the last one stopped.
         """
-        self._adapter.on_epoch_begin()
+        self._move("b")
         goes_on = self.steps_per_epoch is not None or self._one_pass
         if self._iterator is None or not goes_on:
-            self._release_iterator()
-            self._iterator = iter(self.dataset)
-            self._seen = 0
+            self._move("i")
+        return self.steps_of_epoch()
+
+    def steps_of_epoch(self) -> int | None:
+        """How many steps the epoch that was started has, None if unknown."""
         if self.num_batches is None:
             return self.steps_per_epoch
         left = self.num_batches - self._seen
         return min(left, self.steps_per_epoch or left)
+
+    def _move(self, event: str) -> None:
+        """Does one of what can change the order of the data, and records it.
+
+        They are the start ("b") and the end ("e") of an epoch, the start ("i") and the
+        end ("r") of a pass, and a pass of which nothing is read ("v").
+        """
+        self._events += event
+        if event == "b":
+            self._adapter.on_epoch_begin()
+        elif event == "e":
+            self._adapter.on_epoch_end()
+        elif event == "v":
+            iter(self.dataset)
+        elif event == "r":
+            self._release_iterator()
+        else:
+            self._release_iterator()
+            self._randomness = randomness.state()
+            self._iterator = iter(self.dataset)
+            self._seen = 0
+
+    def check_can_be_saved(self) -> None:
+        """Checks that a checkpoint can hold the place in these data.
+
+        Raises:
+            ValueError: for data that Python code reads, or shards.
+        """
+        x = self._arrays[0]
+        ordered = isinstance(self._adapter, _keras.ArrayDataAdapter)
+        if not (ordered or isinstance(x, tf.data.Dataset)) or self.others_may_have_rows:
+            raise ValueError(
+                "A checkpoint can hold the place in arrays and in a `tf.data.Dataset` "
+                f"of global batches. Received: {type(x).__name__} with a Checkpoint. "
+                "Give one of these, or leave the Checkpoint out."
+            )
+
+    def position(self, steps: int) -> dict[str, Any]:
+        """Where the data stand, as JSON can hold it; `steps` of this epoch were run."""
+        return {
+            "events": self._events,
+            "batches of the pass": self._seen + steps,
+            "randomness of the pass": self._randomness,
+            "first batch of the pass": self.first_batch,
+            "last length": self._last_length,
+        }
+
+    def move_to(self, position: dict[str, Any], steps: int) -> None:
+        """Moves new data to where others stood: does the same, and reads as much.
+
+        Args:
+            position: What `position(steps)` returned.
+            steps: The number of steps of the epoch that were run.
+
+        Raises:
+            ValueError: they are not the same data, or come in another order.
+        """
+        events = position["events"]
+        last = events.rfind("i")
+        for index, event in enumerate(events[len(self._events) :], len(self._events)):
+            if index == last and position["randomness of the pass"] is not None:
+                randomness.set_state(position["randomness of the pass"])
+            self._move(event)
+        self._last_length = position["last length"]
+        batches = position["batches of the pass"]
+        self._seen = batches - steps
+        if self._iterator is None or batches == 0:
+            return
+        self._skip(batches)
+        known = position["first batch of the pass"]
+        if json.loads(json.dumps(self.first_batch)) != known:
+            raise ValueError(
+                "The data come in another order than before. Received: a first batch "
+                "that differs from that of the checkpoint. Seed what shuffles them, or "
+                "start anew."
+            )
+
+    def _skip(self, batches: int) -> None:
+        for _ in range(batches):
+            if not self._iterator.get_next_as_optional().has_value():
+                raise ValueError(
+                    "The data are shorter than before. Received: fewer than the "
+                    f"{batches} batches that the checkpoint has seen. Give the same "
+                    "data, or start anew."
+                )
 
     def restart(self) -> None:
         """Goes back to the first batch, unless the data can be read only once.
@@ -147,8 +238,8 @@ class GlobalBatches:
         As stock Keras does before a run, this calls the `on_epoch_end` of a PyDataset.
         """
         if not self._one_pass:
-            self._release_iterator()
-        self._adapter.on_epoch_end()
+            self._move("r")
+        self._move("e")
 
     def _release_iterator(self) -> None:
         """Releases the iterator without waiting for it to end.
@@ -166,7 +257,7 @@ class GlobalBatches:
         A seeded shuffle uses another order for each iterator.
         """
         if isinstance(self._arrays[0], tf.data.Dataset):
-            iter(self.dataset)
+            self._move("v")
 
     def has_next(self) -> bool:
         """Whether another batch exists; reads ahead only if the length is unknown."""
@@ -207,10 +298,10 @@ class GlobalBatches:
         if ran_out:
             self._last_length = steps
         if exhausted and not self._one_pass:
-            self._release_iterator()
+            self._move("r")
             if not ran_out and self.steps_per_epoch is None:
                 self._skip_an_order()
-        self._adapter.on_epoch_end()
+        self._move("e")
 
 
 _EMPTY = (

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.partition.tracing import operations, place_of
+from distfit.partition.tracing import drawing_operations, place_of
 from distfit.training import checks
 from distfit.training.predictions import joined
 from distfit.verification.batches import Batch, Source
@@ -162,7 +162,7 @@ class OneDevice:
 
     def _fresh(self, mode: str) -> Callable:
         """The function of a step, whose seeded operations start again."""
-        draws = any(map(_drawing_operations, self._graphs))
+        draws = any(map(drawing_operations, self._graphs))
         if checks.runs_eagerly(self.model) or not draws:
             return self._functions[mode]
         return self._function(mode)
@@ -199,7 +199,7 @@ class OneDevice:
         lines = {
             place_of(op.traceback or ()): None
             for graph in self._graphs
-            for op in _drawing_operations(graph)
+            for op in drawing_operations(graph)
             if op.get_attr("seed") == 0 and op.get_attr("seed2") == 0
         }
         return [line for line in lines if line is not None]
@@ -226,15 +226,6 @@ def _perturbed(values: Values, generator: np.random.Generator, error: float) -> 
         (check, label): off(value) if check == "weight" else value
         for (check, label), value in values.items()
     }
-
-
-def _drawing_operations(graph: Any) -> list[tf.Operation]:
-    """The operations that draw random numbers and keep count of their draws."""
-    return [
-        op
-        for op in operations(graph)
-        if op.op_def.is_stateful and {"seed", "seed2"} <= set(op.node_def.attr)
-    ]
 
 
 def _precision(model: keras.Model) -> float:

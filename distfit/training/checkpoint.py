@@ -1,0 +1,211 @@
+"""Checkpoints on disk: each a folder that is there as a whole, with checksums.
+
+    <folder>/step-120/tensors.index, tensors.data-00000-of-00001   the arrays
+    <folder>/step-120/manifest.json                                everything else
+
+A folder is written under another name, synced and renamed at the end, its manifest
+last. Reading verifies every byte and runs no code.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_TENSORS = "tensors"
+_NAME = re.compile(r"step-(\d+)")
+_UNFINISHED = ".unfinished-"
+LEAST_KEPT = 2
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message says which and why, in a line."""
+
+
+def write(
+    folder: pathlib.Path,
+    step: int,
+    tensors: Mapping[str, np.ndarray],
+    manifest: Mapping[str, Any],
+) -> pathlib.Path:
+    """Writes a checkpoint and returns its folder.
+
+    Args:
+        folder: The folder of all checkpoints.
+        step: The number of steps trained so far, which names the checkpoint.
+        tensors: Arrays by name.
+        manifest: What else there is, as JSON can hold it.
+
+    Raises:
+        OSError: it cannot be written; nothing that was there is changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}"
+    unfinished = folder / f"{_UNFINISHED}{path.name}"
+    _remove(unfinished)
+    unfinished.mkdir()
+    try:
+        _save(unfinished / _TENSORS, tensors)
+        files = {file.name: _facts(file) for file in sorted(unfinished.iterdir())}
+        content = {"format": FORMAT, "step": step, **manifest, "files": files}
+        _write_json(unfinished / MANIFEST, content)
+        _sync(unfinished)
+        _replace(unfinished, path)
+    except BaseException:
+        _remove(unfinished)
+        raise
+    _sync(folder)
+    return path
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest and the arrays of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it is incomplete, changed, or of another format.
+    """
+    manifest = read_manifest(path)
+    for name, facts in manifest["files"].items():
+        try:
+            found = _facts(path / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path / name}: {error.strerror}.") from error
+        if found != facts:
+            raise DamagedCheckpointError(
+                f"{path / name} was changed: it has {found['size']} bytes with SHA-256 "
+                f"{found['sha256'][:8]}..., and had {facts['size']} with "
+                f"{facts['sha256'][:8]}...."
+            )
+    reader = tf.train.load_checkpoint(str(path / _TENSORS))
+    names = reader.get_variable_to_shape_map()
+    return manifest, {name: reader.get_tensor(name) for name in names}
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, verified; its files are not.
+
+    Raises:
+        DamagedCheckpointError: it is missing, changed, or of another format.
+    """
+    file = path / MANIFEST
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise DamagedCheckpointError(f"{file} is not a manifest of distfit.")
+    if content["format"] != FORMAT:
+        raise DamagedCheckpointError(
+            f"{file} has the format {content['format']!r}; this distfit reads {FORMAT}."
+        )
+    if content.pop("sha256", None) != _sha256_of(content):
+        raise DamagedCheckpointError(f"{file} was changed: its SHA-256 differs.")
+    return content
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The steps of which a folder has checkpoints, ascending; they may be damaged."""
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def recover(folder: pathlib.Path) -> None:
+    """Ends what a killed process had begun: nothing unfinished stays."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        old = path.name.removeprefix(f"{_UNFINISHED}old-")
+        if old != path.name and not (folder / old).exists():
+            path.rename(folder / old)
+        else:
+            _remove(path)
+
+
+def prune(folder: pathlib.Path, keep: int, latest: int) -> None:
+    """Removes all but the latest `keep` checkpoints, at least two.
+
+    Call it once the latest has been read back. Later ones are damaged: the training
+    has gone on from one before them.
+    """
+    for step in steps(folder):
+        if step > latest:
+            _remove(folder / f"step-{step}")
+    for step in steps(folder)[: -max(keep, LEAST_KEPT)]:
+        _remove(folder / f"step-{step}")
+
+
+def _save(prefix: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    names = sorted(tensors)
+    try:
+        with tf.device("CPU:0"):
+            tf.raw_ops.SaveV2(
+                prefix=str(prefix),
+                tensor_names=names,
+                shape_and_slices=[""] * len(names),
+                tensors=[tf.convert_to_tensor(tensors[name]) for name in names],
+            )
+    except tf.errors.OpError as error:  # A full disk, say.
+        raise OSError(error.message) from error
+
+
+def _facts(file: pathlib.Path) -> dict[str, Any]:
+    """The size and checksum of a file, once it is on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return {"size": opened.tell(), "sha256": digest}
+
+
+def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(content))  # As it will be read.
+    content["sha256"] = _sha256_of(content)
+    with file.open("w") as opened:
+        json.dump(content, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _replace(source: pathlib.Path, target: pathlib.Path) -> None:
+    if target.exists():  # The same step again: at the end of its epoch, say.
+        old = target.with_name(f"{_UNFINISHED}old-{target.name}")
+        _remove(old)
+        target.rename(old)
+        source.rename(target)
+        _remove(old)
+    else:
+        source.rename(target)
+
+
+def _sync(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -1,0 +1,119 @@
+"""Epochs: steps until the data end or a callback stops, and their callbacks."""
+
+from collections.abc import Callable
+
+import keras
+
+from distfit import _keras
+from distfit.callbacks import CallbackList
+from distfit.cluster import agreement, workers
+from distfit.training import checks
+from distfit.training.drivers import step_driver
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.inputs import check_positive
+
+
+def check_ready(model, method: str) -> None:
+    """Raises a `ValueError` unless `method` can run the steps of a model."""
+    checks.check_compiled(model, method)
+    checks.check_in_scope(model)
+    check_positive("steps_per_execution", model.steps_per_execution)
+
+
+def callback_list(model, callbacks, verbose, epochs, steps, add_history=False):
+    """The list of what a method takes as `callbacks`."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):  # With its own settings.
+        return CallbackList(
+            callbacks.callbacks,
+            model=model,
+            add_history=add_history,
+            team=workers.of(model.distribute_strategy),
+            **callbacks.params,
+        )
+    return CallbackList(
+        callbacks,
+        team=workers.of(model.distribute_strategy),
+        add_history=add_history,
+        add_progbar=verbose != 0,
+        verbose=verbose,
+        epochs=epochs,
+        steps=steps,
+        model=model,
+    )
+
+
+def run_test(model, batches: GlobalBatches, callbacks: CallbackList) -> dict:
+    """Evaluates a model on all data, with its hooks, and returns the logs."""
+    driver = step_driver(model, "test", batches)
+    batches.restart()
+    model.stop_evaluating = False
+    callbacks.on_test_begin()
+    logs = run_epoch(model, "test", driver, batches, callbacks)
+    callbacks.on_test_end(logs)
+    return logs
+
+
+def run_epoch(
+    model,
+    kind: str,
+    driver,
+    batches: GlobalBatches,
+    callbacks: CallbackList,
+    step: int = 0,
+    after: Callable[[int, bool], None] = lambda step, more: None,
+) -> dict[str, float]:
+    """Runs an epoch and returns its logs.
+
+    Args:
+        model: The model.
+        kind: `"train"` or `"test"`.
+        driver: Its steps.
+        batches: The data.
+        callbacks: The callbacks.
+        step: How many steps of it were run already, by a training that goes on here.
+        after: Called after each execution with the number of steps run, and whether the
+            data have more.
+    """
+    if step == 0:
+        driver.reset()
+    compilation = _keras.compilation(model)
+
+    def run(steps: int) -> int:
+        if _keras.compilation(model) is not compilation:
+            raise RuntimeError(
+                "A model cannot be compiled while it trains. Received: a call of "
+                f"`compile()` in a callback of {model.name!r}. End `fit()` first."
+            )
+        return driver.run(batches, steps)
+
+    run_steps(model, kind, run, batches, callbacks, driver.results, step, after)
+    return driver.results_of_epoch()
+
+
+def run_steps(
+    model, kind, run, batches, callbacks, read, step=0, after=lambda step, more: None
+) -> None:
+    """Runs the steps of an epoch, `steps_per_execution` at a time."""
+    several_workers = workers.of(model.distribute_strategy).count > 1
+    total = batches.steps_of_epoch() if step else batches.start_epoch()
+
+    def has_more(step: int) -> bool:
+        return (total is None or step < total) and batches.has_next()
+
+    while has_more(step):
+        steps = model.steps_per_execution
+        if total is not None:
+            steps = min(steps, total - step)
+        callbacks.batch_begin(kind, step)
+        step += run(steps)
+        callbacks.batch_end(kind, step - 1, read)
+        if callbacks.may_stop_alone[kind]:
+            agreement.settle(model, kind, "the end of an execution")
+        elif several_workers:
+            after(step, has_more(step))
+            continue  # A stop requested on one worker waits for the next `settle`.
+        after(step, has_more(step))
+        if getattr(model, agreement.STOP_FLAGS[kind]):
+            break
+    batches.end_epoch(step)
+    agreement.check_same_batches(model, kind, batches)

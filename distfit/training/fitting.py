@@ -1,0 +1,386 @@
+"""`fit`: epochs of training and validation, from the start or from a checkpoint."""
+
+import json
+import logging
+import pathlib
+import types
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from distfit import _keras
+from distfit.callbacks import CallbackList, Checkpoint
+from distfit.callbacks.callback_list import has_checkpoint
+from distfit.cluster import agreement, workers
+from distfit.training import checkpoint, randomness, resuming, state
+from distfit.training.data import make_batches
+from distfit.training.drivers import step_driver
+from distfit.training.epochs import callback_list, check_ready, run_epoch, run_test
+from distfit.training.global_batches import GlobalBatches
+from distfit.training.inputs import check_positive
+
+
+def fit(
+    model,
+    *,
+    x,
+    y,
+    batch_size,
+    epochs,
+    verbose,
+    callbacks,
+    validation_split,
+    validation_data,
+    shuffle,
+    class_weight,
+    sample_weight,
+    initial_epoch,
+    steps_per_epoch,
+    validation_steps,
+    validation_batch_size,
+    validation_freq,
+    resume_from,
+) -> keras.callbacks.History:
+    """See `Model.fit`."""
+    check_ready(model, "fit")
+    _check_validation_freq(validation_freq)
+    team = workers.of(model.distribute_strategy)
+    epochs = _capped_epochs(epochs)
+    saved = resuming.load(team, resume_from)
+    workers.agree_on_randomness(team, "fit()")  # Before data are shuffled.
+    if has_checkpoint(callbacks):
+        randomness.seed_if_unseeded()
+    if saved is not None:
+        randomness.set_state(saved.manifest["randomness at the start"])
+    at_start = randomness.state()
+    if validation_split and validation_data is None:
+        (x, y, sample_weight), validation_data = _keras.train_validation_split(
+            (x, y, sample_weight), validation_split=validation_split
+        )
+    batches = make_batches(
+        model.distribute_strategy,
+        x,
+        y,
+        sample_weight,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        shuffle=_shuffle_of(x, shuffle),
+        class_weight=class_weight,
+    )
+    validation = _validation_batches(
+        model, validation_data, validation_batch_size or batch_size, validation_steps
+    )
+    with callback_list(
+        model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
+    ) as callbacks:
+        # Only now, since callbacks may have changed the model.
+        training = Training(
+            model, batches, validation, validation_freq, callbacks, epochs, at_start
+        )
+        if callbacks.checkpoints or saved is not None:
+            training.prepare_data()
+        agreement.check_same_program(
+            model,
+            "fit()",
+            lambda: {
+                "epochs": epochs,
+                "initial_epoch": initial_epoch,
+                "shuffle": shuffle,
+                "class_weight": class_weight,
+                "validation_freq": validation_freq,
+                "stops at a non-finite loss": callbacks.watch_losses,
+                "checkpoints": [c.every for c in callbacks.checkpoints],
+                **batches.facts("the data"),
+                "has validation data": validation is not None,
+                **(validation.facts("the validation data") if validation else {}),
+            },
+        )
+        training.run(initial_epoch, saved)
+    return model.history
+
+
+class Training:
+    """A call of `fit()`: what it trains, and where it stands.
+
+    Args:
+        model: A compiled model.
+        batches: The data to train on.
+        validation: The data to validate with, or None.
+        validation_freq: After how many or, as a list, after which epochs.
+        callbacks: The callbacks.
+        epochs: The epoch to end before.
+        at_start: The state of the random generators before data were made.
+
+    Attributes:
+        epoch: The current epoch, from 0.
+        step: How many steps of it were run.
+        steps: How many steps were run in all epochs.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batches: GlobalBatches,
+        validation: GlobalBatches | None,
+        validation_freq: int | list[int],
+        callbacks: CallbackList,
+        epochs: int,
+        at_start: dict[str, Any],
+    ):
+        self.model = model
+        self.batches = batches
+        self.validation = validation
+        self.callbacks = callbacks
+        self.epochs = epochs
+        self.epoch = self.step = self.steps = 0
+        self._team = workers.of(model.distribute_strategy)
+        self._validation_freq = validation_freq
+        self._at_start = at_start
+        self._driver = step_driver(model, "train", batches, callbacks.watch_losses)
+        callbacks.use_watch(self._driver.watch)
+        self._drivers = [self._driver]
+        if validation is not None:
+            self._drivers.append(step_driver(model, "test", validation))
+
+    def prepare_data(self) -> None:
+        """Notes what tells whether data come in the same order again.
+
+        Raises:
+            ValueError: a checkpoint cannot hold the state of these steps or data.
+        """
+        if self._driver.eagerly:
+            raise ValueError(
+                "Steps that run eagerly do not say which variables they use. Received: "
+                "run_eagerly=True with a Checkpoint. Compile the model without it."
+            )
+        for data in filter(None, (self.batches, self.validation)):
+            data.check_can_be_saved()
+            data.note_first_batch()
+
+    def run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:
+        """Trains from an epoch, or from where a checkpoint was taken."""
+        model, callbacks = self.model, self.callbacks
+        model.stop_training = False
+        self.batches.restart()
+        if saved is not None and self._team.is_chief:
+            resuming.keep_rows_before(saved.manifest["epoch"], callbacks.callbacks)
+        callbacks.on_train_begin()
+        agreement.agree_on_state(model, "fit()", self._drivers)
+        self.epoch = agreement.first_epoch(model, initial_epoch)
+        if saved is not None:
+            self._go_on(saved)
+        for checkpoints in callbacks.checkpoints:
+            self._begin(checkpoints, is_new=saved is None)
+        logs, has_ended = None, saved is not None and model.stop_training
+        while self.epoch < self.epochs and not has_ended:
+            logs = self._run_epoch()
+            has_ended = model.stop_training or self.batches.exhausted
+        for checkpoints in callbacks.checkpoints:
+            self._check_written(checkpoints)
+        if isinstance(model.optimizer, keras.optimizers.Optimizer) and self.epochs > 0:
+            model.optimizer.finalize_variable_values(model.trainable_weights)
+        callbacks.on_train_end(logs)
+
+    def _run_epoch(self) -> dict[str, float]:
+        model, callbacks = self.model, self.callbacks
+        if self.step == 0:
+            callbacks.on_epoch_begin(self.epoch)
+            agreement.settle(model, "train", "the start of an epoch")
+        logs = run_epoch(
+            model,
+            "train",
+            self._driver,
+            self.batches,
+            callbacks,
+            self.step,
+            self._after,
+        )
+        if self.validation is not None and _is_due(self.epoch, self._validation_freq):
+            found = run_test(model, self.validation, callbacks)
+            logs |= {f"val_{name}": value for name, value in found.items()}
+        callbacks.on_epoch_end(self.epoch, logs)
+        agreement.settle(model, "train", "the end of an epoch")
+        self.epoch, self.step = self.epoch + 1, 0
+        self._save_where_due(at_end_of_epoch=True)
+        return logs
+
+    def _after(self, step: int, more: bool) -> None:
+        """Notes that steps were run."""
+        self.steps += step - self.step
+        self.step = step
+        if more:  # Else the end of the epoch, with its logs, is what to save.
+            self._save_where_due(at_end_of_epoch=False)
+
+    # Checkpoints.
+
+    def _begin(self, checkpoints: Checkpoint, is_new: bool) -> None:
+        found: list[int] = []
+        if self._team.is_chief:
+            checkpoint.recover(checkpoints.folder)
+            found = checkpoint.steps(checkpoints.folder)
+        if self._team.from_chief("the checkpoints before", bool(found and is_new)):
+            raise ValueError(
+                "The folder has checkpoints of another training. Received: "
+                f"Checkpoint({str(checkpoints.folder)!r}) without resume_from. Give "
+                "`resume_from` to go on from there, or another folder."
+            )
+        checkpoints.begin(self.steps, self.epoch)
+        self._warn_of_counted_draws()
+
+    def _check_written(self, checkpoints: Checkpoint) -> None:
+        """Raises an `OSError` on all workers if the chief could not write."""
+        error = self._team.from_chief("the last checkpoint", checkpoints.failure())
+        if error:
+            raise OSError(error)
+
+    def _warn_of_counted_draws(self) -> None:
+        lines = [line for driver in self._drivers for line in driver.counted_draws]
+        if lines and self._team.is_chief:
+            warnings.warn(
+                "A checkpoint cannot hold the state of random operations: a training "
+                f"that goes on draws their first numbers again. Received: {lines[0]}. "
+                "Draw with `keras.random` or a `tf.random.Generator`.",
+                stacklevel=2,
+            )
+
+    def _save_where_due(self, at_end_of_epoch: bool) -> None:
+        for checkpoints in self.callbacks.checkpoints:
+            due = checkpoints.is_due(self.steps, self.epoch, at_end_of_epoch)
+            if checkpoints.depends_on_time:
+                due = self._team.from_chief("whether to save", due)
+            if due:
+                self._check_written(checkpoints)
+                self._save(checkpoints)
+
+    def _save(self, checkpoints: Checkpoint) -> None:
+        step, (manifest, arrays) = self.steps, self.frozen()
+
+        def write(folder: pathlib.Path) -> pathlib.Path:
+            return checkpoint.write(folder, step, arrays, manifest)
+
+        if self._team.is_chief:
+            checkpoints.save(self.steps, self.epoch, write)
+        else:
+            checkpoints.begin(self.steps, self.epoch)
+
+    def frozen(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """All that the rest depends on, as it is now: for JSON, and arrays by name.
+
+        All workers call this at the same place.
+        """
+        variables = state.variables_of(self.model, self._drivers)
+        arrays = state.values_of(self._team, variables)
+        callbacks = self.callbacks.states(arrays)
+        data = {"data": self.batches.position(self.step)}
+        if self.validation is not None:
+            data["validation data"] = self.validation.position(0)
+        manifest = {
+            "versions": resuming.versions(),
+            "replicas": self.model.distribute_strategy.num_replicas_in_sync,
+            "workers": self._team.count,
+            "epoch": self.epoch,
+            "step of the epoch": self.step,
+            # In an epoch a stop is not yet all workers', and may be that of a signal.
+            "stops": self.step == 0 and bool(self.model.stop_training),
+            "randomness at the start": self._at_start,
+            "randomness": randomness.state(),
+            "callbacks": callbacks,
+            "facts": self._facts(variables),
+            **data,
+        }
+        return manifest, arrays
+
+    def _facts(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """What must be the same where this training goes on."""
+        # Names count what a process has made: shapes and types stand in the state.
+        facts = {
+            name: fact
+            for name, fact in agreement.facts_of_model(self.model).items()
+            if not name.startswith("variable ")
+        }
+        for name, variable in variables.items():
+            facts[f"state {name}"] = f"{tuple(variable.shape)} {variable.dtype.name}"
+        facts |= self.batches.facts("the data")
+        if self.validation is not None:
+            facts |= self.validation.facts("the validation data")
+        facts["callbacks"] = [type(c).__name__ for c in self.callbacks.stateful]
+        return json.loads(json.dumps(facts, default=str))
+
+    def _go_on(self, saved: resuming.Saved) -> None:
+        """Takes up the training that a checkpoint holds."""
+        manifest, arrays = saved.manifest, saved.arrays
+        variables = state.variables_of(self.model, self._drivers)
+        resuming.check_same(saved, self._facts(variables))
+        self.epoch, self.steps = manifest["epoch"], manifest["step"]
+        self.step = manifest["step of the epoch"]
+        if self.step:
+            self.callbacks.on_epoch_begin(self.epoch)
+        error = ""
+        try:
+            self.batches.move_to(manifest["data"], self.step)
+            if self.validation is not None:
+                self.validation.move_to(manifest["validation data"], 0)
+        except ValueError as problem:
+            error = str(problem)
+        errors = self._team.tell("the place in the data", error)
+        if any(errors):
+            raise ValueError(next(filter(None, errors)))
+        state.set_values(self._team, variables, arrays)
+        self.callbacks.set_states(manifest["callbacks"], arrays)
+        randomness.set_state(manifest["randomness"])
+        self.model.stop_training = manifest["stops"]
+        if manifest["stops"] and self._team.is_chief:
+            logging.getLogger("distfit").warning(
+                "The training of %s had stopped itself: nothing is left to do.",
+                saved.path,
+            )
+
+
+def _shuffle_of(x: Any, shuffle: bool | str) -> bool | str:
+    """The `shuffle` argument, or False for data that have an order of their own."""
+    return False if isinstance(x, tf.data.Dataset | types.GeneratorType) else shuffle
+
+
+def _capped_epochs(epochs: int) -> int:
+    """The number of epochs, which `keras.config.set_max_epochs` may limit."""
+    most = keras.config.max_epochs()
+    if not most or most >= epochs:
+        return epochs
+    warnings.warn(f"Limiting epochs to {most}", stacklevel=4)
+    return most
+
+
+def _check_validation_freq(validation_freq) -> None:
+    if isinstance(validation_freq, int):
+        check_positive("validation_freq", validation_freq)
+    elif not isinstance(validation_freq, list):
+        raise ValueError(
+            "`validation_freq` must be a number of epochs or a list of them. "
+            f"Received: validation_freq={validation_freq}"
+        )
+
+
+def _is_due(epoch: int, validation_freq: int | list[int]) -> bool:
+    """Whether validation follows an epoch, which `validation_freq` counts from 1."""
+    if isinstance(validation_freq, int):
+        return (epoch + 1) % validation_freq == 0
+    return epoch + 1 in validation_freq
+
+
+def _validation_batches(
+    model, validation_data, batch_size, steps
+) -> GlobalBatches | None:
+    if validation_data is None:
+        return None
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+    return make_batches(
+        model.distribute_strategy,
+        x,
+        y,
+        sample_weight,
+        batch_size=batch_size,
+        steps_per_epoch=steps,
+    )

@@ -1,0 +1,161 @@
+"""Goes on with a training: what a checkpoint holds, and how it is taken up again."""
+
+import dataclasses
+import io
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import distfit
+from distfit.cluster.workers import Workers
+from distfit.training import checkpoint
+
+_LOGGER = logging.getLogger("distfit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says; see `Training.frozen`.
+        arrays: Its arrays by name.
+    """
+
+    path: pathlib.Path
+    manifest: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def load(team: Workers, folder: Any) -> Saved | None:
+    """The latest good checkpoint of a folder, as the chief reads it, on all workers.
+
+    A damaged one is named and passed over.
+
+    Args:
+        team: The workers; all of them call this at the same place.
+        folder: A folder of checkpoints, or None.
+
+    Returns:
+        None if no folder is given or nothing was saved yet.
+
+    Raises:
+        ValueError: on every worker, if all there are are damaged, or the folder cannot
+            be read.
+    """
+    if not team.any("fit(), which may go on", folder is not None):
+        return None
+    own, error = b"", ""
+    if team.is_chief:
+        try:
+            own = _packed(_latest(pathlib.Path(folder)))
+        except (OSError, TypeError, ValueError) as problem:
+            error = str(problem)
+    error = team.from_chief("the checkpoint", error)
+    if error:
+        raise ValueError(error)
+    return _unpacked(team.gather("the checkpoint", own)[0])
+
+
+def _latest(folder: pathlib.Path) -> Saved | None:
+    if checkpoint.is_name(folder.name):
+        raise ValueError(
+            "`resume_from` is the folder of all checkpoints; the latest good one is "
+            f"taken. Received: resume_from={str(folder)!r}. Give its parent."
+        )
+    if folder.is_dir():
+        checkpoint.recover(folder)
+    errors = []
+    for step in reversed(checkpoint.steps(folder)):
+        path = folder / f"step-{step}"
+        try:
+            return Saved(path, *checkpoint.read(path))
+        except checkpoint.DamagedCheckpointError as error:
+            _LOGGER.warning("A checkpoint is damaged and passed over: %s", error)
+            errors.append(str(error))
+    if errors:
+        raise checkpoint.DamagedCheckpointError(
+            f"No checkpoint can be used. Received: {' '.join(errors)} Start anew in "
+            "another folder."
+        )
+    return None
+
+
+def _packed(saved: Saved | None) -> bytes:
+    if saved is None:
+        return b""
+    file = io.BytesIO()
+    # Bytes, since NumPy's files know no bfloat16.
+    raw = {k: np.frombuffer(v.tobytes(), "uint8") for k, v in saved.arrays.items()}
+    types = {k: [v.dtype.name, v.shape] for k, v in saved.arrays.items()}
+    head = json.dumps([str(saved.path), saved.manifest, types]).encode()
+    np.savez(file, **{"head": np.frombuffer(head, "uint8"), **raw})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _unpacked(data: bytes) -> Saved | None:
+    if not data:
+        return None
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        path, manifest, types = json.loads(file["head"].tobytes())
+        arrays = {
+            name: np.frombuffer(
+                file[name].tobytes(), tf.as_dtype(dtype).as_numpy_dtype
+            ).reshape(shape)
+            for name, (dtype, shape) in types.items()
+        }
+    return Saved(pathlib.Path(path), manifest, arrays)
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was made with."""
+    return {
+        "distfit": distfit.__version__,
+        "keras": keras.__version__,
+        "tensorflow": tf.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def check_same(saved: Saved, facts: dict[str, Any]) -> None:
+    """Checks that a checkpoint is one of this model and these data.
+
+    Raises:
+        ValueError: listing what differs.
+    """
+    facts = json.loads(json.dumps(facts, default=str))
+    before = saved.manifest["facts"]
+    differ = [
+        f"{name} is {facts.get(name)!r} and was {before.get(name)!r}"
+        for name in sorted(facts.keys() | before.keys())
+        if facts.get(name) != before.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"The checkpoint {saved.path} is of another training. Received: "
+            f"{'; '.join(differ)}. Give the same model and data, or start anew in "
+            "another folder."
+        )
+
+
+def keep_rows_before(epoch: int, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Lets each CSVLogger go on with the rows of the epochs before this one."""
+    for callback in callbacks:
+        if not isinstance(callback, keras.callbacks.CSVLogger):
+            continue
+        file = pathlib.Path(callback.filename)
+        if not file.is_file():
+            continue
+        callback.append = True
+        head, *rows = file.read_text().splitlines(keepends=True) or [""]
+        kept = [row for row in rows if int(row.split(callback.sep)[0]) < epoch]
+        unfinished = file.with_name(f".{file.name}")
+        unfinished.write_text("".join([head, *kept]))
+        unfinished.replace(file)

@@ -1,0 +1,527 @@
+"""A training that goes on after a stop ends with the bits of one without a stop."""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from breadth import numbers_of_replicas, pick
+from keras import layers
+
+import distfit
+from distfit.callbacks import Checkpoint, states
+from distfit.training import checkpoint
+
+ROWS, BATCH, EPOCHS = 23, 7, 3  # Four batches an epoch, the last of two rows.
+
+
+class StopsError(Exception):
+    pass
+
+
+class StopsAt(keras.callbacks.Callback):
+    """Raises an error after so many steps, when all that was due is saved."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.left == 0:
+            raise StopsError
+        self.left -= 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        pass
+
+
+def build():
+    """Dropout, unseeded noise, BatchNormalization, averaged weights."""
+    model = distfit.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.GaussianNoise(0.1, seed=3),
+            layers.Dense(1),
+        ]
+    )
+    optimizer = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
+    model.compile(optimizer, "mse", metrics=["mae"])
+    return model
+
+
+def data():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(ROWS, 4)).astype("float32")
+    return x, x.sum(1, keepdims=True)
+
+
+def arrays():
+    x, y = data()
+    return {"x": x, "y": y, "batch_size": BATCH}
+
+
+def shuffled():
+    dataset = tf.data.Dataset.from_tensor_slices(data())
+    return {"x": dataset.shuffle(ROWS, seed=1).batch(BATCH)}
+
+
+def unknown():
+    return {"x": shuffled()["x"].filter(lambda x, y: True)}
+
+
+def repeated():
+    return {"x": shuffled()["x"].repeat(), "steps_per_epoch": 3}
+
+
+INPUTS = {f.__name__: f for f in (arrays, shuffled, unknown, repeated)}
+
+
+def train(strategy, folder, given, stop=-1, **arguments):
+    keras.utils.set_random_seed(5)
+    with strategy.scope():
+        model = build()
+    callbacks = [
+        StopsAt(stop),
+        keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_delta=1.0),
+        *([Checkpoint(folder, every=["1steps", "1epoch"])] if folder else []),
+    ]
+    options = {"epochs": EPOCHS, "verbose": 0, **given(), **arguments}
+    history = distfit.fit(model, callbacks=callbacks, **options)
+    return model, history
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(one[0].variables, other[0].variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+    pairs = zip(one[0].optimizer.variables, other[0].optimizer.variables, strict=True)
+    for a, b in pairs:
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+    assert one[1].history == other[1].history
+    assert one[1].epoch == other[1].epoch
+
+
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_stopped_training_goes_on_bit_for_bit(
+    make_strategy, tmp_path, name, replicas
+):
+    strategy = make_strategy(replicas)
+
+    def given():
+        return INPUTS[name]() | {"validation_data": data()}
+
+    whole = train(strategy, tmp_path / "whole", given)
+    for stop in pick([6], [1, 4, 6]):
+        folder = tmp_path / str(stop)
+        with pytest.raises(StopsError):
+            train(strategy, folder, given, stop)
+        rest = train(strategy, folder, given, resume_from=folder)
+        assert_same_bits(whole, rest)
+
+
+def test_other_numbers_of_replicas_go_on_to_the_same_numbers(make_strategy, tmp_path):
+    """Also parts of sums, which are summed: metrics, accumulated gradients."""
+    whole = train(make_strategy(2), tmp_path / "whole", arrays)
+    folder = tmp_path / "two"
+    with pytest.raises(StopsError):
+        train(make_strategy(3), folder, arrays, 6)
+    rest = train(make_strategy(2), folder, arrays, resume_from=folder)
+    one, other = (comparing.Run(h.history, m.get_weights()) for m, h in (whole, rest))
+    comparing.assert_same(one, other)
+
+
+@pytest.fixture(scope="module")
+def stopped(make_strategy, tmp_path_factory):
+    """A folder of checkpoints of a training that was stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(StopsError):
+        train(make_strategy(1), folder, arrays, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(make_strategy, tmp_path_factory):
+    return train(make_strategy(1), tmp_path_factory.mktemp("whole"), arrays)
+
+
+def test_a_finished_training_is_left_as_it_is(make_strategy, whole, tmp_path):
+    train(make_strategy(1), tmp_path, arrays)
+    again = train(make_strategy(1), tmp_path, arrays, resume_from=tmp_path)
+    assert_same_bits(whole, again)
+    more = train(make_strategy(1), tmp_path, arrays, resume_from=tmp_path, epochs=5)
+    longer = train(make_strategy(1), tmp_path / "longer", arrays, epochs=5)
+    assert_same_bits(longer, more)
+
+
+def test_an_empty_folder_starts_anew(make_strategy, whole, tmp_path):
+    first = train(make_strategy(1), tmp_path, arrays, resume_from=tmp_path)
+    assert_same_bits(whole, first)
+
+
+def _truncate(path):
+    (path / "tensors.index").write_bytes(b"")
+
+
+def _flip(path):
+    file = path / "tensors.data-00000-of-00001"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _change(path, **changed):
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+DAMAGES = {
+    "truncated": (_truncate, "tensors.index was changed: it has 0 bytes"),
+    "one bit flipped": (_flip, "tensors.data-00000-of-00001 was changed"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "No such file"),
+    "no tensors": (lambda p: (p / "tensors.index").unlink(), "No such file"),
+    "not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
+    "foreign": (lambda p: (p / "manifest.json").write_text("[]"), "not a manifest"),
+    "manifest changed": (lambda p: _change(p, epoch=9), "manifest.json was changed"),
+    "newer format": (lambda p: _change(p, format=2), "the format 2; this distfit"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    make_strategy, stopped, whole, tmp_path, caplog, name
+):
+    damage, message = DAMAGES[name]
+    folder = tmp_path / "damaged"
+    shutil.copytree(stopped, folder)
+    *_, latest = checkpoint.steps(folder)
+    damage(folder / f"step-{latest}")
+    rest = train(make_strategy(1), folder, arrays, resume_from=folder)
+    assert message in caplog.text
+    assert_same_bits(whole, rest)
+
+
+def test_folders_of_damaged_checkpoints_alone_are_refused(
+    make_strategy, stopped, tmp_path
+):
+    shutil.copytree(stopped, tmp_path / "damaged")
+    for step in checkpoint.steps(tmp_path / "damaged"):
+        _flip(tmp_path / "damaged" / f"step-{step}")
+    with pytest.raises(ValueError, match="No checkpoint can be used. Received: .*step"):
+        train(make_strategy(1), tmp_path, arrays, resume_from=tmp_path / "damaged")
+
+
+OTHERS = {
+    "data": ({"batch_size": 5}, "batch size of the data is 5 and was 7"),
+    "validation": ({"validation_data": data()}, "validation data"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_training_is_refused(
+    make_strategy, stopped, tmp_path, name
+):
+    arguments, message = OTHERS[name]
+    with pytest.raises(ValueError, match=f"of another training. Received: .*{message}"):
+        train(make_strategy(1), tmp_path, arrays, resume_from=stopped, **arguments)
+
+
+def test_data_in_another_order_are_refused(make_strategy, tmp_path):
+    numbers = itertools.count()
+
+    def given():
+        dataset = tf.data.Dataset.from_tensor_slices(data())
+        return {"x": dataset.shuffle(ROWS, seed=next(numbers)).batch(BATCH)}
+
+    with pytest.raises(StopsError):
+        train(make_strategy(1), tmp_path, given, 2)
+    with pytest.raises(ValueError, match="come in another order"):
+        train(make_strategy(1), tmp_path, given, resume_from=tmp_path)
+
+
+def test_the_latest_are_kept_and_nothing_unfinished(make_strategy, tmp_path):
+    train(make_strategy(1), tmp_path, arrays)
+    assert checkpoint.steps(tmp_path) == [10, 11, 12]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("every", ["", "0steps", "5", "step", "1 week"])
+def test_when_to_save_must_be_clear(every, tmp_path):
+    with pytest.raises(ValueError, match="Received: every="):
+        Checkpoint(tmp_path, every)
+
+
+def test_one_checkpoint_is_not_enough(tmp_path):
+    with pytest.raises(ValueError, match="Received: keep=1"):
+        Checkpoint(tmp_path, keep=1)
+
+
+def test_a_folder_that_cannot_be_written_stops_the_training(make_strategy, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="A checkpoint could not be written"):
+        train(make_strategy(1), tmp_path / "file", arrays)
+
+
+def test_draws_that_count_themselves_are_named(make_strategy, tmp_path):
+    class Draws(distfit.Model):
+        def train_step(self, data):
+            return {"noise": tf.reduce_mean(tf.random.normal(tf.shape(data[0])))}
+
+    with make_strategy(2).scope():
+        model = Draws()
+        model.compile()
+    with pytest.warns(UserWarning, match="draws their first numbers again.*normal"):
+        model.fit(**arrays(), verbose=0, callbacks=[Checkpoint(tmp_path)])
+
+
+def divided():
+    return arrays() | {"steps_per_epoch": 2}  # A pass ends with every second epoch.
+
+
+@pytest.mark.parametrize("given", [divided, arrays, unknown])
+def test_going_on_from_the_end_of_an_epoch(make_strategy, tmp_path, given):
+    """Nothing is left to read of the pass; logs of the epoch are there already."""
+    whole = train(make_strategy(1), tmp_path / "whole", given)
+    for epochs in (1, 2):
+        folder = tmp_path / str(epochs)
+        train(make_strategy(1), folder, given, epochs=epochs)
+        rest = train(make_strategy(1), folder, given, resume_from=folder)
+        assert_same_bits(whole, rest)
+
+
+def test_going_on_without_saving_again(make_strategy, tmp_path):
+    whole = train(make_strategy(1), tmp_path / "whole", shuffled)
+    folder = tmp_path / "stopped"
+    with pytest.raises(StopsError):
+        train(make_strategy(1), folder, shuffled, 6)
+    rest = train(make_strategy(1), None, shuffled, resume_from=folder)
+    assert_same_bits(whole, rest)
+
+
+def test_fused_steps_go_on_where_an_execution_ended(make_strategy, tmp_path):
+    def fused(folder, stop=-1, **arguments):
+        keras.utils.set_random_seed(5)
+        with make_strategy(2).scope():
+            model = build()
+        model.steps_per_execution = 3
+        callbacks = [StopsAt(stop), Checkpoint(folder, "3steps")]
+        options = {**shuffled(), "epochs": 3, "verbose": 0, **arguments}
+        return model, model.fit(callbacks=callbacks, **options)
+
+    whole = fused(tmp_path / "whole")
+    with pytest.raises(StopsError):
+        fused(tmp_path / "fused", 3)
+    rest = fused(tmp_path / "fused", resume_from=tmp_path / "fused")
+    assert_same_bits(whole, rest)
+
+
+def test_arrays_are_shuffled_alike_without_a_seed(make_strategy, tmp_path):
+    """TensorFlow draws a new order in every process unless it is seeded."""
+    from tensorflow.python.eager import context
+
+    rows = []
+
+    class Watches(distfit.Model):
+        def train_step(self, data):
+            return {"rows": data}
+
+    def fit(stop, **arguments):
+        context.context()._seed = context.context()._rng = None
+        with make_strategy(1).scope():
+            model = Watches()
+            model.compile()
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: rows.extend(logs["rows"])
+        )
+        callbacks = [StopsAt(stop), note, Checkpoint(tmp_path, "1steps")]
+        x = np.arange(20, dtype="float32")
+        model.fit(x, batch_size=4, verbose=0, callbacks=callbacks, **arguments)
+
+    with pytest.raises(StopsError):
+        fit(2)
+    fit(-1, resume_from=tmp_path)
+    assert sorted(map(float, rows)) == list(range(20))
+
+
+def test_the_log_file_of_keras_has_every_epoch_once(make_strategy, tmp_path):
+    def fit(name, stop=-1, **arguments):
+        keras.utils.set_random_seed(5)
+        with make_strategy(1).scope():
+            model = build()
+        log = keras.callbacks.CSVLogger(str(tmp_path / f"{name}.csv"))
+        callbacks = [StopsAt(stop), log, Checkpoint(tmp_path / name, "1epoch")]
+        try:
+            model.fit(**arrays(), epochs=3, verbose=0, callbacks=callbacks, **arguments)
+        finally:
+            log.csv_file.close()  # Keras closes it at the end of a training alone.
+
+    fit("whole")
+    with pytest.raises(StopsError):
+        fit("stopped", 9)
+    fit("stopped", resume_from=tmp_path / "stopped")
+    one, other = ((tmp_path / f"{n}.csv").read_text() for n in ("whole", "stopped"))
+    assert one == other and one.count("\n") == 4
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return data()
+
+
+def generator():
+    yield data()
+
+
+UNSUPPORTED = {
+    "a PyDataset": {"x": Batches()},
+    "a generator": {"x": generator},
+    "shards": {"x": lambda: lambda context: shuffled()["x"]},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_data_whose_place_cannot_be_held_are_refused(make_strategy, tmp_path, name):
+    x = UNSUPPORTED[name]["x"]
+    x = x() if callable(x) else x
+    with pytest.raises(ValueError, match="can hold the place in arrays"):
+        train(make_strategy(2), tmp_path, lambda: {"x": x})
+    assert not list(tmp_path.iterdir())
+
+
+def test_eager_steps_are_refused(make_strategy, tmp_path):
+    with make_strategy(1).scope():
+        model = build()
+        model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match="Received: run_eagerly=True"):
+        model.fit(**arrays(), verbose=0, callbacks=[Checkpoint(tmp_path)])
+
+
+def test_a_folder_of_another_training_is_left_alone(make_strategy, stopped):
+    before = checkpoint.steps(stopped)
+    with pytest.raises(ValueError, match="Give `resume_from` to go on"):
+        train(make_strategy(1), stopped, arrays)
+    assert checkpoint.steps(stopped) == before
+    with pytest.raises(ValueError, match="Give its parent"):
+        train(make_strategy(1), stopped, arrays, resume_from=stopped / "step-6")
+
+
+def test_a_checkpoint_is_no_matter_of_the_chief_alone(make_strategy, tmp_path):
+    alone = distfit.callbacks.ChiefOnly(Checkpoint(tmp_path))
+    with make_strategy(1).scope():
+        model = build()
+    with pytest.raises(ValueError, match="takes all workers"):
+        model.fit(**arrays(), verbose=0, callbacks=[alone])
+
+
+def test_what_a_kill_leaves_unfinished_is_removed_or_put_back(tmp_path):
+    checkpoint.write(tmp_path, 1, {"a": np.ones(2)}, {})
+    (tmp_path / "step-1").rename(tmp_path / ".unfinished-old-step-1")
+    (tmp_path / ".unfinished-step-1").mkdir()
+    checkpoint.recover(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert checkpoint.read(tmp_path / "step-1")[1]["a"].tolist() == [1, 1]
+
+
+class Plain(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.limit, self.seen, self.best = 3, [], {}
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(np.float32(epoch))
+        self.best[epoch] = (np.arange(epoch), None)
+
+
+class Opaque(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.thing = object()
+
+
+def test_the_state_of_callbacks_is_what_they_have_changed():
+    callback, other, opaque = Plain(), Plain(), Opaque()
+    before = states.snapshot([callback, opaque])
+    other.limit = 9  # A setting of the call that goes on.
+    for epoch in range(2):
+        callback.on_epoch_end(epoch)
+        opaque.on_epoch_end(epoch)
+    values = {}
+    found = states.states_of([callback, opaque], before, values)
+    assert found[1]["unsaved"] == ["thing"]
+    found = json.loads(json.dumps(found))
+    again = [other, Opaque()]
+    states.set_states(again, found, states.snapshot(again), values)
+    other.best[1][0][0] = 5  # Arrays can be written.
+    assert other.limit == 9 and other.seen == [0.0, 1.0]
+    assert list(other.best) == [0, 1] and other.best[1][1] is None
+    assert other.best[1][0].tolist() == [5]
+
+
+JOB = """
+import sys
+sys.path[:0] = sys.argv[3:]
+import distfit
+import test_resuming as tests
+strategy = distfit.create_strategy("mirrored", virtual_devices=2)
+model, history = tests.train(strategy, sys.argv[1], tests.shuffled,
+                             resume_from=sys.argv[1], epochs=6)
+state = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+tests.np.savez(sys.argv[2], *state, history.history["loss"])
+"""
+
+
+@pytest.mark.integration
+def test_kills_at_any_moment_change_no_bit(tmp_path):
+    """Five times after a random time, be it in a step, in a save or in the start."""
+
+    def start(folder):
+        weights = tmp_path / f"{folder}.npz"
+        here = pathlib.Path(__file__).parent
+        arguments = [tmp_path / folder, weights, here, here.parent]
+        return weights, subprocess.Popen(
+            [sys.executable, "-c", JOB, *map(str, arguments)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        )
+
+    expected, process = start("whole")
+    assert process.wait(120) == 0
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        found, process = start("killed")
+        steps = checkpoint.steps(tmp_path / "killed")
+        deadline = time.monotonic() + 120
+        while checkpoint.steps(tmp_path / "killed") == steps and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    found, process = start("killed")
+    assert process.wait(120) == 0
+    assert _arrays_of(found) == _arrays_of(expected)
+
+
+def _arrays_of(file):
+    with np.load(file) as arrays:
+        return {name: arrays[name].tobytes() for name in arrays.files}
