@@ -165,7 +165,7 @@ def test_a_worker_that_hangs_is_named_with_its_step_and_stack(folder):
     assert found and 18 <= int(found[1]) <= 21, last  # Batches are prefetched.
     (line,) = [n for n, s in enumerate(MODULE.splitlines(), 1) if s.endswith("# here")]
     assert f'theirs.py", line {line} in __getitem__' in log(folder, 1)
-    # The other one dumps its stacks as well, unless it first sees that this one is gone.
+    # The other dumps its stacks as well, unless it first sees that this one is gone.
     assert re.search("most recent call first|another worker is gone", log(folder, 0))
 
 
