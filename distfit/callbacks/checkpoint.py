@@ -55,13 +55,6 @@ class Checkpoint(keras.callbacks.Callback):
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: a checkpoint tells its own step and epoch."""
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """See `get_state`."""
-
     def begin(self, step: int, epoch: int) -> None:
         """Counts from here on. `fit()` calls it before its first step."""
         self._last_step, self._last_epoch = step, epoch
