@@ -175,7 +175,7 @@ def tensorflow_random_state() -> str | None:
 
 def tensorflow_generator() -> random.Random | None:
     """The generator of TensorFlow's operation seeds; None if it is unseeded."""
-    return tf_context.context()._rng
+    return getattr(tf_context.context(), "_rng", None)  # Made with the first seed.
 
 
 def tensorflow_generator_state() -> list | None:
