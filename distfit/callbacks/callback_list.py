@@ -79,7 +79,7 @@ class CallbackList(keras.callbacks.CallbackList):
             self._moved = moved.pop_all()
         self.checkpoints = [c for c in self.callbacks if isinstance(c, Checkpoint)]
         self.stateful = list(_with_state(self.callbacks))
-        self._before = states.snapshot(self.stateful)
+        self._before: list[dict[str, Any]] = []
         self._has_warned = False
         self._listeners = {
             hook: [c for c in self.callbacks if listens(c, hook)]
@@ -106,6 +106,10 @@ class CallbackList(keras.callbacks.CallbackList):
         for callback in self.callbacks:
             if isinstance(callback, NonFinite):
                 callback.watch = watch
+
+    def note_states(self) -> None:
+        """Remembers the callbacks as they are, to tell later what has changed."""
+        self._before = states.snapshot(self.stateful)
 
     def states(self, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """The Python state of the callbacks, for JSON; its arrays go into `arrays`."""

@@ -43,11 +43,9 @@ def snapshot(callbacks: Sequence[keras.callbacks.Callback]) -> list[dict[str, An
 
 
 def _kept(value: Any) -> Any:
-    try:
-        encode(value, {}, "")
-    except NotPlainError:
-        return copy.copy(value) if isinstance(value, _CONTAINERS) else value
-    return copy.deepcopy(value)
+    if _is_plain(value):
+        return copy.deepcopy(value)
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
 
 
 def states_of(

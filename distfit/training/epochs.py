@@ -95,6 +95,7 @@ def run_steps(
 ) -> None:
     """Runs the steps of an epoch, `steps_per_execution` at a time."""
     several_workers = workers.of(model.distribute_strategy).count > 1
+    stop = agreement.STOP_FLAGS[kind]
     total = batches.steps_of_epoch() if step else batches.start_epoch()
 
     def has_more(step: int) -> bool:
@@ -107,13 +108,12 @@ def run_steps(
         callbacks.batch_begin(kind, step)
         step += run(steps)
         callbacks.batch_end(kind, step - 1, read)
-        if callbacks.may_stop_alone[kind]:
+        settles = callbacks.may_stop_alone[kind]
+        if settles:
             agreement.settle(model, kind, "the end of an execution")
-        elif several_workers:
-            after(step, has_more(step))
-            continue  # A stop requested on one worker waits for the next `settle`.
         after(step, has_more(step))
-        if getattr(model, agreement.STOP_FLAGS[kind]):
+        # A stop requested on one of several workers waits for the next `settle`.
+        if (settles or not several_workers) and getattr(model, stop):
             break
     batches.end_epoch(step)
     agreement.check_same_batches(model, kind, batches)

@@ -80,7 +80,7 @@ def bad_replica(model: keras.Model) -> int | None:
     bad: set[int] = set()
     for metric in checks.metrics_of(model):
         for variable in filter(_keras.is_summed_on_read, metric.variables):
-            parts = strategy.experimental_local_results(_keras.underlying(variable))
+            parts = _keras.local_copies(variable)
             for replica, part in enumerate(parts, team.first_replica):
                 if part.dtype.is_floating and not _is_finite(part):
                     bad.add(replica)

@@ -81,7 +81,7 @@ def fit(
             model, batches, validation, validation_freq, callbacks, epochs, at_start
         )
         if callbacks.checkpoints or saved is not None:
-            training.prepare_data()
+            training.prepare()
         agreement.check_same_program(
             model,
             "fit()",
@@ -145,8 +145,8 @@ class Training:
         if validation is not None:
             self._drivers.append(step_driver(model, "test", validation))
 
-    def prepare_data(self) -> None:
-        """Notes what tells whether data come in the same order again.
+    def prepare(self) -> None:
+        """Notes what a checkpoint compares with: the order of data, callbacks' states.
 
         Raises:
             ValueError: a checkpoint cannot hold the state of these steps or data.
@@ -159,6 +159,7 @@ class Training:
         for data in filter(None, (self.batches, self.validation)):
             data.check_can_be_saved()
             data.note_first_batch()
+        self.callbacks.note_states()
 
     def run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:
         """Trains from an epoch, or from where a checkpoint was taken."""

@@ -127,10 +127,13 @@ def versions() -> dict[str, str]:
 def check_same(saved: Saved, facts: dict[str, Any]) -> None:
     """Checks that a checkpoint is one of this model and these data.
 
+    Args:
+        saved: The checkpoint.
+        facts: Those of this training, as JSON gives them back.
+
     Raises:
         ValueError: listing what differs.
     """
-    facts = json.loads(json.dumps(facts, default=str))
     before = saved.manifest["facts"]
     differ = [
         f"{name} is {facts.get(name)!r} and was {before.get(name)!r}"
