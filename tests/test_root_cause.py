@@ -1,5 +1,6 @@
 """What a worker records of its failure, and which failure caused the others."""
 
+import dataclasses
 import json
 import os
 
@@ -187,6 +188,18 @@ def test_report_does_not_repeat_what_is_shown(tmp_path):
     line = "launch: worker 0 failed first, with ValueError: wrong\n"
     assert failure_report.text(end, tmp_path, shown="Traceback of ValueError\n") == line
     assert failure_report.text(end, tmp_path, shown="x\n" + line) == ""
+
+
+def test_report_of_a_stall_that_the_chief_has_seen_from_its_side_is_not_repeated(
+    tmp_path,
+):
+    """Both wait, and either may be the first to record it."""
+    message = "No progress for 2 s. Received: worker 1 between steps after step 7"
+    stall = failure(worker=2, type="StallError", message=message)
+    end = End(2, 1, 2.0, failure=dataclasses.replace(stall, traceback=""))
+    shown = "its stacks\nlaunch: No progress for 2 s. Received: worker 1, no answer\n"
+    assert failure_report.text(end, tmp_path, shown=shown) == ""
+    assert failure_report.text(end, tmp_path) == f"launch: {message}\n"
 
 
 def test_report_of_a_death_has_the_last_lines_of_the_log(tmp_path):

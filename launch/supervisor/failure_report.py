@@ -34,12 +34,21 @@ def text(
     if end.failure.type in _EXITS and end.failure.message in ("", code):
         return f"launch: worker {end.worker} ended with exit code {code}\n"
     line = _last_line(end.failure)
-    if shown.endswith(line + "\n"):
+    if shown.endswith(line + "\n") or _tells_of_stall(end.failure, shown):
         return ""
     traceback = end.failure.traceback
     if not traceback or traceback.strip() in shown:
         return line + "\n"
     return f"Worker {end.worker} (see {log}):\n{traceback.rstrip()}\n{line}\n"
+
+
+def _tells_of_stall(failure: Failure, shown: str) -> bool:
+    """Whether the chief has just reported the stall that another worker recorded first.
+
+    All that wait report it, each as it has seen the others.
+    """
+    last = shown.rstrip("\n").rpartition("\n")[2]
+    return failure.type == "StallError" and last.startswith("launch: No progress for ")
 
 
 def _last_line(failure: Failure) -> str:
