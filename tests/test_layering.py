@@ -20,7 +20,7 @@ LAYERS = [
     ("training.data", "training.driver", "training.predict_driver"),
     ("training.drivers",),
     ("cluster.agreement",),
-    ("training.epochs", "training.resuming"),
+    ("training.epochs", "training.resuming", "training.saving"),
     ("training.fitting", "training.loop"),
     ("model",),
     ("verification",),

@@ -51,6 +51,19 @@ class StopsAt(keras.callbacks.Callback):
         pass
 
 
+class Asks(StopsAt):
+    """Asks a Checkpoint to stop, as a signal handler does, after so many steps."""
+
+    def __init__(self, step, checkpoints):
+        super().__init__(step)
+        self.checkpoints = checkpoints
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.left == 0:
+            self.checkpoints.request_stop(143)
+        self.left -= 1
+
+
 def build():
     """Dropout, unseeded noise, BatchNormalization, averaged weights."""
     model = distfit.Sequential(
@@ -95,7 +108,7 @@ def repeated():
 INPUTS = {f.__name__: f for f in (arrays, shuffled, unknown, repeated)}
 
 
-def train(strategy, folder, given, stop=-1, **arguments):
+def train(strategy, folder, given, stop=-1, callbacks=(), **arguments):
     keras.utils.set_random_seed(5)
     with strategy.scope():
         model = build()
@@ -104,6 +117,7 @@ def train(strategy, folder, given, stop=-1, **arguments):
         keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True),
         keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_delta=1.0),
         *([Checkpoint(folder, every=["1steps", "1epoch"])] if folder else []),
+        *callbacks,
     ]
     options = {"epochs": EPOCHS, "verbose": 0, **given(), **arguments}
     history = distfit.fit(model, callbacks=callbacks, **options)
@@ -262,6 +276,97 @@ def test_the_latest_are_kept_and_nothing_unfinished(make_strategy, tmp_path):
     train(make_strategy(1), tmp_path, arrays)
     assert checkpoint.steps(tmp_path) == [10, 11, 12]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("step", [0, 5, 11])
+def test_a_training_that_is_asked_to_stop_saves_and_goes_on(
+    make_strategy, whole, tmp_path, step
+):
+    """Nothing was due: what it goes on from is what it saved when it was asked."""
+    checkpoints = Checkpoint(tmp_path, every="1000steps")
+    with pytest.raises(SystemExit) as end:
+        callbacks = [Asks(step, checkpoints), checkpoints]
+        train(make_strategy(1), None, arrays, callbacks=callbacks)
+    assert end.value.code == 143
+    assert [p.name for p in tmp_path.iterdir()] == [f"step-{step + 1}"]
+    again = Checkpoint(tmp_path)
+    callbacks = [Asks(-1, again), again]
+    resumed = train(
+        make_strategy(1), None, arrays, callbacks=callbacks, resume_from=tmp_path
+    )
+    assert_same_bits(resumed, whole)
+
+
+def test_the_end_is_saved_so_that_more_epochs_can_follow(
+    make_strategy, whole, tmp_path
+):
+    checkpoints = Checkpoint(tmp_path, every="3steps")
+    train(make_strategy(1), None, arrays, callbacks=[checkpoints], epochs=1)
+    assert sorted(checkpoint.steps(tmp_path)) == [3, 4]
+    more = train(make_strategy(1), tmp_path, arrays, resume_from=tmp_path)
+    assert_same_bits(more, whole)
+
+
+def test_the_best_are_kept_beside_the_latest_two(make_strategy, tmp_path):
+    losses = iter([0.5, 0.2, float("nan"), 0.4, 0.3, 0.6, 0.7])
+
+    class Log(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["noted"] = next(losses)
+
+    options = {"every": ["2steps", "1epoch"], "keep": 2, "monitor": "noted"}
+    kept = Checkpoint(tmp_path, **options)
+    train(make_strategy(1), None, arrays, callbacks=[Log(), kept], epochs=7)
+    assert checkpoint.steps(tmp_path) == [8, 20, 26, 28]
+    best = checkpoint.Best("noted", "max", 1)
+    assert best.steps(tmp_path) == [28]
+
+
+def test_a_monitored_name_that_no_epoch_logs_is_refused(make_strategy, tmp_path):
+    kept = Checkpoint(tmp_path, monitor="val_loss")
+    with pytest.raises(ValueError, match="monitor='val_loss', logs of loss, mae"):
+        train(make_strategy(1), None, arrays, callbacks=[kept])
+
+
+DISK = """
+import pathlib, resource, signal, sys, time, numpy as np, keras, distfit
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+class Fill(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 5:
+            while not pathlib.Path("ckpt/step-4").exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        print("step", batch, flush=True)
+model = distfit.Sequential([keras.Input((4,)), keras.layers.Dense(300)])
+model.compile("adam", "mse")
+saves = distfit.callbacks.Checkpoint("ckpt", every="2steps", on_error=sys.argv[1])
+model.fit(np.ones((40, 4)), np.ones((40, 300)), batch_size=2, verbose=0,
+          callbacks=[saves, Fill()])
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_full_disk_stops_the_training_at_the_next_step_and_harms_nothing(
+    tmp_path, on_error
+):
+    """The system refuses to write any file beyond 2000 bytes."""
+    run = subprocess.run(
+        [sys.executable, "-c", DISK, on_error],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "A checkpoint could not be written: " in run.stderr
+    assert (run.returncode == 0) == (on_error == "warn")
+    assert ("step 19" in run.stdout) == (on_error == "warn")
+    found = checkpoint.steps(tmp_path / "ckpt")
+    assert found[-1] == 4 and len(found) == 2
+    for step in found:
+        checkpoint.read(tmp_path / "ckpt" / f"step-{step}")
+    assert not list((tmp_path / "ckpt").glob(".unfinished*"))
 
 
 @pytest.mark.parametrize("every", ["", "0steps", "5", "step", "1 week"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from distfit.training import checkpoint
 
@@ -19,7 +20,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     A checkpoint holds the model, its optimizers, metrics, seeds, averages and loss
     scales, the place in the data, the random generators and the state of the other
-    callbacks. It is written in the background.
+    callbacks. It is written in the background. The end of the training is saved as
+    well, so that it can go on with more epochs.
 
     Args:
         folder: Where to save: `<folder>/step-120`, for the 120 steps done so far.
@@ -27,9 +29,18 @@ class Checkpoint(keras.callbacks.Callback):
             these. The end of an epoch is seen after its validation; other places are
             looked at after each execution of `steps_per_execution` steps.
         keep: How many of the latest checkpoints to keep, at least two.
+        monitor: A name in the logs of epochs, such as "val_loss": of the ends of epochs
+            the `keep` best are kept, and the latest two checkpoints.
+        mode: "min" or "max": which values of `monitor` are the best.
+        on_error: What follows if one cannot be written, on a full disk, say: "raise" an
+            `OSError` at the next step, or "warn". What was saved before stays.
+
+    Attributes:
+        paused: Seconds in which the training waited for its checkpoints.
 
     Raises:
-        ValueError: for an `every` of another form, or a `keep` below two.
+        ValueError: for an `every`, `mode` or `on_error` of another form, or a `keep`
+            below two.
     """
 
     in_step_with_others = True
@@ -39,6 +50,9 @@ class Checkpoint(keras.callbacks.Callback):
         folder: str | pathlib.Path,
         every: str | Sequence[str] = "1epoch",
         keep: int = 3,
+        monitor: str | None = None,
+        mode: str = "min",
+        on_error: str = "raise",
     ):
         super().__init__()
         if keep < checkpoint.LEAST_KEPT:
@@ -46,43 +60,87 @@ class Checkpoint(keras.callbacks.Callback):
                 "Fewer than two checkpoints are not safe: the latest may be damaged. "
                 f"Received: keep={keep}. Give at least {checkpoint.LEAST_KEPT}."
             )
+        _check_choice("mode", mode, ("min", "max"))
+        _check_choice("on_error", on_error, ("raise", "warn"))
         self.folder = pathlib.Path(folder)
         self.keep = keep
+        self.monitor = monitor
+        self.mode = mode
+        self.on_error = on_error
         self.every = [every] if isinstance(every, str) else list(every)
+        self.asked = 0
+        self.paused = 0.0
         self._every = [_parsed(each) for each in self.every]
         self._last_step = self._last_epoch = 0
+        self._saved_step: int | None = None
         self._last_time = time.monotonic()
+        self._logs: tuple[int, dict[str, float]] = (-1, {})
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def begin(self, step: int, epoch: int) -> None:
-        """Counts from here on. `fit()` calls it before its first step."""
+    def request_stop(self, exit_code: int = 143) -> None:
+        """Saves at the next step at which all workers can, and ends the program.
+
+        On every worker `fit()` then raises `SystemExit(exit_code)`, even if only one
+        was asked. It can be called from a signal handler and from any thread:
+
+            signal.signal(signal.SIGTERM, lambda *_: checkpoint.request_stop(143))
+        """
+        self.asked = exit_code
+
+    # What `fit()` calls.
+
+    def begin(self, step: int, epoch: int, is_saved: bool = True) -> None:
+        """Counts from here on; `is_saved`: whether this place is a checkpoint."""
         self._last_step, self._last_epoch = step, epoch
         self._last_time = time.monotonic()
+        self._saved_step = step if is_saved else None
 
-    def is_due(self, step: int, epoch: int, at_end_of_epoch: bool) -> bool:
+    def has_saved(self, step: int) -> bool:
+        """Whether the latest checkpoint is one of this step."""
+        return self._saved_step == step
+
+    def count_is_due(self, step: int, epoch: int, at_end_of_epoch: bool) -> bool:
         """Whether to save after so many steps and epochs."""
         passed = {
             "step": step - self._last_step,
             "epoch": epoch - self._last_epoch if at_end_of_epoch else 0,
-            "s": time.monotonic() - self._last_time,
         }
-        return any(passed[unit] >= number for number, unit in self._every)
+        return any(passed.get(unit, -1) >= number for number, unit in self._every)
 
-    @property
-    def depends_on_time(self) -> bool:
-        """Whether workers have to agree on when to save."""
-        return any(unit == "s" for _, unit in self._every)
+    def time_is_due(self) -> bool:
+        """Whether to save by this worker's clock."""
+        passed = time.monotonic() - self._last_time
+        return any(unit == "s" and passed >= number for number, unit in self._every)
 
-    def save(self, step: int, epoch: int, write: Callable[[pathlib.Path], Any]) -> None:
-        """Calls `write(folder)` in the background, after the last one is written."""
-        self.join()
-        self.begin(step, epoch)
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes the numbers in the logs.
+
+        Raises:
+            ValueError: they lack what is monitored.
+        """
+        found = {k: float(v) for k, v in (logs or {}).items() if np.ndim(v) == 0}
+        if self.monitor is not None and self.monitor not in found:
+            raise ValueError(
+                "The logs do not have what a Checkpoint monitors. Received: monitor="
+                f"{self.monitor!r}, logs of {', '.join(found)}. Give one of these."
+            )
+        self._logs = (epoch, found)
+
+    def logs_at(self, epoch: int) -> dict[str, float]:
+        """The logs of the epoch that ended before this one, if it was seen to end."""
+        before, logs = self._logs
+        return logs if before == epoch - 1 else {}
+
+    def save(self, step: int, write: Callable[[pathlib.Path], Any]) -> None:
+        """Calls `write(folder)` in the background; the last one must have ended."""
 
         def run() -> None:
             try:
                 checkpoint.read(write(self.folder))
-                checkpoint.prune(self.folder, self.keep, latest=step)
+                best = checkpoint.Best(self.monitor, self.mode, self.keep)
+                keep = checkpoint.LEAST_KEPT if self.monitor else self.keep
+                checkpoint.prune(self.folder, keep, latest=step, best=best)
             except BaseException as error:
                 self._failure = error
 
@@ -98,12 +156,23 @@ class Checkpoint(keras.callbacks.Callback):
     def failure(self) -> str:
         """Why the last checkpoint could not be written, once that is known, or ""."""
         self.join()
+        return self.failure_so_far()
+
+    def failure_so_far(self) -> str:
+        """As `failure`, without waiting."""
         failure, self._failure = self._failure, None
         if failure is None:
             return ""
         return (
             f"A checkpoint could not be written: {failure}. Received: "
             f"folder={str(self.folder)!r}. What was saved before is still there."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(choices)}. Received: {name}={value!r}."
         )
 
 

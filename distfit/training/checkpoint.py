@@ -8,8 +8,10 @@ last. Reading verifies every byte and runs no code.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -138,8 +140,36 @@ def recover(folder: pathlib.Path) -> None:
             _remove(path)
 
 
-def prune(folder: pathlib.Path, keep: int, latest: int) -> None:
-    """Removes all but the latest `keep` checkpoints, at least two.
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """Which checkpoints of the ends of epochs are the best.
+
+    Attributes:
+        monitor: A name in the logs; None: none are.
+        mode: Whether the best is the "min" or the "max".
+        keep: How many are kept.
+    """
+
+    monitor: str | None = None
+    mode: str = "min"
+    keep: int = 0
+
+    def steps(self, folder: pathlib.Path) -> list[int]:
+        """The steps of the best checkpoints, the best first; of equals the earliest."""
+        values = {}
+        for step in steps(folder) if self.monitor else ():
+            with contextlib.suppress(DamagedCheckpointError):
+                logs = read_manifest(folder / f"step-{step}").get("logs", {})
+                value = logs.get(self.monitor, math.nan)
+                if not math.isnan(value):
+                    values[step] = value if self.mode == "min" else -value
+        return sorted(values, key=lambda step: (values[step], step))[: self.keep]
+
+
+def prune(
+    folder: pathlib.Path, keep: int, latest: int, best: Best | None = None
+) -> None:
+    """Removes all but the latest `keep` checkpoints, at least two, and the best.
 
     Call it once the latest has been read back. Later ones are damaged: the training
     has gone on from one before them.
@@ -147,8 +177,10 @@ def prune(folder: pathlib.Path, keep: int, latest: int) -> None:
     for step in steps(folder):
         if step > latest:
             _remove(folder / f"step-{step}")
+    kept = set(best.steps(folder)) if best else set()
     for step in steps(folder)[: -max(keep, LEAST_KEPT)]:
-        _remove(folder / f"step-{step}")
+        if step not in kept:
+            _remove(folder / f"step-{step}")
 
 
 def _save(prefix: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 import types
 import warnings
 from typing import Any
@@ -12,15 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.callbacks import CallbackList, Checkpoint
+from distfit.callbacks import CallbackList
 from distfit.callbacks.callback_list import has_checkpoint
 from distfit.cluster import agreement, workers
-from distfit.training import checkpoint, randomness, resuming, state
+from distfit.training import randomness, resuming, state
 from distfit.training.data import make_batches
 from distfit.training.drivers import step_driver
 from distfit.training.epochs import callback_list, check_ready, run_epoch, run_test
 from distfit.training.global_batches import GlobalBatches
 from distfit.training.inputs import check_positive
+from distfit.training.saving import Saving
 
 
 def fit(
@@ -142,6 +142,7 @@ class Training:
         self._driver = step_driver(model, "train", batches, callbacks.watch_losses)
         callbacks.use_watch(self._driver.watch)
         self._drivers = [self._driver]
+        self._saving = Saving(self._team, callbacks.checkpoints, self.frozen)
         if validation is not None:
             self._drivers.append(step_driver(model, "test", validation))
 
@@ -173,14 +174,14 @@ class Training:
         self.epoch = agreement.first_epoch(model, initial_epoch)
         if saved is not None:
             self._go_on(saved)
-        for checkpoints in callbacks.checkpoints:
-            self._begin(checkpoints, is_new=saved is None)
+        self._saving.begin(self.steps, self.epoch, is_new=saved is None)
+        if callbacks.checkpoints:
+            self._warn_of_counted_draws()
         logs, has_ended = None, saved is not None and model.stop_training
         while self.epoch < self.epochs and not has_ended:
             logs = self._run_epoch()
             has_ended = model.stop_training or self.batches.exhausted
-        for checkpoints in callbacks.checkpoints:
-            self._check_written(checkpoints)
+        self._saving.end(self.steps, self.epoch)
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and self.epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         callbacks.on_train_end(logs)
@@ -205,7 +206,7 @@ class Training:
         callbacks.on_epoch_end(self.epoch, logs)
         agreement.settle(model, "train", "the end of an epoch")
         self.epoch, self.step = self.epoch + 1, 0
-        self._save_where_due(at_end_of_epoch=True)
+        self._saving.after_epoch(self.steps, self.epoch)
         return logs
 
     def _after(self, step: int, more: bool) -> None:
@@ -213,29 +214,9 @@ class Training:
         self.steps += step - self.step
         self.step = step
         if more:  # Else the end of the epoch, with its logs, is what to save.
-            self._save_where_due(at_end_of_epoch=False)
+            self._saving.after_steps(self.steps, self.epoch)
 
     # Checkpoints.
-
-    def _begin(self, checkpoints: Checkpoint, is_new: bool) -> None:
-        found: list[int] = []
-        if self._team.is_chief:
-            checkpoint.recover(checkpoints.folder)
-            found = checkpoint.steps(checkpoints.folder)
-        if self._team.from_chief("the checkpoints before", bool(found and is_new)):
-            raise ValueError(
-                "The folder has checkpoints of another training. Received: "
-                f"Checkpoint({str(checkpoints.folder)!r}) without resume_from. Give "
-                "`resume_from` to go on from there, or another folder."
-            )
-        checkpoints.begin(self.steps, self.epoch)
-        self._warn_of_counted_draws()
-
-    def _check_written(self, checkpoints: Checkpoint) -> None:
-        """Raises an `OSError` on all workers if the chief could not write."""
-        error = self._team.from_chief("the last checkpoint", checkpoints.failure())
-        if error:
-            raise OSError(error)
 
     def _warn_of_counted_draws(self) -> None:
         lines = [line for driver in self._drivers for line in driver.counted_draws]
@@ -246,26 +227,6 @@ class Training:
                 "Draw with `keras.random` or a `tf.random.Generator`.",
                 stacklevel=2,
             )
-
-    def _save_where_due(self, at_end_of_epoch: bool) -> None:
-        for checkpoints in self.callbacks.checkpoints:
-            due = checkpoints.is_due(self.steps, self.epoch, at_end_of_epoch)
-            if checkpoints.depends_on_time:
-                due = self._team.from_chief("whether to save", due)
-            if due:
-                self._check_written(checkpoints)
-                self._save(checkpoints)
-
-    def _save(self, checkpoints: Checkpoint) -> None:
-        step, (manifest, arrays) = self.steps, self.frozen()
-
-        def write(folder: pathlib.Path) -> pathlib.Path:
-            return checkpoint.write(folder, step, arrays, manifest)
-
-        if self._team.is_chief:
-            checkpoints.save(self.steps, self.epoch, write)
-        else:
-            checkpoints.begin(self.steps, self.epoch)
 
     def frozen(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """All that the rest depends on, as it is now: for JSON, and arrays by name.

@@ -1,0 +1,150 @@
+"""When a training saves, and when it ends as it was asked to: all workers alike."""
+
+import pathlib
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from distfit.callbacks import Checkpoint
+from distfit.cluster.workers import Workers
+from distfit.training import checkpoint
+
+_BETWEEN_TALKS = 0.5  # Seconds, about: an exchange takes less than a millisecond.
+
+Freeze = Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]
+
+
+class Saving:
+    """The checkpoints of a call of `fit()`.
+
+    Saving takes all workers at the same step. What only one of them knows (a signal,
+    the time, a full disk) they tell each other at the ends of epochs and at steps that
+    they have agreed on the time before: about twice a second, whatever a step takes.
+
+    Args:
+        team: The workers.
+        checkpoints: The `Checkpoint` callbacks.
+        freeze: Returns the manifest and the arrays of a checkpoint of this moment.
+    """
+
+    def __init__(
+        self, team: Workers, checkpoints: Sequence[Checkpoint], freeze: Freeze
+    ):
+        self._team = team
+        self._checkpoints = checkpoints
+        self._freeze = freeze
+        self._next_talk = 0
+        self._last_talk = (0, 0.0)
+
+    def begin(self, step: int, epoch: int, is_new: bool) -> None:
+        """Counts from here on.
+
+        Raises:
+            ValueError: a new training would save among the checkpoints of another one.
+        """
+        for each in self._checkpoints:
+            found: list[int] = []
+            if self._team.is_chief:
+                checkpoint.recover(each.folder)
+                found = checkpoint.steps(each.folder)
+            if self._team.from_chief("the checkpoints before", bool(found and is_new)):
+                raise ValueError(
+                    "The folder has checkpoints of another training. Received: "
+                    f"Checkpoint({str(each.folder)!r}) without resume_from. Give "
+                    "`resume_from` to go on from there, or another folder."
+                )
+            each.begin(step, epoch, is_saved=not is_new)
+        self._plan_next_talk(step, pace=0.0)
+
+    def after_steps(self, step: int, epoch: int) -> None:
+        """Saves where that is due, after an execution of steps within an epoch."""
+        if self._checkpoints and (self._team.count == 1 or step >= self._next_talk):
+            self._look(step, epoch, at_end_of_epoch=False)
+        else:
+            by_time = [False] * len(self._checkpoints)
+            self._save_what_is_due(step, epoch, False, by_time)
+
+    def after_epoch(self, step: int, epoch: int) -> None:
+        """Saves where that is due, after an epoch."""
+        if self._checkpoints:
+            self._look(step, epoch, at_end_of_epoch=True)
+
+    def end(self, step: int, epoch: int) -> None:
+        """Saves the end of the training, if it is not yet saved, and waits for that.
+
+        Raises:
+            OSError: on all workers, if the chief could not write.
+        """
+        for each in self._checkpoints:
+            if not each.has_saved(step):
+                self._save(each, step, epoch)
+            began = time.monotonic()
+            self._check_written(each)
+            each.paused += time.monotonic() - began
+
+    def _look(self, step: int, epoch: int, at_end_of_epoch: bool) -> None:
+        """Tells the others what only this worker knows, and does what follows."""
+        then, when = self._last_talk
+        now = time.monotonic()
+        own = {
+            "code": max((each.asked for each in self._checkpoints), default=0),
+            "due": [each.time_is_due() for each in self._checkpoints],
+            "failures": [each.failure_so_far() for each in self._checkpoints],
+            "pace": (now - when) / (step - then) if step > then else 0.0,
+        }
+        told = self._team.tell("what is to be saved", own)
+        chief, code = told[0], max(each["code"] for each in told)
+        self._plan_next_talk(step, max(each["pace"] for each in told))
+        for each, failure in zip(self._checkpoints, chief["failures"], strict=True):
+            self._report(each, failure)
+        self._save_what_is_due(step, epoch, at_end_of_epoch, chief["due"])
+        if code:
+            self.end(step, epoch)
+            raise SystemExit(code)
+
+    def _plan_next_talk(self, step: int, pace: float) -> None:
+        """Plans it alike on all: `pace` is the seconds of a step of the slowest."""
+        self._last_talk = (step, time.monotonic())
+        self._next_talk = step + (max(1, int(_BETWEEN_TALKS / pace)) if pace else 1)
+
+    def _save_what_is_due(
+        self,
+        step: int,
+        epoch: int,
+        at_end_of_epoch: bool,
+        time_is_due: Sequence[bool],
+    ) -> None:
+        for each, due in zip(self._checkpoints, time_is_due, strict=True):
+            if due or each.count_is_due(step, epoch, at_end_of_epoch):
+                self._save(each, step, epoch)
+
+    def _save(self, each: Checkpoint, step: int, epoch: int) -> None:
+        began = time.monotonic()
+        self._check_written(each)
+        manifest, arrays = self._freeze()
+        manifest["logs"] = (
+            each.logs_at(epoch) if manifest["step of the epoch"] == 0 else {}
+        )
+
+        def write(folder: pathlib.Path) -> pathlib.Path:
+            return checkpoint.write(folder, step, arrays, manifest)
+
+        each.begin(step, epoch)
+        if self._team.is_chief:
+            each.save(step, write)
+        each.paused += time.monotonic() - began
+
+    def _check_written(self, each: Checkpoint) -> None:
+        """Waits until the chief has written; an error is one of all workers."""
+        self._report(each, self._team.from_chief("the last save", each.failure()))
+
+    def _report(self, each: Checkpoint, failure: str) -> None:
+        if not failure:
+            return
+        if each.on_error == "raise":
+            raise OSError(failure)
+        if self._team.is_chief:
+            warnings.warn(failure, stacklevel=2)
