@@ -3,6 +3,7 @@
 from distfit import callbacks
 from distfit.model import Model, Sequential, evaluate, fit, predict
 from distfit.strategy import create_strategy, is_chief, wait_for_all
+from distfit.training.resuming import load_weights
 from distfit.verification import verify
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "fit",
     "is_chief",
+    "load_weights",
     "predict",
     "verify",
     "wait_for_all",

@@ -58,12 +58,17 @@ def _run(arguments: Sequence[str]) -> int:
     command_line = flags.parse(arguments)
     config = configuration.preview(command_line)
     found = _find_cluster(command_line, config)
+    is_supervised = run_files.LOG_VARIABLE in os.environ
+    if not is_supervised and (
+        (found is None and "num_workers" in command_line.cluster)
+        or command_line.cluster.get("max_restarts")
+    ):
+        return _supervise(arguments, command_line, config, found)
     if found is not None:
         return _join(found, command_line, config)
-    if "num_workers" in command_line.cluster:
-        return _start_workers(arguments, command_line, config)
-    with signals.raised():
-        return _work(command_line, config, None, stall.Watchdog(None, 0, 1, None))
+    record = _recorder(config, 0) if is_supervised else None
+    unwatched = stall.Watchdog(None, 0, 1, None)
+    return _work(command_line, config, None, unwatched, record)
 
 
 def _find_cluster(
@@ -82,18 +87,23 @@ def _find_cluster(
     return found
 
 
-def _start_workers(
+def _supervise(
     arguments: Sequence[str],
     command_line: CommandLine,
     config: ml_collections.ConfigDict,
+    found: Cluster | None,
 ) -> int:
+    """Starts the workers of this host, or this one process, and starts them again."""
     from launch.supervisor import supervisor
 
+    given = command_line.cluster
     return supervisor.run(
         arguments,
-        num_workers=command_line.cluster["num_workers"],
+        num_workers=given.get("num_workers") if found is None else None,
+        index=found.index if found is not None else 0,
         workdir=pathlib.Path(config.workdir),
-        tee=command_line.cluster.get("tee", flags.TEES[0]),
+        tee=given.get("tee", flags.TEES[0]),
+        max_restarts=given.get("max_restarts", 0),
     )
 
 
@@ -108,17 +118,24 @@ def _join(
     run_files.clear_worker(workdir, found.index)
     watchdog = _watchdog(found, command_line, workdir)
     stall.enable_stack_dumps()
+    record = None
+    if found.num_workers > 1 or run_files.LOG_VARIABLE in os.environ:
+        record = _recorder(config, found.index)
+    return _work(command_line, config, found, watchdog, record)
 
-    def record(error: BaseException) -> None:
-        if found.num_workers > 1 and _code(error) != 0:
-            root_cause.record(workdir, found.index, error, _code(error))
 
-    with _recorded(record), signals.raised(record):
-        if found.is_chief:
-            print(found, flush=True)
-        discovery.check_reachable(found)
-        os.environ.update(found.environment())
-        return _work(command_line, config, found, watchdog)
+Record = Callable[[BaseException, int], None]
+
+
+def _recorder(config: ml_collections.ConfigDict, index: int) -> Record:
+    """Returns a function that records what ends this worker, and at which step."""
+
+    def record(error: BaseException, step: int) -> None:
+        if _code(error) != 0:
+            workdir = pathlib.Path(config.workdir)
+            root_cause.record(workdir, index, error, _code(error), step)
+
+    return record
 
 
 def _watchdog(
@@ -136,11 +153,23 @@ def _work(
     config: ml_collections.ConfigDict,
     found: Cluster | None,
     watchdog: stall.Watchdog,
+    record: Record | None,
 ) -> int:
-    with quiet.tensorflow_import():
-        from launch.run import worker
-    done = worker.run(command_line, config.model, found, watchdog)
-    return 0 if done else 1
+    def record_here(error: BaseException) -> None:
+        if record is not None:
+            record(error, watchdog.step)
+
+    with _recorded(record_here), signals.raised(record_here) as heard:
+        if found is not None:
+            if found.is_chief:
+                print(found, flush=True)
+            discovery.check_reachable(found)
+            os.environ.update(found.environment())
+        with quiet.tensorflow_import():
+            from launch.run import worker
+        watch = worker.Watch(watchdog, heard)
+        done = worker.run(command_line, config.model, found, watch)
+        return 0 if done else 1
 
 
 @contextlib.contextmanager

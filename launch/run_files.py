@@ -16,6 +16,7 @@ from typing import Any
 # other workers goes wherever their own launcher sends it.
 LOG_VARIABLE = "DISTFIT_WORKER_LOG"
 FOLDER = "logs"
+CHECKPOINTS = "checkpoints"  # what a restart goes on from
 _KINDS = ("log", "error.json", "progress.json")
 
 
@@ -34,8 +35,12 @@ def progress(workdir: pathlib.Path, index: int) -> pathlib.Path:
     return workdir / FOLDER / f"worker-{index}.progress.json"
 
 
-def clear(workdir: pathlib.Path) -> None:
+def clear(workdir: pathlib.Path, who: str = "*") -> None:
     """Makes the folder, and removes the files that an earlier run's workers left there.
+
+    Args:
+        workdir: the working folder.
+        who: the index of the worker, or a pattern of such.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -43,7 +48,7 @@ def clear(workdir: pathlib.Path) -> None:
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for kind in _KINDS:
-        for path in folder.glob(f"worker-*.{kind}"):
+        for path in folder.glob(f"worker-{who}.{kind}"):
             path.unlink(missing_ok=True)
 
 
@@ -63,11 +68,20 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    write_text(path, json.dumps(content) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """As `write_json`, for text.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two threads of a worker may write the same file.
     draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        draft.write_text(json.dumps(content) + "\n")
+        draft.write_text(text)
         os.replace(draft, path)
     except OSError:
         with contextlib.suppress(OSError):  # the first error is the one to report

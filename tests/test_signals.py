@@ -30,7 +30,7 @@ def record(error):
 
 {before}
 try:
-    with signals.raised(record, patience=1.0):
+    with signals.raised(record, patience=1.0) as heard:
 {body}
     print("left", signal.set_wakeup_fd(-1), flush=True)
 except BaseException as error:
@@ -112,6 +112,46 @@ def test_a_process_that_hangs_in_a_native_call_ends_and_is_recorded(
     assert (ended, out) == (code, f"recorded {raised}\n")
     assert err == f"launch: ended by {name}, in a call that does not return\n"
     assert 0.8 < seconds < 10
+
+
+ASKED = """
+asked = []
+with {signals}.asking(lambda code: (asked.append(code), print("asked", flush=True))):
+    ready()
+    {then}
+"""
+WAIT = "[time.sleep(0.1) for _ in range({tenths})]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_what_asks_for_signals_is_asked_by_the_first_and_not_interrupted(start, number):
+    body = ASKED.format(signals="heard", then=WAIT.format(tenths=20))
+    run = start(body + "print(asked)")
+    run.send(number)
+    code, out, _, seconds = run.end()
+    wanted = 130 if number == signal.SIGINT else 143
+    assert code == 0 and out == f"asked\n[{wanted}]\nleft -1\n" and seconds > 1.3
+
+
+def test_a_main_thread_in_native_code_is_asked_by_another_thread(start):
+    """And has the time to save, not that of a process that hangs."""
+    native = "ctypes.PyDLL(None).sleep(0) or hang_for(2)"
+    before = "def hang_for(s): ctypes.CDLL(None).sleep(s)"
+    body = ASKED.format(signals="heard", then=native)
+    run = start(body + "print(asked)", before)
+    run.send(signal.SIGTERM)
+    code, out, _, _ = run.end()
+    assert code == 0 and out == "asked\n[143]\nleft -1\n"
+
+
+@pytest.mark.parametrize("then", [WAIT.format(tenths=200), "hang()"])
+def test_a_second_signal_ends_at_once(start, then):
+    run = start(ASKED.format(signals="heard", then=then))
+    run.send(signal.SIGTERM)
+    assert run.process.stdout.readline() == "asked\n"
+    run.process.send_signal(signal.SIGTERM)
+    code, _, _, seconds = run.end()
+    assert code == 143 and seconds < 5
 
 
 def test_an_error_that_a_native_call_makes_of_the_signal_is_taken_back(start):

@@ -88,6 +88,18 @@ class Checkpoint(keras.callbacks.Callback):
         """
         self.asked = exit_code
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether this worker or another one was asked to stop."""
+        return self.asked != 0
+
+    @property
+    def latest(self) -> pathlib.Path | None:
+        """The last checkpoint of this training, or the one that it began from."""
+        if self._saved_step is None:
+            return None
+        return self.folder / f"step-{self._saved_step}"
+
     # What `fit()` calls.
 
     def begin(self, step: int, epoch: int, is_saved: bool = True) -> None:

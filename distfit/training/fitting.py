@@ -294,6 +294,9 @@ class Training:
         self.callbacks.set_states(manifest["callbacks"], arrays)
         randomness.set_state(manifest["randomness"])
         self.model.stop_training = manifest["stops"]
+        if self._team.is_chief and self.callbacks.params["verbose"]:
+            place = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            print(f"Going on from {saved.path}: {place}.", flush=True)
         if manifest["stops"] and self._team.is_chief:
             logging.getLogger("distfit").warning(
                 "The training of %s had stopped itself: nothing is left to do.",

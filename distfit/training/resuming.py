@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import distfit
 from distfit.cluster.workers import Workers
-from distfit.training import checkpoint
+from distfit.training import checkpoint, state
 
 _LOGGER = logging.getLogger("distfit")
 
@@ -86,6 +86,52 @@ def _latest(folder: pathlib.Path) -> Saved | None:
             "another folder."
         )
     return None
+
+
+def load_weights(
+    model: keras.Model,
+    folder: str | pathlib.Path,
+    monitor: str | None = None,
+    mode: str = "min",
+) -> pathlib.Path:
+    """Loads the weights of a checkpoint into a built model.
+
+    Args:
+        model: A model of the same layers.
+        folder: The folder of the checkpoints.
+        monitor: A name in the logs of epochs: the weights of the best by it are taken;
+            None: those of the latest good checkpoint.
+        mode: Whether the best is the "min" or the "max".
+
+    Returns:
+        The folder of the checkpoint that was taken.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: all are damaged, or the weights do not fit the model.
+    """
+    folder = pathlib.Path(folder)
+    if monitor is None:
+        saved = _latest(folder)
+    else:
+        best = checkpoint.Best(monitor, mode, 1).steps(folder)
+        path = folder / f"step-{best[0]}" if best else None
+        saved = Saved(path, *checkpoint.read(path)) if path else None
+    if saved is None:
+        raise FileNotFoundError(f"There is no checkpoint with {monitor}: {folder}")
+    variables = state.variables_of_model(model)
+    own = {n: tuple(v.shape) for n, v in variables.items()}
+    theirs = {n: saved.arrays[n].shape for n in own if n in saved.arrays}
+    count = sum(name.startswith("model/") for name in saved.arrays)
+    if own != theirs or len(own) != count:
+        raise ValueError(
+            f"{saved.path} has the weights of another model. Received: "
+            f"{model.name!r} with {len(own)} variables of the shapes "
+            f"{list(own.values())}. Build the model that was trained."
+        )
+    for name, variable in variables.items():
+        variable.assign(saved.arrays[name])
+    return saved.path
 
 
 def _packed(saved: Saved | None) -> bytes:

@@ -102,6 +102,8 @@ class Saving:
             self._report(each, failure)
         self._save_what_is_due(step, epoch, at_end_of_epoch, chief["due"])
         if code:
+            for each in self._checkpoints:
+                each.request_stop(code)
             self.end(step, epoch)
             raise SystemExit(code)
 

@@ -25,13 +25,22 @@ def variables_of(model: keras.Model, drivers: Iterable[Any]) -> dict[str, Any]:
         drivers: The drivers of its steps, which may use other variables as well:
             seed generators, averages, tables.
     """
-    named: dict[str, Any] = {}
-    known: set[int] = set()
     owners: list[tuple[str, Iterable[Any]]] = [("model", model.variables)]
     for i, optimizer in enumerate(checks.optimizers_of(model)):
         owners.append((f"optimizer {i}", optimizer.variables))
     for i, driver in enumerate(drivers):
         owners.append((f"step {i}", driver.variables))
+    return _named(owners)
+
+
+def variables_of_model(model: keras.Model) -> dict[str, Any]:
+    """Those of the model itself, by the same names."""
+    return _named([("model", model.variables)])
+
+
+def _named(owners: Iterable[tuple[str, Iterable[Any]]]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    known: set[int] = set()
     for owner, variables in owners:
         for place, variable in enumerate(variables):
             value = _keras.underlying(variable)

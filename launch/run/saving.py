@@ -1,52 +1,124 @@
-"""Saves the trained model to the working folder, and loads its weights to evaluate."""
+"""Saves the trained model to the working folder, and finds weights to evaluate."""
 
+import os
 import pathlib
 import warnings
+from collections.abc import Callable
 
 import keras
+from ml_collections import ConfigDict
 
+import distfit
+from launch import run_files
 from launch.errors import UsageError
 
 MODEL_FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
+CHECKPOINTS = run_files.CHECKPOINTS
+_NEVER = "never"
+
+
+def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
+    """The callback that saves as `--checkpoint_every` says; None if never.
+
+    Raises:
+        ValueError: a setting is invalid.
+    """
+    if config.checkpoint_every == _NEVER:
+        return None
+    return distfit.callbacks.Checkpoint(
+        pathlib.Path(config.workdir, CHECKPOINTS),
+        every=[each.strip() for each in config.checkpoint_every.split(",")],
+        keep=config.keep,
+        monitor=config.monitor,
+        mode=config.mode,
+    )
 
 
 def save(model: keras.Model, folder: pathlib.Path) -> str:
     """Saves the model, or if Keras cannot, its weights, and returns the file name.
 
-    Keras saves a subclass with its own arguments only if it has a `get_config()`.
+    Keras saves a subclass with its own arguments only if it has a `get_config()`. The
+    file is there as a whole or, if saving fails, as it was before.
     """
     whole, weights = folder / MODEL_FILE, folder / WEIGHTS_FILE
     try:
-        model.save(whole)
+        _replace(whole, model.save)
         weights.unlink(missing_ok=True)  # of an earlier training
         return MODEL_FILE
     except NotImplementedError:
-        whole.unlink(missing_ok=True)  # Keras leaves a partial file
-        model.save_weights(weights)
+        _replace(weights, model.save_weights)
+        whole.unlink(missing_ok=True)
         return WEIGHTS_FILE
 
 
-def load_weights(model: keras.Model, folder: pathlib.Path) -> None:
-    """Loads the weights that `save` wrote into a built model.
+def _replace(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Calls `write` with another name of the same ending, and renames what it wrote."""
+    draft = file.with_name(f".unfinished-{file.name}")
+    try:
+        write(draft)
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def trained(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file that `save` wrote, or None."""
+    files = [folder / name for name in (MODEL_FILE, WEIGHTS_FILE)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> str:
+    """Loads weights of the working folder into a built model, and says which.
+
+    Args:
+        model: the model.
+        config: the settings; `workdir`, `monitor` and `mode` say where to look.
+        which: "model", "latest" or "best"; None for the model, if it is there, else for
+            the latest checkpoint.
 
     Raises:
         UsageError: there are none, or they do not fit the model.
     """
-    files = [folder / name for name in (MODEL_FILE, WEIGHTS_FILE)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
+    folder = pathlib.Path(config.workdir)
+    file = trained(folder)
+    if which is None:
+        which = "latest" if file is None else "model"
+    if which == "best" and config.monitor is None:
         raise UsageError(
-            "The working folder has no trained model. "
-            f"Received: --workdir={folder}. Train with this --workdir first."
+            "The best checkpoint is that by a metric. Received: --weights=best, no "
+            "--monitor. Give --monitor=val_loss, say, and --mode=max if more is better."
         )
     try:
-        with warnings.catch_warnings():
-            # About the optimizers' state, which is not needed to evaluate.
-            warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-            model.load_weights(file)
+        if which == "model":
+            return _load_file(model, file, folder)
+        best = which == "best"
+        path = distfit.load_weights(
+            model, folder / CHECKPOINTS, config.monitor if best else None, config.mode
+        )
+        return str(path.relative_to(folder))
+    except FileNotFoundError as error:
+        raise UsageError(
+            "The working folder has no such weights. "
+            f"Received: --workdir={folder}, weights={which}. Train with this --workdir "
+            "first."
+        ) from error
     except ValueError as error:
         raise UsageError(
             f"The trained weights do not fit this model ({error}). "
             f"Received: --workdir={folder}. Use the settings it was trained with."
         ) from error
+
+
+def _load_file(
+    model: keras.Model, file: pathlib.Path | None, folder: pathlib.Path
+) -> str:
+    if file is None:
+        raise FileNotFoundError(folder / MODEL_FILE)
+    with warnings.catch_warnings():
+        # About the optimizers' state, which is not needed to evaluate.
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        model.load_weights(file)
+    return file.name

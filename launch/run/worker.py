@@ -1,6 +1,6 @@
 """One process of a run: configuration -> strategy, data, model -> fit or evaluate.
 
-Only this file, setup.py, saving.py, metrics_log.py, verification.py and
+Only this file, setup.py, earlier.py, saving.py, metrics_log.py, verification.py and
 watchdog/heartbeat.py need TensorFlow. Every worker of a cluster runs all of it; only
 the chief reports and writes.
 """
@@ -11,29 +11,43 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 import distfit
+from distfit.cluster import workers
 from launch.cluster.discovery import Cluster
 from launch.errors import UsageError
-from launch.run import input_errors, saving, setup, summary, verification
+from launch.run import (
+    earlier,
+    input_errors,
+    metrics_log,
+    saving,
+    setup,
+    summary,
+    verification,
+)
 from launch.run.metrics_log import MetricsLog
 from launch.settings import configuration
 from launch.settings.flags import CommandLine
-from launch.watchdog import progress, stall
+from launch.watchdog import progress, signals, stall
 from launch.watchdog.heartbeat import Heartbeat
 
-METRICS_FILE = "metrics.jsonl"
+
+class Watch(NamedTuple):
+    """What looks after this process: its watchdog, and what hears its signals."""
+
+    watchdog: stall.Watchdog
+    signals: signals.Signals
 
 
 def run(
     command_line: CommandLine,
     model: str,
     cluster: Cluster | None,
-    watchdog: stall.Watchdog,
+    watch: Watch,
 ) -> bool:
     """Runs the command and prints a summary.
 
@@ -41,7 +55,7 @@ def run(
         command_line: the parsed command line.
         model: the resolved model.
         cluster: the cluster that this process is a worker of, if any.
-        watchdog: watches this process from here on.
+        watch: what looks after this process from here on.
 
     Returns:
         False if `verify` found differences, otherwise True.
@@ -51,38 +65,50 @@ def run(
     """
     if command_line.command == "verify":
         return verification.run(command_line, model)
-    with watchdog:
+    with watch.watchdog as watchdog:
         with input_errors.as_usage_errors():
             made = setup.prepare(command_line, model, cluster, watchdog)
         watchdog.note(0, progress.BEFORE_STEPS)
         does = train if command_line.command == "train" else evaluate
-        rows = does(made, watchdog)
+        rows = does(made, command_line, watch)
         distfit.wait_for_all(made.strategy)  # Leaving early would fail the others.
     if cluster is None or cluster.is_chief:
         print(summary.table({**_description(made), **rows}))
     return True
 
 
-def train(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
+def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, Any]:
     """Trains, writes the results to the working folder and returns what to report."""
+    fresh = command_line.cluster.get("fresh", False)
+    if _has_finished(run, fresh):
+        return {
+            "finished": "before; give more --epochs to go on, or --fresh to start anew",
+            "results": run.folder,
+        }
+    with input_errors.as_usage_errors():
+        checkpoints = saving.checkpoints(run.config)
     began: list[float] = []
 
-    def begin(logs: Any) -> None:
+    def begin(epoch: int, logs: Any) -> None:
         # Only once fit() has accepted everything: a rejected run must not overwrite an
         # earlier one.
-        began.append(time.monotonic())
-        if run.writes:
+        if not began and run.writes:
             configuration.write(run.config)
+        began.append(time.monotonic())
 
+    log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None)
     callbacks = [
-        keras.callbacks.LambdaCallback(on_train_begin=begin),
-        Heartbeat(watchdog),
+        keras.callbacks.LambdaCallback(on_epoch_begin=begin),
+        Heartbeat(watch.watchdog),
         distfit.callbacks.NonFinite(),
         *run.callbacks,
+        *([checkpoints] if checkpoints else []),
+        log,
     ]
-    if run.writes:
-        callbacks.append(MetricsLog(run.folder / METRICS_FILE))
-    with input_errors.as_usage_errors(unless=lambda: bool(began)):
+    with (
+        input_errors.as_usage_errors(unless=lambda: bool(began)),
+        _stops_gently(checkpoints, watch.signals, run.writes),
+    ):
         history = distfit.fit(
             run.model,
             **_named(run.train),
@@ -91,14 +117,58 @@ def train(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
             steps_per_epoch=run.config.steps_per_epoch,
             validation_data=run.validation if _evaluates(run.model) else None,
             callbacks=callbacks,
+            resume_from=None if fresh or not checkpoints else checkpoints.folder,
         )
-    seconds = round(time.monotonic() - began[0], 1)
+    seconds = round(time.monotonic() - began[0], 1) if began else 0.0
     done = {"epochs": len(history.epoch), "seconds": seconds}
     last = {name: values[-1] for name, values in history.history.items()}
-    watchdog.note(0, "saving")
+    watch.watchdog.note(0, "saving")
     with _folder_to_save_in(run) as folder:
         saved = saving.save(run.model, folder)
     return {**done, **last, "saved": saved, "results": run.folder}
+
+
+def _has_finished(run: setup.Run, fresh: bool) -> bool:
+    """Whether nothing is left to train, as the chief finds it in the working folder.
+
+    Raises:
+        UsageError: on all workers, if the run cannot go on from what there is.
+    """
+    finished, error = False, ""
+    try:
+        if run.writes and fresh:
+            earlier.set_aside(run.folder)
+        elif run.writes:
+            finished = earlier.check(run.config)
+    except UsageError as problem:
+        error = str(problem)
+    team = workers.of(run.strategy)
+    finished, error = team.from_chief("the earlier run", (finished, error))
+    if error:
+        raise UsageError(error)
+    return finished
+
+
+@contextlib.contextmanager
+def _stops_gently(
+    checkpoints: distfit.callbacks.Checkpoint | None,
+    stop_signals: signals.Signals,
+    writes: bool,
+) -> Iterator[None]:
+    """Lets the first signal save and end the training, where it is saved at all."""
+    if checkpoints is None:
+        yield
+        return
+    try:
+        with stop_signals.asking(checkpoints.request_stop):
+            yield
+    except SystemExit:
+        if writes and checkpoints.is_stopping:
+            print(
+                f"Saved to {checkpoints.latest}: the same command goes on from there.",
+                flush=True,
+            )
+        raise
 
 
 @contextlib.contextmanager
@@ -111,7 +181,7 @@ def _folder_to_save_in(run: setup.Run) -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
-def evaluate(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
+def evaluate(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, Any]:
     """Evaluates the weights in the working folder and returns what to report."""
     if run.validation is None or not _evaluates(run.model):
         raise UsageError(
@@ -126,14 +196,15 @@ def evaluate(run: setup.Run, watchdog: stall.Watchdog) -> dict[str, Any]:
             distfit.evaluate(
                 run.model, **data, batch_size=batch_size, steps=1, verbose=0
             )
-        saving.load_weights(run.model, run.folder)
-        return distfit.evaluate(
+        loaded = saving.load_weights(run.model, run.config, command_line.weights)
+        results = distfit.evaluate(
             run.model,
             **data,
             **_options(run),
-            callbacks=[Heartbeat(watchdog)],
+            callbacks=[Heartbeat(watch.watchdog)],
             return_dict=True,
         )
+    return {"weights": loaded, **results}
 
 
 def _named(data: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from launch import run_files
 from launch.errors import UsageError
 from launch.settings import checks, targets
 from launch.settings.flags import CommandLine
@@ -41,6 +42,10 @@ def defaults() -> ml_collections.ConfigDict:
     config.jit_compile = config_dict.placeholder(bool)
     config.workdir = config_dict.placeholder(str)
     config.verbose = config_dict.placeholder(int)
+    config.checkpoint_every = "1epoch,10min"
+    config.keep = 3
+    config.monitor = config_dict.placeholder(str)
+    config.mode = "min"
     return config
 
 
@@ -85,9 +90,7 @@ def write(config: ml_collections.ConfigDict) -> None:
     """
     folder = pathlib.Path(config.workdir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = config.to_json_best_effort(indent=2)
-        (folder / FILE).write_text(text + "\n")
+        run_files.write_text(folder / FILE, config.to_json_best_effort(indent=2) + "\n")
     except OSError as error:
         raise UsageError(
             f"The working folder cannot be written to ({error.strerror}). "

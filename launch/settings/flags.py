@@ -68,6 +68,26 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
         "is used",
     ),
     "verbose": (_INTEGER, "0 silent, 1 a progress bar, 2 a line per epoch"),
+    "checkpoint_every": (
+        _TEXT,
+        "when to save: 100steps, 1epoch, 5min, several of these with commas, or never "
+        "(default: 1epoch,10min)",
+    ),
+    "keep": (_INTEGER, "checkpoints to keep, at least 2 (default: 3)"),
+    "monitor": (
+        _TEXT,
+        "a metric, such as val_loss: the --keep best checkpoints by it are kept, and "
+        "the latest two",
+    ),
+    "mode": (_TEXT, "whether the best --monitor is the min (default) or the max"),
+}
+# Flags of `evaluate` alone.
+EVALUATE: dict[str, tuple[_Kind, str]] = {
+    "weights": (
+        _TEXT,
+        "evaluate: the weights of the trained model (default, once it is there), of "
+        "the latest checkpoint, or of the best by --monitor: model, latest or best",
+    ),
 }
 # Flags of `verify` alone, which makes its own strategies and devices.
 VERIFY: dict[str, tuple[_Kind, str]] = {
@@ -96,10 +116,30 @@ CLUSTER: dict[str, tuple[_Kind, str]] = {
         "seconds without progress after which a worker ends the run (default: 1800); "
         "0 to wait forever",
     ),
+    "fresh": (
+        _SWITCH,
+        "start anew: what an earlier run left in --workdir is moved to earlier-1 in it",
+    ),
+    "max_restarts": (
+        _INTEGER,
+        "how often to start again from the last checkpoint after a failure (default: "
+        "0); progress sets the count back",
+    ),
 }
 TEES = ("chief", "all")
-_ALL = {**SETTINGS, **CLUSTER, **VERIFY}
-_NOT_VERIFY = ("strategy", "virtual_devices", *CLUSTER)
+WEIGHTS = ("model", "latest", "best")
+_ALL = {**SETTINGS, **CLUSTER, **EVALUATE, **VERIFY}
+# Of each command, the flags that it does not take.
+_OF_SAVING = ("checkpoint_every", "keep", "fresh", "max_restarts")
+_NOT_TAKEN = {
+    "train": (*EVALUATE, *VERIFY),
+    "evaluate": (*_OF_SAVING, *VERIFY),
+    "verify": (
+        *("strategy", "virtual_devices", "monitor", "mode", *_OF_SAVING),
+        *CLUSTER,
+        *EVALUATE,
+    ),
+}
 _CONFIG_HELP = (
     "Python file whose get_config() returns settings as an ml_collections.ConfigDict; "
     "FILE.py:ARGUMENT calls it with an argument"
@@ -117,6 +157,7 @@ class CommandLine:
         overrides: the `--config.key=value` arguments, unparsed: the configuration
             determines their types.
         verify: the arguments of `distfit.verify` that were given.
+        weights: what `evaluate` takes, one of `WEIGHTS`, or None for its default.
         cluster: the flags of `CLUSTER` that were given.
     """
 
@@ -124,6 +165,7 @@ class CommandLine:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     verify: dict[str, Any] = dataclasses.field(default_factory=dict)
     cluster: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
     config: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -148,6 +190,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         settings={name: given[name] for name in given if name in SETTINGS},
         verify=_verify_arguments(given),
         cluster=_cluster_arguments(given),
+        weights=_weights(given),
         config=values["config"].value,
         overrides=overrides,
     )
@@ -193,17 +236,32 @@ def _command(positional: Sequence[str]) -> str:
 
 def _check_flags_of(command: str, given: dict[str, Any]) -> None:
     """Raises a `UsageError` for a flag that the command does not take."""
-    for name in _NOT_VERIFY if command == "verify" else VERIFY:
+    for name in _NOT_TAKEN[command]:
         if name in given:
             raise UsageError(
                 f"The command {command} takes no --{name}. "
-                f"Received: --{name}={given[name]}. "
-                + (
-                    "Give replica counts as --replicas=1,2,4."
-                    if command == "verify"
-                    else "Use it with python -m launch verify."
-                )
+                f"Received: --{name}={given[name]}. {_advice(command, name)}"
             )
+
+
+def _advice(command: str, name: str) -> str:
+    if name in VERIFY:
+        return "Use it with python -m launch verify."
+    if name in EVALUATE:
+        return "Use it with python -m launch evaluate."
+    if command == "verify" and name in ("strategy", "virtual_devices", "num_workers"):
+        return "Give replica counts as --replicas=1,2,4."
+    return "Use it with python -m launch train."
+
+
+def _weights(given: dict[str, Any]) -> str | None:
+    weights = given.get("weights")
+    if weights not in (None, *WEIGHTS):
+        raise UsageError(
+            "Unknown value of --weights. "
+            f"Received: --weights={weights}. Give {', '.join(WEIGHTS)}."
+        )
+    return weights
 
 
 def _verify_arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -228,6 +286,12 @@ def _cluster_arguments(given: dict[str, Any]) -> dict[str, Any]:
             "num_workers must be at least 1. "
             f"Received: --num_workers={arguments['num_workers']}. "
             "Leave it out to train in this process."
+        )
+    if arguments.get("max_restarts", 0) < 0:
+        raise UsageError(
+            "max_restarts must be 0 or more. "
+            f"Received: --max_restarts={arguments['max_restarts']}. "
+            "Leave it out to end at the first failure."
         )
     if arguments.get("tee", TEES[0]) not in TEES:
         raise UsageError(

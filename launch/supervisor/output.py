@@ -11,7 +11,7 @@ import pathlib
 import select
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from launch import run_files
 from launch.errors import UsageError
@@ -29,8 +29,8 @@ class Outputs:
     Args:
         workdir: the working folder of the run. Logs of an earlier run are moved aside;
             its workers' other files are removed.
-        num_workers: how many workers there will be.
-        tee: "chief" shows the output of worker 0 as it is; "all" that of every worker,
+        indices: the workers that there will be.
+        tee: "chief" shows the output of the first as it is; "all" that of every worker,
             line by line, each prefixed with its worker.
 
     Raises:
@@ -40,7 +40,7 @@ class Outputs:
         shown: the end of the chief's stderr, as far as it was shown.
     """
 
-    def __init__(self, workdir: pathlib.Path, num_workers: int, tee: str) -> None:
+    def __init__(self, workdir: pathlib.Path, indices: Sequence[int], tee: str) -> None:
         _open_standard_files()
         self._screen = Screen(1)
         # If both are the same file, such as a terminal, one Screen keeps their order.
@@ -48,7 +48,8 @@ class Outputs:
         self.shown = b""
         self._shows_errors = True
         self._tee = tee
-        self._logs = _open_logs(workdir, num_workers, self._errors.write)
+        self._first = indices[0]
+        self._logs = _open_logs(workdir, indices, self._errors.write)
         self._lines: dict[int, list[Lines]] = {}
         self._pipes: dict[int, list[_Pipe]] = {}
         self._selector = selectors.DefaultSelector()
@@ -61,7 +62,9 @@ class Outputs:
             or one for both. With two, the screen can tell them apart, but the log has
             them in the order in which they arrive here.
         """
-        shows = [self._screen.write, self._show_error][: 2 if index == 0 else 1]
+        shows = [self._screen.write, self._show_error][
+            : 2 if index == self._first else 1
+        ]
         ends = [os.pipe() for _ in shows]
         for (reading, _), show in zip(ends, shows, strict=True):
             pipe = _Pipe(reading, self._targets(index, show))
@@ -110,7 +113,7 @@ class Outputs:
         """Passes on the remaining output, and closes all files."""
         for index in list(self._pipes):
             self.finish(index)
-        for log in self._logs:
+        for log in self._logs.values():
             log.close()
         self._selector.close()
         self.flush()
@@ -128,7 +131,7 @@ class Outputs:
             lines = Lines(b"[worker %d] " % index, show)
             self._lines.setdefault(index, []).append(lines)
             return [log, lines.write]
-        return [log, show] if index == 0 else [log]
+        return [log, show] if index == self._first else [log]
 
 
 class _Pipe:
@@ -180,12 +183,14 @@ def _open_standard_files() -> None:
 
 
 def _open_logs(
-    workdir: pathlib.Path, num_workers: int, tell: Callable[[bytes], None]
-) -> list[Log]:
+    workdir: pathlib.Path, indices: Sequence[int], tell: Callable[[bytes], None]
+) -> dict[int, Log]:
+    # A worker of a cluster shares the folder with those of other hosts.
+    who = "*" if len(indices) > 1 else str(indices[0])
     try:
-        _set_logs_aside(workdir)
-        run_files.clear(workdir)
-        return [Log(run_files.log(workdir, i), tell) for i in range(num_workers)]
+        _set_logs_aside(workdir, who)
+        run_files.clear(workdir, who)
+        return {i: Log(run_files.log(workdir, i), tell) for i in indices}
     except OSError as error:
         raise UsageError(
             f"The working folder cannot be written to ({error.strerror}: "
@@ -194,17 +199,21 @@ def _open_logs(
         ) from error
 
 
-def _set_logs_aside(workdir: pathlib.Path) -> None:
+def _set_logs_aside(workdir: pathlib.Path, who: str) -> None:
     """Moves the logs of an earlier run to `logs-1`, or the next name that is free.
 
     So a run that is rejected a moment later, or evaluates, keeps the training's logs.
     """
     folder = workdir / run_files.FOLDER
-    former = [path for path in folder.glob("worker-*.log") if path.stat().st_size]
+    former = [path for path in folder.glob(f"worker-{who}.log") if path.stat().st_size]
     if not former:
         return
     names = (workdir / f"{run_files.FOLDER}-{i}" for i in itertools.count(1))
-    aside = next(path for path in names if not path.exists())
-    aside.mkdir()
+    aside = next(
+        name
+        for name in names
+        if not any((name / path.name).exists() for path in former)
+    )
+    aside.mkdir(exist_ok=True)
     for path in former:
         path.rename(aside / path.name)

@@ -58,6 +58,7 @@ class Failure:
         message: at most 2000 characters.
         traceback: as Python prints it; empty if the message is enough.
         code: the exit code that the worker ends with.
+        step: the step it was in, or had finished last; None if that is not known.
     """
 
     worker: int
@@ -66,6 +67,7 @@ class Failure:
     message: str
     traceback: str
     code: int
+    step: int | None = None
 
     @property
     def follows(self) -> bool:
@@ -109,7 +111,13 @@ class End:
         return code if code in (1, 2, interrupted, preempted) else 1
 
 
-def record(workdir: pathlib.Path, index: int, error: BaseException, code: int) -> None:
+def record(
+    workdir: pathlib.Path,
+    index: int,
+    error: BaseException,
+    code: int,
+    step: int | None = None,
+) -> None:
     """Writes `<workdir>/logs/worker-<index>.error.json`.
 
     Never raises, as that would hide the error; problems are reported on stderr.
@@ -119,6 +127,7 @@ def record(workdir: pathlib.Path, index: int, error: BaseException, code: int) -
         index: the index of this worker.
         error: the exception that ends it.
         code: the exit code that it will end with.
+        step: the step it is in, or has finished last.
     """
     try:
         content = {
@@ -128,6 +137,7 @@ def record(workdir: pathlib.Path, index: int, error: BaseException, code: int) -
             "message": without_colours(str(error))[:_LONGEST_MESSAGE],
             "traceback": _traceback(error),
             "code": code,
+            "step": step,
         }
         run_files.write_json(run_files.error(workdir, index), content)
     except Exception as problem:

@@ -14,10 +14,10 @@ How a run ends:
   for a dead peer may wait forever. The root cause is printed last.
 - One stops making progress: the workers' watchdogs detect that (stall.py). The others
   dump their stacks to their logs before they end.
-- SIGINT (Ctrl-C): the workers get it too, and SIGKILL after `GRACE`, or at once on a
-  second Ctrl-C. Exit code 130.
-- SIGTERM or SIGHUP: the workers get SIGTERM, and have `SAVE_GRACE` to save. Exit code
-  143, or that of a worker that failed to save.
+- SIGINT (Ctrl-C): the workers get it too, and have `SAVE_GRACE` to save; a second one
+  kills them at once. Exit code 130.
+- SIGTERM, SIGHUP or SIGUSR1, which Slurm can send some time before: the workers get
+  SIGTERM, and have as long. Exit code 143, or that of a worker that failed to save.
 - This process is killed: processes.py makes sure that no worker is left.
 
 A signal that was ignored at startup, as by nohup, stays ignored. A screen that nobody
@@ -38,6 +38,7 @@ from launch.cluster import hardware, local
 from launch.supervisor import failure_report, out_of_memory, root_cause
 from launch.supervisor.output import Outputs
 from launch.supervisor.processes import Guard, Process
+from launch.supervisor.restarts import Restarts, latest_step
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
 SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly allow 30
@@ -47,14 +48,17 @@ _POLL = 0.05  # seconds
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
+_SAVED = (0, _INTERRUPTED, _TERMINATED)  # exit codes of workers that could save
 
 
 def run(
     arguments: Sequence[str],
     *,
-    num_workers: int,
+    num_workers: int | None,
     workdir: pathlib.Path,
+    index: int = 0,
     tee: str = "chief",
+    max_restarts: int = 0,
     command: Sequence[str] | None = None,
 ) -> int:
     """Runs `command` with `arguments` once for each worker, until all have ended.
@@ -63,10 +67,13 @@ def run(
 
     Args:
         arguments: the command line that workers and this process share.
-        num_workers: how many workers.
+        num_workers: how many workers to start as a cluster on this host; None for one
+            process with the environment of this one, alone or a worker of a cluster.
         workdir: their logs go to its folder `logs`.
-        tee: "chief" shows the output of worker 0 as it is; "all" that of every worker,
-            line by line, each prefixed with its worker.
+        index: the index of that one process in its cluster.
+        tee: "chief" shows the output of the first worker as it is; "all" that of every
+            worker, line by line, each prefixed with its worker.
+        max_restarts: how often to start all again in a row, see restarts.py.
         command: what to run, by default `python -m launch`.
 
     Returns:
@@ -76,17 +83,65 @@ def run(
         UsageError: the working folder or the GPUs are unsuitable; nothing was started.
     """
     command = [*(command or (sys.executable, "-m", "launch")), *arguments]
-    shares = hardware.divide(num_workers)
     if sys.stdout is not None:  # closed by `>&-`
         sys.stdout.flush()
-    outputs = Outputs(workdir, num_workers, tee)
+    restarts = Restarts(max_restarts)
+    while True:
+        group = _run_once(command, num_workers, workdir, index, tee)
+        code, cause = group.tell()
+        if cause is None:
+            return code
+        pause = restarts.after(cause, latest_step(workdir / run_files.CHECKPOINTS))
+        if pause is None:
+            if restarts.reason:
+                group.say(f"launch: not started again: {restarts.reason}\n")
+            return code
+        group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
+        if signalled := _wait(pause):
+            return signalled
+        command = [each for each in command if each.lstrip("-") not in _ONLY_FIRST]
+
+
+# Flags of the first start: the next one goes on with what it has begun.
+_ONLY_FIRST = ("fresh", "fresh=true", "fresh=True", "fresh=1")
+
+
+def _run_once(
+    command: Sequence[str],
+    num_workers: int | None,
+    workdir: pathlib.Path,
+    index: int,
+    tee: str,
+) -> "_Group":
+    """Starts the workers, and returns when all have ended."""
+    if num_workers is None:
+        indices: Sequence[int] = [index]
+        shares = [hardware.Share((), None)]
+        environments = [{**os.environ, "PYTHONUNBUFFERED": "1"}]
+    else:
+        indices = range(num_workers)
+        shares = hardware.divide(num_workers)
+        environments = local.environments(shares)
+    outputs = Outputs(workdir, indices, tee)
     with _Group(workdir, outputs) as group:
-        for index, environment in enumerate(local.environments(shares)):
-            log = run_files.log(workdir, index).absolute()
+        for each, share, environment in zip(indices, shares, environments, strict=True):
+            log = run_files.log(workdir, each).absolute()
             environment[run_files.LOG_VARIABLE] = str(log)
-            group.start(index, command, environment, shares[index].cores)
+            group.start(each, [*command], environment, share.cores)
         group.watch()
-    return group.tell()
+    return group
+
+
+def _wait(seconds: float) -> int:
+    """Waits, and returns the exit code for a signal that came meanwhile, or 0."""
+    received: list[int] = []
+    with _handlers(lambda number, _: received.append(number)):
+        end = time.monotonic() + seconds
+        while not received and time.monotonic() < end:
+            time.sleep(_POLL)
+    if not received:
+        return 0
+    return _INTERRUPTED if received[0] == signal.SIGINT else _TERMINATED
 
 
 class _Group:
@@ -150,24 +205,32 @@ class _Group:
             if self._outputs.flush(_POLL):
                 break
 
-    def tell(self) -> int:
-        """Prints why the run ended, as the last lines; returns the exit code."""
+    def tell(self) -> tuple[int, root_cause.End | None]:
+        """Prints why the run ended, as the last lines.
+
+        Returns:
+            The exit code; and the root cause, if it was a failure, not a signal.
+        """
         if not self._ends:  # a signal came before any worker started
             self._answered = next(iter(self._received), None)
         if self._answered == signal.SIGINT:
-            self._outputs.say("launch: interrupted\n")
-            return _INTERRUPTED
+            self.say("launch: interrupted\n")
+            return _INTERRUPTED, None
         if self._answered is None:
             cause = root_cause.root_cause(self._ends)
         else:
             cause = root_cause.failed_to_save(self._ends)
         if cause is not None:
-            self._outputs.say(self._report(cause))
-            return cause.exit_code
+            self.say(self._report(cause))
+            return cause.exit_code, None if self._answered else cause
         if self._answered is not None:
-            self._outputs.say("launch: terminated\n")
-            return _TERMINATED
-        return 0
+            self.say("launch: terminated\n")
+            return _TERMINATED, None
+        return 0, None
+
+    def say(self, text: str) -> None:
+        """Prints whole lines to stderr."""
+        self._outputs.say(text)
 
     def _running(self) -> list[Process]:
         return [process for process in self._processes if process.code is None]
@@ -188,7 +251,7 @@ class _Group:
                 self._answer(self._received[0])
             elif self._is_failing():
                 self._fail()
-        elif any(end.code not in (0, _TERMINATED) for end in self._ends):
+        elif any(end.code not in _SAVED for end in self._ends):
             # The workers that are left cannot save any more: that takes all of them.
             latest = time.monotonic() + GRACE
             moved = [(min(due, latest), number) for due, number in self._plan]
@@ -198,14 +261,14 @@ class _Group:
         self._answered = number
         if number == signal.SIGINT:
             self._outputs.mute_errors()  # each would report the interrupt
-            self._schedule((0.0, signal.SIGINT), (GRACE, signal.SIGKILL))
+            self._schedule((0.0, signal.SIGINT), (SAVE_GRACE, signal.SIGKILL))
         else:
             self._schedule((0.0, signal.SIGTERM), (SAVE_GRACE, signal.SIGKILL))
 
     def _fail(self) -> None:
         if self._has_stalled():
             self._schedule(
-                (0.0, signal.SIGUSR1),  # see stall.enable_stack_dumps
+                (0.0, signal.SIGUSR2),  # see stall.enable_stack_dumps
                 (STACKS, signal.SIGTERM),
                 (STACKS + GRACE, signal.SIGKILL),
             )
@@ -249,7 +312,7 @@ class _Group:
 
     def _receive(self, number: int, frame: object) -> None:
         self._received.append(number)
-        if self._received.count(signal.SIGINT) > 1:
+        if len(self._received) > 1:
             self._send(signal.SIGKILL)
 
     def _report(self, cause: root_cause.End) -> str:
@@ -266,7 +329,7 @@ class _Group:
 def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Sends external signals to `handler`, except those that are ignored."""
     former = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:
             former[number] = signal.signal(number, handler)
     try:

@@ -15,9 +15,70 @@ from collections.abc import Callable, Iterator
 
 from launch.watchdog import forced_exit
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE = 5.0  # seconds; `docker stop` sends SIGKILL after 10
+_SAVING = 25.0  # seconds to save, once asked to; clusters mostly allow 30
+_AT_ONCE = 1.0  # seconds, once a second signal has come
 _POLL = 0.05  # seconds
+
+
+class Signals:
+    """The signals to this process, and what they do."""
+
+    def __init__(self) -> None:
+        self._ask: Callable[[int], object] | None = None
+        self._told = 0  # how many signals a thread has heard of
+        self._handled = 0  # how often Python has called the handler
+        self._raised = False  # whether one has raised an error in the main thread
+        self._asked = False
+        self.was_terminated = False
+
+    @contextlib.contextmanager
+    def asking(self, ask: Callable[[int], object]) -> Iterator[None]:
+        """Within it, the first signal calls `ask` with the exit code, and raises none.
+
+        What was asked has 25 s to end the process. A second signal raises at once.
+        """
+        self._ask = ask
+        try:
+            yield
+        finally:
+            self._ask = None
+
+    def handle(self, number: int, frame: object) -> None:
+        """Python's handler, which runs in the main thread."""
+        self._handled += 1
+        if self._ask is not None and not self._asked:
+            self._asked = True
+            self._ask(_code(number))
+        elif self._ask is None or max(self._told, self._handled) > 1:
+            self._raised = True
+            self.was_terminated = number != signal.SIGINT
+            raise _exception(number)
+
+    def insist(
+        self,
+        number: int,
+        record: Callable[[BaseException], object],
+        patience: float,
+    ) -> None:
+        """Ends the process if the handler, or what it has asked, does not."""
+        self._told += 1
+        began = time.monotonic()
+        asks = self._ask is not None and self._told == 1
+        if asks and not self._asked:  # The main thread may be long in native code.
+            self._asked = True
+            self._ask(_code(number))  # type: ignore[misc]
+        elif self._told > 1:
+            patience = min(patience, _AT_ONCE)
+        # Only while this handler is installed: user code may have replaced it.
+        while signal.getsignal(number) == self.handle and not self._raised:
+            waiting = asks and self._ask is not None
+            if asks and not waiting:  # It was in time.
+                return
+            if time.monotonic() - began > (_SAVING if waiting else patience):
+                _end(number, record)
+            time.sleep(_POLL)
 
 
 @contextlib.contextmanager
@@ -25,12 +86,13 @@ def raised(
     record: Callable[[BaseException], object] = lambda error: None,
     *,
     patience: float = _PATIENCE,
-) -> Iterator[None]:
-    """Makes SIGTERM raise `SystemExit(143)`, and Ctrl-C `KeyboardInterrupt`.
+) -> Iterator[Signals]:
+    """Makes SIGTERM and SIGUSR1 raise `SystemExit(143)`, Ctrl-C `KeyboardInterrupt`.
 
-    This lets the process clean up, and save what it has. If the main thread does not
-    raise it within `patience`, the process exits without cleanup, with code 143 or 130.
-    Signals that are ignored, or have another handler, are left alone.
+    This lets the process clean up, and save what it has; see `Signals.asking`. If the
+    main thread does not raise it within `patience`, the process exits without cleanup,
+    with code 143 or 130. Signals that are ignored, or have another handler, are left
+    alone.
 
     Call it from the main thread.
 
@@ -38,26 +100,18 @@ def raised(
         record: called before such an exit, with the error that could not be raised.
         patience: how many seconds the main thread has to raise it.
     """
-    heard: set[int] = set()
-
-    def handle(number: int, frame: object) -> None:
-        heard.add(number)
-        raise _exception(number)
+    signals = Signals()
 
     def insist(number: int) -> None:
-        deadline = time.monotonic() + patience
-        # Only while this handler is installed: user code may have replaced it.
-        while signal.getsignal(number) is handle and number not in heard:
-            if time.monotonic() > deadline:
-                _end(number, record)
-            time.sleep(_POLL)
+        arguments = (number, record, patience)
+        threading.Thread(target=signals.insist, args=arguments, daemon=True).start()
 
     try:
-        with _handled(handle), _told_of_signals(insist):
-            yield
+        with _handled(signals.handle), _told_of_signals(insist):
+            yield signals
     except Exception as error:
-        if signal.SIGTERM in heard:  # TensorFlow may have turned it into another error
-            raise _exception(signal.SIGTERM) from error
+        if signals.was_terminated:  # TensorFlow may have turned it into another error
+            raise SystemExit(_code(signal.SIGTERM)) from error
         raise
 
 
@@ -72,7 +126,7 @@ def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
 
     def restore() -> None:
         for number, handler in former.items():
-            if signal.getsignal(number) is handle:
+            if signal.getsignal(number) == handle:
                 signal.signal(number, handler)
 
     # Runs in the child before let_go(), which unblocks signals there.
@@ -134,8 +188,14 @@ def _end(number: int, record: Callable[[BaseException], object]) -> None:
         print(text, file=sys.stderr, flush=True)
         record(_exception(number))
 
-    forced_exit.at_once(128 + number, last_words)
+    forced_exit.at_once(_code(number), last_words)
 
 
 def _exception(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+    interrupted = number == signal.SIGINT
+    return KeyboardInterrupt() if interrupted else SystemExit(_code(number))
+
+
+def _code(number: int) -> int:
+    """The exit code: Slurm's SIGUSR1 announces the SIGTERM of a job's end."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

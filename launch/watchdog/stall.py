@@ -51,14 +51,14 @@ class _Note(NamedTuple):
 
 
 def enable_stack_dumps() -> None:
-    """Makes SIGUSR1 and crashes dump the Python stacks of all threads to stderr.
+    """Makes SIGUSR2 and crashes dump the Python stacks of all threads to stderr.
 
     C code does that, so it works even if the main thread hangs in a native call.
     """
     stderr = os.dup(_STDERR)  # quiet.py replaces it for a while
     faulthandler.enable(stderr, all_threads=True)
     if hasattr(faulthandler, "register"):  # not on Windows
-        faulthandler.register(signal.SIGUSR1, stderr, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, stderr, all_threads=True)
 
 
 class Watchdog:
@@ -148,6 +148,11 @@ class Watchdog:
         entered = self._noted.entered + (phase in STAGES)
         self._noted = _Note(step, phase, entered, time.time())
 
+    @property
+    def step(self) -> int:
+        """The step that was noted last."""
+        return self._noted.step
+
     def look(self) -> None:
         """Ends the process if it has stalled; one thread calls this repeatedly."""
         now, noted = self._clock(), self._noted
@@ -206,7 +211,7 @@ class Watchdog:
         error = StallError(self._message(noted))
         print(f"launch: {error}", file=sys.stderr, flush=True)
         if self._workdir is not None:
-            root_cause.record(self._workdir, self._index, error, 1)
+            root_cause.record(self._workdir, self._index, error, 1, noted.step)
 
     def _message(self, noted: _Note) -> str:
         own = self._progress(noted)

@@ -459,7 +459,8 @@ def test_a_stalled_callback_is_named_with_its_step_and_all_stacks_are_logged(lau
 
 
 def test_a_stopped_worker_is_named_and_leaves_its_stack(launch):
-    callback = "(index, step) == (2, 5) and os.kill(os.getpid(), signal.SIGSTOP)"
+    stop = "(os.kill(os.getpid(), signal.SIGSTOP), time.sleep(60))"
+    callback = f"(index, step) == (2, 5) and {stop}"
     run = launch(WATCHED.format(callback=callback, timeout=3), num_workers=3)
     assert run.wait() == 1
     assert "Received: worker 2 not responding since" in run.last
