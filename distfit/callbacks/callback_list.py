@@ -78,6 +78,7 @@ class CallbackList(keras.callbacks.CallbackList):
             super().__init__(callbacks, verbose=verbose, **arguments)
             self._moved = moved.pop_all()
         self.checkpoints = [c for c in self.callbacks if isinstance(c, Checkpoint)]
+        self.non_finite = [c for c in self.callbacks if isinstance(c, NonFinite)]
         self.stateful = list(_with_state(self.callbacks))
         self._before: list[dict[str, Any]] = []
         self._has_warned = False
@@ -99,13 +100,17 @@ class CallbackList(keras.callbacks.CallbackList):
     @property
     def watch_losses(self) -> bool:
         """Whether a callback watches for non-finite losses."""
-        return any(isinstance(c, NonFinite) for c in self.callbacks)
+        return bool(self.non_finite)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a non-finite loss leads back to the last checkpoint."""
+        return any(each.action == "rollback" for each in self.non_finite)
 
     def use_watch(self, watch: FiniteWatch | None) -> None:
         """Gives callbacks the watch of losses that is part of the compiled steps."""
-        for callback in self.callbacks:
-            if isinstance(callback, NonFinite):
-                callback.watch = watch
+        for callback in self.non_finite:
+            callback.watch = watch
 
     def note_states(self) -> None:
         """Remembers the callbacks as they are, to tell later what has changed."""

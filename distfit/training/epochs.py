@@ -1,6 +1,6 @@
 """Epochs: steps until the data end or a callback stops, and their callbacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import keras
 
@@ -61,6 +61,7 @@ def run_epoch(
     callbacks: CallbackList,
     step: int = 0,
     after: Callable[[int, bool], None] = lambda step, more: None,
+    skipped: Collection[int] = (),
 ) -> dict[str, float]:
     """Runs an epoch and returns its logs.
 
@@ -73,6 +74,7 @@ def run_epoch(
         step: How many steps of it were run already, by a training that goes on here.
         after: Called after each execution with the number of steps run, and whether the
             data have more.
+        skipped: The steps, from 0, whose batches are left out.
     """
     if step == 0:
         driver.reset()
@@ -86,12 +88,22 @@ def run_epoch(
             )
         return driver.run(batches, steps)
 
-    run_steps(model, kind, run, batches, callbacks, driver.results, step, after)
+    run_steps(
+        model, kind, run, batches, callbacks, driver.results, step, after, skipped
+    )
     return driver.results_of_epoch()
 
 
 def run_steps(
-    model, kind, run, batches, callbacks, read, step=0, after=lambda step, more: None
+    model,
+    kind,
+    run,
+    batches,
+    callbacks,
+    read,
+    step=0,
+    after=lambda step, more: None,
+    skipped=(),
 ) -> None:
     """Runs the steps of an epoch, `steps_per_execution` at a time."""
     several_workers = workers.of(model.distribute_strategy).count > 1
@@ -102,9 +114,15 @@ def run_steps(
         return (total is None or step < total) and batches.has_next()
 
     while has_more(step):
+        if step in skipped:
+            batches.skip_next()
+            step += 1
+            after(step, has_more(step))
+            continue
         steps = model.steps_per_execution
         if total is not None:
             steps = min(steps, total - step)
+        steps = min([steps, *(skip - step for skip in skipped if skip > step)])
         callbacks.batch_begin(kind, step)
         step += run(steps)
         callbacks.batch_end(kind, step - 1, read)

@@ -56,23 +56,26 @@ def fit(
     if saved is not None:
         randomness.set_state(saved.manifest["randomness at the start"])
     at_start = randomness.state()
-    if validation_split and validation_data is None:
-        (x, y, sample_weight), validation_data = _keras.train_validation_split(
-            (x, y, sample_weight), validation_split=validation_split
+
+    def data() -> tuple[GlobalBatches, GlobalBatches | None]:
+        given, held_out = (x, y, sample_weight), validation_data
+        if validation_split and validation_data is None:
+            given, held_out = _keras.train_validation_split(
+                given, validation_split=validation_split
+            )
+        batches = make_batches(
+            model.distribute_strategy,
+            *given,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=_shuffle_of(x, shuffle),
+            class_weight=class_weight,
         )
-    batches = make_batches(
-        model.distribute_strategy,
-        x,
-        y,
-        sample_weight,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        shuffle=_shuffle_of(x, shuffle),
-        class_weight=class_weight,
-    )
-    validation = _validation_batches(
-        model, validation_data, validation_batch_size or batch_size, validation_steps
-    )
+        return batches, _validation_batches(
+            model, held_out, validation_batch_size or batch_size, validation_steps
+        )
+
+    batches, validation = data()
     with callback_list(
         model, callbacks, verbose, epochs, batches.epoch_steps, add_history=True
     ) as callbacks:
@@ -82,6 +85,7 @@ def fit(
         )
         if callbacks.checkpoints or saved is not None:
             training.prepare()
+        _check_rollback(callbacks, batches)
         agreement.check_same_program(
             model,
             "fit()",
@@ -91,14 +95,17 @@ def fit(
                 "shuffle": shuffle,
                 "class_weight": class_weight,
                 "validation_freq": validation_freq,
-                "stops at a non-finite loss": callbacks.watch_losses,
+                "at a non-finite loss": [c.action for c in callbacks.non_finite],
                 "checkpoints": [c.every for c in callbacks.checkpoints],
                 **batches.facts("the data"),
                 "has validation data": validation is not None,
                 **(validation.facts("the validation data") if validation else {}),
             },
         )
-        training.run(initial_epoch, saved)
+        while not training.run(initial_epoch, saved):
+            saved = training.before_bad_step()
+            randomness.set_state(at_start)
+            training = training.again(*data())
     return model.history
 
 
@@ -162,8 +169,62 @@ class Training:
             data.note_first_batch()
         self.callbacks.note_states()
 
-    def run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:
-        """Trains from an epoch, or from where a checkpoint was taken."""
+    def again(
+        self, batches: GlobalBatches, validation: GlobalBatches | None
+    ) -> "Training":
+        """The same from the start, without the batch whose loss was not finite."""
+        for callback in self.callbacks.non_finite:
+            callback.skipped = [*callback.skipped, [self.epoch + 1, callback.bad_step]]
+        return Training(
+            self.model,
+            batches,
+            validation,
+            self._validation_freq,
+            self.callbacks,
+            self.epochs,
+            self._at_start,
+        )
+
+    def before_bad_step(self) -> resuming.Saved:
+        """The checkpoint to go back to from a loss that was not finite.
+
+        Raises:
+            FloatingPointError: there is none, or too many batches were left out.
+        """
+        error = self._non_finite
+        for checkpoints in self.callbacks.checkpoints:
+            checkpoints.join()
+        if len(self.callbacks.non_finite[0].skipped) >= _MOST_SKIPPED:
+            raise error
+        folder = self.callbacks.checkpoints[0].folder
+        saved = resuming.load(self._team, folder, resuming.non_finite)
+        if saved is None:
+            raise error
+        if self._team.is_chief:
+            logging.getLogger("distfit").warning(
+                "%s Going back, and on without that batch of epoch %d.",
+                error,
+                self.epoch + 1,
+            )
+        return saved
+
+    def run(self, initial_epoch: int, saved: resuming.Saved | None) -> bool:
+        """Trains from an epoch, or from where a checkpoint was taken.
+
+        Returns:
+            Whether it has ended; else at a loss from which callbacks roll back.
+        """
+        try:
+            self._run(initial_epoch, saved)
+        except FloatingPointError as error:
+            bad = any(callback.bad_step for callback in self.callbacks.non_finite)
+            if not (bad and self.callbacks.rolls_back):
+                raise
+            self._non_finite = error
+            return False
+        return True
+
+    def _run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:
         model, callbacks = self.model, self.callbacks
         model.stop_training = False
         self.batches.restart()
@@ -175,6 +236,8 @@ class Training:
         if saved is not None:
             self._go_on(saved)
         self._saving.begin(self.steps, self.epoch, is_new=saved is None)
+        if callbacks.rolls_back and saved is None:
+            self._saving.end(self.steps, self.epoch)  # There is a way back at once.
         if callbacks.checkpoints:
             self._warn_of_counted_draws()
         logs, has_ended = None, saved is not None and model.stop_training
@@ -199,6 +262,7 @@ class Training:
             callbacks,
             self.step,
             self._after,
+            self._skipped(),
         )
         if self.validation is not None and _is_due(self.epoch, self._validation_freq):
             found = run_test(model, self.validation, callbacks)
@@ -208,6 +272,15 @@ class Training:
         self.epoch, self.step = self.epoch + 1, 0
         self._saving.after_epoch(self.steps, self.epoch)
         return logs
+
+    def _skipped(self) -> set[int]:
+        """The steps of this epoch whose batches are left out."""
+        return {
+            step - 1
+            for callback in self.callbacks.non_finite
+            for epoch, step in callback.skipped
+            if epoch == self.epoch + 1
+        }
 
     def _after(self, step: int, more: bool) -> None:
         """Notes that steps were run."""
@@ -291,7 +364,11 @@ class Training:
         if any(errors):
             raise ValueError(next(filter(None, errors)))
         state.set_values(self._team, variables, arrays)
+        skipped = [list(each.skipped) for each in self.callbacks.non_finite]
         self.callbacks.set_states(manifest["callbacks"], arrays)
+        for callback, more in zip(self.callbacks.non_finite, skipped, strict=True):
+            callback.skipped += [each for each in more if each not in callback.skipped]
+            callback.bad_step = 0
         randomness.set_state(manifest["randomness"])
         self.model.stop_training = manifest["stops"]
         if self._team.is_chief and self.callbacks.params["verbose"]:
@@ -302,6 +379,24 @@ class Training:
                 "The training of %s had stopped itself: nothing is left to do.",
                 saved.path,
             )
+
+
+_MOST_SKIPPED = 10  # Batches that a rollback leaves out before it gives up.
+
+
+def _check_rollback(callbacks: CallbackList, batches: GlobalBatches) -> None:
+    if not callbacks.rolls_back:
+        return
+    if not callbacks.checkpoints:
+        raise ValueError(
+            "A rollback goes back to a checkpoint. Received: NonFinite("
+            'action="rollback") without a Checkpoint. Add one to the callbacks.'
+        )
+    if not batches.can_start_again:
+        raise ValueError(
+            "A rollback reads the data from their beginning again. Received: NonFinite("
+            'action="rollback") with a generator. Give data that can be read again.'
+        )
 
 
 def _shuffle_of(x: Any, shuffle: bool | str) -> bool | str:

@@ -282,6 +282,16 @@ class GlobalBatches:
         """Keeps a batch that was read but not yet trained on."""
         self._next = batch
 
+    def skip_next(self) -> None:
+        """Leaves out the batch that comes next, which counts as a step."""
+        self.take_next()
+        self.put_next(None)
+
+    @property
+    def can_start_again(self) -> bool:
+        """Whether the data can be read from their beginning again."""
+        return not self._one_pass
+
     def end_epoch(self, steps: int) -> None:
         """Ends an epoch that ran `steps` steps.
 

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -34,7 +34,13 @@ class Saved:
     arrays: dict[str, np.ndarray]
 
 
-def load(team: Workers, folder: Any) -> Saved | None:
+# Says why a checkpoint cannot be used, or "".
+Usable = Callable[[Saved], str]
+
+
+def load(
+    team: Workers, folder: Any, is_good: Usable = lambda saved: ""
+) -> Saved | None:
     """The latest good checkpoint of a folder, as the chief reads it, on all workers.
 
     A damaged one is named and passed over.
@@ -42,6 +48,7 @@ def load(team: Workers, folder: Any) -> Saved | None:
     Args:
         team: The workers; all of them call this at the same place.
         folder: A folder of checkpoints, or None.
+        is_good: Says why a checkpoint that is not damaged cannot be used, or "".
 
     Returns:
         None if no folder is given or nothing was saved yet.
@@ -55,7 +62,7 @@ def load(team: Workers, folder: Any) -> Saved | None:
     own, error = b"", ""
     if team.is_chief:
         try:
-            own = _packed(_latest(pathlib.Path(folder)))
+            own = _packed(_latest(pathlib.Path(folder), is_good))
         except (OSError, TypeError, ValueError) as problem:
             error = str(problem)
     error = team.from_chief("the checkpoint", error)
@@ -64,7 +71,16 @@ def load(team: Workers, folder: Any) -> Saved | None:
     return _unpacked(team.gather("the checkpoint", own)[0])
 
 
-def _latest(folder: pathlib.Path) -> Saved | None:
+def non_finite(saved: Saved) -> str:
+    """Which of its weights or optimizer's variables is not finite, or ""."""
+    for name, value in saved.arrays.items():
+        if name.startswith(("model/", "optimizer")) and value.dtype.kind in "fV":
+            if not np.isfinite(value.astype("float64")).all():
+                return f"{saved.path}: {name} is not finite."
+    return ""
+
+
+def _latest(folder: pathlib.Path, is_good: Usable = lambda saved: "") -> Saved | None:
     if checkpoint.is_name(folder.name):
         raise ValueError(
             "`resume_from` is the folder of all checkpoints; the latest good one is "
@@ -76,10 +92,14 @@ def _latest(folder: pathlib.Path) -> Saved | None:
     for step in reversed(checkpoint.steps(folder)):
         path = folder / f"step-{step}"
         try:
-            return Saved(path, *checkpoint.read(path))
-        except checkpoint.DamagedCheckpointError as error:
-            _LOGGER.warning("A checkpoint is damaged and passed over: %s", error)
-            errors.append(str(error))
+            saved = Saved(path, *checkpoint.read(path))
+            error = is_good(saved)
+        except checkpoint.DamagedCheckpointError as problem:
+            error = str(problem)
+        if not error:
+            return saved
+        _LOGGER.warning("A checkpoint is passed over: %s", error)
+        errors.append(error)
     if errors:
         raise checkpoint.DamagedCheckpointError(
             f"No checkpoint can be used. Received: {' '.join(errors)} Start anew in "

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+import distfit
 from launch import run_files
 
 FILE = "metrics.jsonl"
@@ -23,10 +24,15 @@ class MetricsLog(keras.callbacks.Callback):
 
     Args:
         path: the file; None on workers that do not write.
+        non_finite: the callback that knows of batches that were left out: an epoch with
+            some has an entry "skipped_steps", which count from 1.
     """
 
-    def __init__(self, path: pathlib.Path | None) -> None:
+    def __init__(
+        self, path: pathlib.Path | None, non_finite: distfit.callbacks.NonFinite
+    ) -> None:
         super().__init__()
+        self._non_finite = non_finite
         self._path = path
         self._lines = 0  # lines that are written and stay
         self._is_ready = False  # whether the file has these lines and no others
@@ -46,7 +52,9 @@ class MetricsLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         seconds = round(time.monotonic() - self._epoch_began, 3)
         metrics = {k: np.asarray(v, float).tolist() for k, v in (logs or {}).items()}
-        self.write({"epoch": epoch + 1, "seconds": seconds, **metrics})
+        skipped = [step for e, step in self._non_finite.skipped if e == epoch + 1]
+        notes = {"skipped_steps": skipped} if skipped else {}
+        self.write({"epoch": epoch + 1, "seconds": seconds, **metrics, **notes})
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds a line, and is sure that it is on the disk."""

@@ -87,6 +87,7 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
         }
     with input_errors.as_usage_errors():
         checkpoints = saving.checkpoints(run.config)
+        non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
     began: list[float] = []
 
     def begin(epoch: int, logs: Any) -> None:
@@ -96,11 +97,11 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
             configuration.write(run.config)
         began.append(time.monotonic())
 
-    log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None)
+    log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None, non_finite)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=begin),
         Heartbeat(watch.watchdog),
-        distfit.callbacks.NonFinite(),
+        non_finite,
         *run.callbacks,
         *([checkpoints] if checkpoints else []),
         log,

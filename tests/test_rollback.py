@@ -1,0 +1,149 @@
+"""`NonFinite(action="rollback")` trains as if the bad batches were not in the data."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from breadth import numbers_of_replicas, pick
+from keras import layers
+
+import distfit
+from distfit.callbacks import Checkpoint, NonFinite
+from distfit.training import checkpoint
+
+BATCH, STEPS, EPOCHS = 4, 6, 3
+
+
+def build():
+    model = distfit.Sequential(
+        [keras.Input((3,)), layers.Dense(4, activation="tanh"), layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def rows(bad=()):
+    x = np.random.default_rng(0).normal(size=(BATCH * STEPS, 3)).astype("float32")
+    y = x.sum(1, keepdims=True)
+    for step in bad:
+        x[step * BATCH] = np.nan
+    return x, y
+
+
+def fit(strategy, callbacks, x, y, **arguments):
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        model = build()
+    options = {"batch_size": BATCH, "epochs": EPOCHS, "verbose": 0, "shuffle": False}
+    history = distfit.fit(model, x, y, callbacks=callbacks, **options, **arguments)
+    return model, history
+
+
+def without(bad):
+    """Trains by hand on the batches that are not bad."""
+    keras.utils.set_random_seed(3)
+    model = build()
+    x, y = rows()
+    for _ in range(EPOCHS):
+        for step in range(STEPS):
+            if step not in bad:
+                part = slice(step * BATCH, (step + 1) * BATCH)
+                model.train_on_batch(x[part], y[part])
+    return model
+
+
+@pytest.mark.parametrize("replicas", numbers_of_replicas([1, 2], [1, 2, 3]))
+@pytest.mark.parametrize("bad", pick([[2, 5]], [[0], [3], [2, 5]]))
+def test_bad_batches_are_left_out(make_strategy, tmp_path, replicas, bad):
+    guard = NonFinite(action="rollback")
+    saves = Checkpoint(tmp_path, every=["2steps", "1epoch"])
+    strategy = make_strategy(replicas)
+    model, history = fit(strategy, [guard, saves], *rows(bad))
+    assert guard.skipped == [[e + 1, s + 1] for e in range(EPOCHS) for s in bad]
+    expected = without(bad)
+    for one, other in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert history.epoch == [0, 1, 2]
+    assert np.isfinite(history.history["loss"]).all()
+
+
+def test_fused_steps_and_data_of_unknown_length_leave_them_out(make_strategy, tmp_path):
+    guard = NonFinite(action="rollback")
+    saves = Checkpoint(tmp_path, every="1epoch")
+    data = tf.data.Dataset.from_tensor_slices(rows([4])).filter(lambda x, y: True)
+    keras.utils.set_random_seed(3)
+    with make_strategy(2).scope():
+        model = build()
+        model.steps_per_execution = 3
+    model.fit(data.batch(BATCH), epochs=EPOCHS, callbacks=[guard, saves], verbose=0)
+    assert guard.skipped == [[1, 5], [2, 5], [3, 5]]
+    for one, other in zip(model.get_weights(), without([4]).get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_that_goes_on_keeps_leaving_them_out(make_strategy, tmp_path):
+    def callbacks(asks=False):
+        saves = Checkpoint(tmp_path / str(asks), every="1epoch")
+        ask = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: (
+                saves.request_stop() if asks and epoch == 1 else None
+            )
+        )
+        return [NonFinite(action="rollback"), ask, saves]
+
+    whole = fit(make_strategy(1), callbacks(), *rows([2]))
+    with pytest.raises(SystemExit):
+        fit(make_strategy(1), callbacks(asks=True), *rows([2]))
+    again = callbacks(asks=True)
+    again[1].on_epoch_begin = lambda *_: None
+    resumed = fit(make_strategy(1), again, *rows([2]), resume_from=tmp_path / "True")
+    assert again[0].skipped == [[1, 3], [2, 3], [3, 3]]
+    for one, other in zip(whole[0].variables, resumed[0].variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    assert whole[1].history == resumed[1].history
+
+
+def test_it_goes_back_to_finite_weights(make_strategy, tmp_path):
+    """A step may give a finite loss and weights that are not."""
+
+    class Breaks(keras.callbacks.Callback):
+        done = False
+
+        def get_state(self):
+            return {}
+
+        def set_state(self, state):
+            pass
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2 and not self.done:
+                self.done = True
+                kernel = self.model.layers[-1].kernel
+                kernel.assign(kernel * np.inf)
+
+    guard, saves = NonFinite("rollback"), Checkpoint(tmp_path, every="1steps", keep=9)
+    model, _ = fit(make_strategy(1), [Breaks(), guard, saves], *rows())
+    assert guard.skipped == [[1, 4]]
+    assert all(np.isfinite(each).all() for each in model.get_weights())
+
+
+def test_it_gives_up_where_every_batch_is_bad(make_strategy, tmp_path):
+    saves = Checkpoint(tmp_path)
+    with pytest.raises(FloatingPointError, match="at step 5 on replica 0"):
+        fit(make_strategy(1), [NonFinite("rollback"), saves], *rows(range(STEPS)))
+    manifest, _ = checkpoint.read(tmp_path / "step-6")
+    assert manifest["epoch"] == 1
+
+
+def test_it_takes_a_checkpoint_and_data_that_can_be_read_again(make_strategy, tmp_path):
+    with pytest.raises(ValueError, match="without a Checkpoint"):
+        fit(make_strategy(1), [NonFinite("rollback")], *rows())
+    with pytest.raises(ValueError, match="Received: action='stay'"):
+        NonFinite("stay")
+
+
+def test_a_validation_loss_that_is_not_finite_ends_with_an_error(make_strategy):
+    x, y = rows()
+    held_out = (x[:4], np.full((4, 1), np.nan, "float32"))
+    with pytest.raises(FloatingPointError, match="val_loss=nan at the end of epoch 1"):
+        fit(make_strategy(2), [NonFinite()], x, y, validation_data=held_out)
