@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         train, validation: data as `fit()` takes it; validation may be None.
-        callbacks: those of the reference model.
+        callbacks: those of the reference model and of `--callbacks`.
         writes: whether this worker writes the results.
     """
 
@@ -70,8 +70,7 @@ def prepare(
     watchdog.note(0, progress.BUILDING)
     with strategy.scope():
         built = build_model(config, reference)
-    make_callbacks = getattr(reference, "callbacks", None)
-    callbacks = make_callbacks(config, config.workdir) if make_callbacks else []
+    callbacks = make_callbacks(config, reference)
     writes = distfit.is_chief(strategy)
     return Run(config, strategy, built, train, validation, callbacks, writes)
 
@@ -125,6 +124,30 @@ def load_data(
             "Return the two, each as fit() takes it; validation may be None."
         )
     return data
+
+
+def make_callbacks(
+    config: ConfigDict, reference: types.ModuleType | None
+) -> list[keras.callbacks.Callback]:
+    """Returns the callbacks of the reference model and those of `--callbacks`.
+
+    Raises:
+        UsageError: the function of --callbacks does not return callbacks.
+    """
+    made = getattr(reference, "callbacks", None)
+    callbacks = list(made(config, config.workdir)) if made else []
+    if config.callbacks is None:
+        return callbacks
+    given = targets.load_function("callbacks", config.callbacks)(config)
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(each, keras.callbacks.Callback) for each in given
+    ):
+        raise UsageError(
+            "The function of --callbacks does not return a list of Keras callbacks. "
+            f"Received: {given!r} from --callbacks={config.callbacks}. Return such a "
+            "list, which may be empty."
+        )
+    return [*callbacks, *given]
 
 
 def build_model(config: ConfigDict, reference: types.ModuleType | None) -> keras.Model:

@@ -87,6 +87,8 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     targets.check_name("strategy", config.strategy, names("strategy.py"))
     if config.mixed_precision is not None:
         targets.check_name("mixed_precision", config.mixed_precision, POLICIES)
+    if config.callbacks is not None:
+        targets.check_path("callbacks", config.callbacks)
     if config.dataset is not None:
         targets.check("dataset", config.dataset, names("datasets/__init__.py"))
     elif targets.is_path(config.model):

@@ -29,6 +29,7 @@ def defaults() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = "gan"
     config.dataset = config_dict.placeholder(str)
+    config.callbacks = config_dict.placeholder(str)
     config.data_dir = config_dict.placeholder(str)
     config.batch_size = 32
     config.epochs = 1

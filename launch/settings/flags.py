@@ -46,6 +46,11 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
         "a dataset of distfit, or package.module:function, a function that takes the "
         "configuration and returns (train, validation)",
     ),
+    "callbacks": (
+        _TEXT,
+        "package.module:function, a function that takes the configuration and returns "
+        "Keras callbacks, the same on every worker",
+    ),
     "batch_size": (_INTEGER, "rows of the global batch, over all replicas"),
     "epochs": (_INTEGER, "epochs to train"),
     "steps_per_epoch": (

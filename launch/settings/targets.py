@@ -43,7 +43,7 @@ def declared_names(file: str) -> tuple[str, ...]:
 def check(flag: str, value: str, names: Sequence[str]) -> None:
     """Raises a `UsageError` unless `value` is one of `names` or a path to a module."""
     if is_path(value):
-        _check_path(flag, value)
+        check_path(flag, value)
     else:
         check_name(flag, value, names, or_else="a path package.module:function")
 
@@ -92,7 +92,8 @@ def place(error: Exception) -> str:
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def _check_path(flag: str, value: str) -> None:
+def check_path(flag: str, value: str) -> None:
+    """Raises a `UsageError` unless `value` is a path to a module that is there."""
     module, _, function = value.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), function]):
         raise UsageError(

@@ -1,0 +1,204 @@
+"""A run that something goes wrong with ends with the bits of one that was left alone.
+
+Each fault is a real one, at a chosen step of a real run of two workers. Some the
+supervisor mends itself (--max_restarts), after others the same command is given again.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import zipfile
+
+import fault_programs
+import pytest
+from breadth import pick
+
+pytestmark = pytest.mark.integration
+
+HERE = pathlib.Path(__file__).resolve().parent
+SECONDS = 240  # a hard limit for a command; each takes some 20 on an idle machine
+STEPS = fault_programs.STEPS
+# After a step in the middle of an epoch, at the end of an epoch, after the last step.
+MOMENTS = {"mid-epoch": STEPS + 2, "boundary": -1, "last": 3 * STEPS}
+
+# By name: kind, worker, the exit code of the first command (0: mended by itself).
+MENDED = {
+    "exception on the chief": ("exception", 0),
+    "exception on a worker": ("exception", 1),
+    "SIGKILL of the chief": ("kill", 0),
+    "SIGKILL of a worker": ("kill", 1),
+    "SIGSEGV of a worker": ("segfault", 1),
+    "SIGTERM to one worker": ("terminate", 1),
+    "SIGSTOP of a worker": ("stop", 1),
+    "SIGKILL during a save": ("kill in save", 0),
+}
+BY_HAND = {
+    "SIGKILL of the supervisor": ("kill supervisor", 0, -signal.SIGKILL),
+    "SIGTERM to the supervisor": ("terminate supervisor", 1, 143),
+    "Ctrl-C": ("interrupt supervisor", 0, 130),
+    "full disk": ("full disk", 0, 1),
+}
+DAMAGES = {
+    "newest checkpoint truncated": lambda path: _resize(next(path.glob("*.data*"))),
+    "one byte flipped": lambda path: _flip(next(path.glob("*.data*"))),
+    "manifest missing": lambda path: (path / "manifest.json").unlink(),
+    "manifest cut": lambda path: _resize(path / "manifest.json"),
+}
+
+
+def _resize(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+class Run:
+    """The same command, again and again, in a folder of its own."""
+
+    def __init__(self, folder, program, seed=1, fault="none:0:0"):
+        build, data = fault_programs.PROGRAMS[program]
+        self.folder = folder
+        self.workdir = folder / "out"
+        self.command = [
+            *(sys.executable, "-m", "launch", "--num_workers=2", "--max_restarts=2"),
+            f"--model=fault_programs:{build}",
+            f"--dataset=fault_programs:{data}",
+            "--callbacks=fault_programs:callbacks",
+            f"--batch_size={fault_programs.BATCH}",
+            f"--epochs={fault_programs.EPOCHS}",
+            *(f"--seed={seed}", "--workdir=out", "--stall_timeout=20"),
+            "--checkpoint_every=3steps,1epoch",
+        ]
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+            "FAULT": fault,
+            "FAULT_DONE": str(folder / "done"),
+            "FAULT_CHECKPOINTS": str(self.workdir / "checkpoints"),
+            "CUDA_VISIBLE_DEVICES": "-1",
+        }
+
+    def start(self, *more):
+        """Runs the command to its end, and returns its exit code."""
+        with subprocess.Popen(
+            [*self.command, *more],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # If the tests run in the background, children would ignore the signal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            try:
+                self.out, _ = process.communicate(timeout=SECONDS)
+            finally:
+                process.kill()
+        return process.returncode
+
+    @property
+    def was_disturbed(self):
+        return (self.folder / "done").exists()
+
+    def checkpoints(self):
+        found = (self.workdir / "checkpoints").glob("step-*")
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def results(self):
+        """The weights and optimizer, bit for bit, and the metrics of each epoch."""
+        with zipfile.ZipFile(self.workdir / "model.keras") as file:
+            weights = file.read("model.weights.h5")
+        lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+        epochs = [json.loads(line) for line in lines]
+        return weights, [{**e, "seconds": 0} for e in epochs if "epoch" in e]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """`undisturbed(program, seed)`: the results of a run that was left alone."""
+    found = {}
+
+    def results(program, seed=1):
+        if (program, seed) not in found:
+            run = Run(tmp_path_factory.mktemp("undisturbed"), program, seed)
+            assert run.start() == 0, run.out
+            found[program, seed] = run.results()
+        return found[program, seed]
+
+    return results
+
+
+def matrix(faults, few):
+    """Every fault with every program and moment, or a few of these."""
+    every = [
+        (f, p, m) for f in faults for p in fault_programs.PROGRAMS for m in MOMENTS
+    ]
+    assert set(few) <= set(every)
+    return pick(few, every)
+
+
+@pytest.mark.parametrize(
+    "name, program, moment",
+    matrix(
+        MENDED,
+        [
+            ("exception on a worker", "lm", "boundary"),
+            ("SIGKILL of the chief", "cnn", "mid-epoch"),
+            ("SIGTERM to one worker", "gan", "last"),
+        ],
+    ),
+)
+def test_the_supervisor_mends_it(tmp_path, undisturbed, name, program, moment):
+    kind, worker = MENDED[name]
+    run = Run(tmp_path, program, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
+    assert run.start() == 0, run.out
+    assert run.was_disturbed
+    in_time = kind == "kill in save" and moment == "last"  # No save may follow.
+    assert in_time or "launch: starting again in 1 s: 1 of 2" in run.out, run.out
+    assert run.results() == undisturbed(program), run.out
+
+
+@pytest.mark.parametrize(
+    "name, program, moment",
+    matrix(
+        BY_HAND,
+        [
+            ("SIGKILL of the supervisor", "lm", "mid-epoch"),
+            ("Ctrl-C", "gan", "boundary"),
+            ("full disk", "cnn", "mid-epoch"),
+        ],
+    ),
+)
+def test_the_same_command_goes_on(tmp_path, undisturbed, name, program, moment):
+    kind, worker, code = BY_HAND[name]
+    run = Run(tmp_path, program, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
+    run.command.remove("--max_restarts=2")
+    assert run.start() == code, run.out
+    assert run.was_disturbed
+    assert run.start() == 0, run.out
+    assert run.results() == undisturbed(program), run.out
+
+
+@pytest.mark.parametrize(
+    "name, program, moment",
+    matrix(DAMAGES, [("one byte flipped", "gan", "mid-epoch")]),
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path, undisturbed, name, program, moment
+):
+    fault = f"kill supervisor:0:{MOMENTS[moment]}"
+    run = Run(tmp_path, program, fault=fault)
+    assert run.start() == -signal.SIGKILL, run.out
+    newest = run.checkpoints()[-1]
+    DAMAGES[name](newest)
+    assert run.start() == 0, run.out
+    assert f"A checkpoint is passed over: {newest.relative_to(run.folder)}" in run.out
+    assert run.results() == undisturbed(program), run.out
