@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _fail(_code(error), "interrupted")
     except SystemExit as end:  # a signal, or sys.exit() in user code
+        if end.code == _code(KeyboardInterrupt()):  # it has saved first
+            return _fail(_code(end), "interrupted")
         if isinstance(end.code, int | None):
             return _code(end)
         return _fail(_code(end), str(end.code))

@@ -202,6 +202,17 @@ def test_report_of_a_stall_that_the_chief_has_seen_from_its_side_is_not_repeated
     assert failure_report.text(end, tmp_path) == f"launch: {message}\n"
 
 
+def test_report_names_a_worker_that_did_not_answer_and_no_graph(tmp_path):
+    lost = caught(RuntimeError("a graph\n" * 50 + "socket closed by a peer\nmore"))
+    root_cause.record(tmp_path, 0, lost, 1)
+    end = End(0, 1, 2.0, failure=root_cause.read(tmp_path, 0))
+    text = failure_report.text(end, tmp_path, silent=["worker 1 (stopped)"])
+    assert text == (
+        "launch: worker 1 (stopped) did not answer, and worker 0 ended with "
+        "RuntimeError: socket closed by a peer\n"
+    )
+
+
 def test_report_of_a_death_has_the_last_lines_of_the_log(tmp_path):
     log = run_files.log(tmp_path, 1)
     log.parent.mkdir()

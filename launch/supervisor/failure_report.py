@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+from collections.abc import Sequence
 
 from launch import run_files
 from launch.supervisor.root_cause import End, Failure
@@ -16,7 +17,12 @@ _LONGEST_LINE = 500  # characters of a message; the traceback is printed above i
 
 
 def text(
-    end: End, workdir: pathlib.Path, *, shown: str = "", out_of_memory: bool = False
+    end: End,
+    workdir: pathlib.Path,
+    *,
+    shown: str = "",
+    out_of_memory: bool = False,
+    silent: Sequence[str] = (),
 ) -> str:
     """Returns the report: a traceback or the end of a log, then the cause.
 
@@ -25,11 +31,15 @@ def text(
         workdir: the working folder of the run.
         shown: the end of what stderr already shows, which is not repeated.
         out_of_memory: whether the kernel has killed a process for lack of memory.
+        silent: the workers that had neither ended nor recorded an error by then, such
+            as "worker 1 (stopped)".
     """
     log = run_files.log(workdir, end.worker)
     if end.failure is None:
         above = f"Worker {end.worker}, the end of {log}:\n{_tail(log)}"
         return above + _death(end, out_of_memory) + "\n"
+    if end.failure.follows and silent:
+        return f"{_lost(end.failure, silent)}\n"
     code = str(end.failure.code)
     if end.failure.type in _EXITS and end.failure.message in ("", code):
         return f"launch: worker {end.worker} ended with exit code {code}\n"
@@ -51,13 +61,23 @@ def _tells_of_stall(failure: Failure, shown: str) -> bool:
     return failure.type == "StallError" and last.startswith("launch: No progress for ")
 
 
+def _lost(failure: Failure, silent: Sequence[str]) -> str:
+    """Names those that others have lost: they have no error of their own to report."""
+    message = " ".join(failure.message.split())[:_LONGEST_LINE]
+    return (
+        f"launch: {', '.join(silent)} did not answer, and worker {failure.worker} "
+        f"ended with {failure.type}: {message}"
+    )
+
+
 def _last_line(failure: Failure) -> str:
     message = " ".join(failure.message.split())
     if failure.type in _WITHOUT_A_WORKER:
         return f"launch: {message}"
     if len(message) > _LONGEST_LINE:
         message = message[:_LONGEST_LINE] + " ..."
-    which = f"worker {failure.worker} failed first, with {failure.type}"
+    how = "lost another worker" if failure.follows else "failed first"
+    which = f"worker {failure.worker} {how}, with {failure.type}"
     return f"launch: {which}: {message}" if message else f"launch: {which}"
 
 

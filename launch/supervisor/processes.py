@@ -13,6 +13,7 @@ processes that workers have started, and works on other systems.
 import contextlib
 import ctypes
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -73,6 +74,16 @@ class Process:
         if self.code == -signal.SIGKILL:
             return self._signalled.get(signal.SIGKILL)
         return min(self._signalled.values(), default=None)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was stopped by a signal, as far as Linux tells."""
+        try:
+            text = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        # "pid (name) state ...", where the name may have parentheses.
+        return text.rpartition(")")[2].split()[:1] in (["T"], ["t"])
 
     def send(self, number: int) -> None:
         """Sends a signal, and resumes the worker if it was stopped.

@@ -130,12 +130,15 @@ def record(
         step: the step it is in, or has finished last.
     """
     try:
+        lost = lost_peer(error)  # a line among dozens about TensorFlow's graph
+        name = type(error).__name__
+        message = str(error) if lost is None else lost.removeprefix(f"{name}: ")
         content = {
             "worker": index,
             "time": time.time(),
-            "type": type(error).__name__,
-            "message": without_colours(str(error))[:_LONGEST_MESSAGE],
-            "traceback": _traceback(error),
+            "type": name,
+            "message": without_colours(message)[:_LONGEST_MESSAGE],
+            "traceback": "" if lost else _traceback(error),
             "code": code,
             "step": step,
         }

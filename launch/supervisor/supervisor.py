@@ -153,6 +153,7 @@ class _Group:
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
         self._received: list[int] = []  # signals to this process
+        self._silent: list[str] = []  # workers that the others may have lost
         self._answered: int | None = None  # the signal that ends the group
         self._failing_since: float | None = None
         # When to send which signal to the workers that are left, once the group ends.
@@ -273,6 +274,11 @@ class _Group:
                 (STACKS + GRACE, signal.SIGKILL),
             )
             return
+        self._silent = [
+            f"worker {process.index}{' (stopped)' * process.is_stopped}"
+            for process in self._running()
+            if root_cause.read(self._workdir, process.index) is None
+        ]
         cause = root_cause.root_cause(self._ends)
         preempted = cause is not None and cause.exit_code == _TERMINATED
         grace = SAVE_GRACE if preempted else GRACE  # the others are saving as well
@@ -321,6 +327,7 @@ class _Group:
             cause,
             self._workdir,
             shown=self._outputs.shown.decode(errors="replace"),
+            silent=self._silent,
             out_of_memory=before is not None and after is not None and after > before,
         )
 
