@@ -13,13 +13,15 @@ BENCH_READY := $(VENV)/.bench-ready
 # More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
 ARGS ?=
 
-.PHONY: help install train test test-fast test-exhaustive test-ray check lint benchmark benchmark-torch clean
+.PHONY: help install train test test-fast test-exhaustive test-faults soak test-ray check lint benchmark benchmark-torch clean
 
 help:
 	@echo "make train      train the GAN on MNIST digits with 2 replicas, into runs/gan"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take no minutes and start no processes"
 	@echo "make test-exhaustive  all tests in all variants: hours"
+	@echo "make test-faults      a run and what can go wrong with it, in all combinations"
+	@echo "make soak       50 random kills of one training"
 	@echo "make test-ray   the example for Ray, which is installed for it"
 	@echo "make check      what a commit should pass, in seconds: lint and import rules"
 	@echo "make lint       ruff and mypy"
@@ -39,6 +41,14 @@ test: test-fast
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile
+
+# Every fault with every program at every moment: an hour or two.
+test-faults: $(READY)
+	EXHAUSTIVE=1 $(BIN)/python -m pytest -m integration tests/integration/test_faults.py
+
+# 50 random kills of one training: about 20 minutes.
+soak: $(READY)
+	$(BIN)/python tests/integration/soak.py $(ARGS)
 
 # All numbers of replicas, all sizes of batches, more examples of each property.
 test-exhaustive:

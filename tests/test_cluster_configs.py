@@ -291,6 +291,9 @@ def sbatch_options(text):
     parser = argparse.ArgumentParser(exit_on_error=False)
     for name in ("job-name", "output", "time"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--open-mode", choices=["append", "truncate"])
+    parser.add_argument("--signal", required=True)
+    parser.add_argument("--requeue", action="store_true")
     for name in ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"):
         parser.add_argument(f"--{name}", type=int, required=True)
     # sbatch stops looking at the first line that is neither a comment nor empty.
@@ -308,6 +311,7 @@ def test_the_batch_script_is_bash(script):
 def test_the_options_of_the_batch_script_are_those_of_sbatch(script):
     options = sbatch_options(script.read_text())
     assert re.fullmatch(r"\d\d:\d\d:\d\d", options.time)
+    assert options.signal == "USR1@120" and options.requeue  # to the tasks, not to bash
     assert options.gpus_per_node % options.ntasks_per_node == 0
 
 

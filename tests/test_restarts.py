@@ -1,0 +1,89 @@
+"""When a run that has failed is started again: the policy, with made-up failures."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.supervisor.restarts import Restarts, latest_step
+from launch.supervisor.root_cause import End, Failure
+
+KILLED = End(0, -9, 1.0)
+PREEMPTED = End(1, 143, 1.0)
+INVALID = End(0, 2, 1.0)
+
+
+def error(step, message="wrong", type="ValueError"):
+    return End(0, 1, 1.0, failure=Failure(0, 1.0, type, message, "", 1, step))
+
+
+def test_without_restarts_there_are_none():
+    restarts = Restarts(0)
+    assert restarts.after(KILLED, 0) is None and restarts.reason == ""
+
+
+def test_pauses_double_and_the_number_is_limited():
+    restarts = Restarts(3)
+    assert [restarts.after(KILLED, 0) for _ in range(4)] == [1.0, 2.0, 4.0, None]
+    assert restarts.reason == "3 restarts without a later checkpoint"
+
+
+def test_a_later_checkpoint_sets_the_count_back():
+    restarts = Restarts(1)
+    assert [restarts.after(KILLED, step) for step in (0, 5, 9, 9)] == [1, 1, 1, None]
+
+
+def test_preemptions_have_a_count_of_their_own():
+    restarts = Restarts(1)
+    ends = [KILLED, PREEMPTED, KILLED]
+    assert [restarts.after(end, 0) for end in ends] == [1.0, 1.0, None]
+
+
+def test_invalid_input_ends_a_run():
+    assert Restarts(5).after(INVALID, 0) is None
+
+
+def test_the_same_error_at_the_same_step_twice_ends_a_run_whatever_was_saved():
+    restarts = Restarts(5)
+    assert restarts.after(error(7), 5) == 1.0
+    assert restarts.after(error(7), 6) is None
+    assert "the same error at the same place, step 7, twice" in restarts.reason
+
+
+def test_other_errors_other_steps_and_what_lies_between_do_not():
+    restarts = Restarts(5)
+    for end in (error(7), error(8), error(8, "other"), KILLED, error(8, "other")):
+        assert restarts.after(end, 0) is not None
+
+
+def test_an_error_that_follows_from_a_lost_worker_is_no_reason_of_its_own():
+    restarts = Restarts(5)
+    lost = error(7, "socket closed", "UnavailableError")
+    assert [restarts.after(lost, 0) for _ in range(3)] == [1.0, 2.0, 4.0]
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(
+            st.sampled_from([KILLED, PREEMPTED, error(1), error(2)]), st.integers(0, 3)
+        ),
+        max_size=60,
+    ),
+)
+def test_it_ends_unless_there_is_progress(most, failures):
+    """Between two later checkpoints there are at most `most` restarts of each kind."""
+    restarts, best, since = Restarts(most), 0, 0
+    for end, step in failures:
+        if step > best:
+            best, since = step, 0
+        pause = restarts.after(end, step)
+        if pause is None:
+            return
+        since += 1
+        assert since <= 2 * most and 1.0 <= pause <= 60.0
+
+
+def test_the_latest_checkpoint_is_the_one_with_most_steps(tmp_path):
+    assert latest_step(tmp_path / "none") == 0
+    for name in ("step-9", "step-10", "step-x", ".unfinished-step-11", "other"):
+        (tmp_path / name).mkdir()
+    assert latest_step(tmp_path) == 10
