@@ -93,6 +93,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the content of a file; None if it is missing or malformed."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

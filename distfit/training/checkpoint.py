@@ -104,7 +104,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise DamagedCheckpointError(f"{file}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or "format" not in content:
         raise DamagedCheckpointError(f"{file} is not a manifest of distfit.")
@@ -114,7 +114,21 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         )
     if content.pop("sha256", None) != _sha256_of(content):
         raise DamagedCheckpointError(f"{file} was changed: its SHA-256 differs.")
+    if not _names_files(content.get("files")):
+        raise DamagedCheckpointError(f"{file} does not say which files it is for.")
     return content
+
+
+def _names_files(files: Any) -> bool:
+    """Whether these are the facts of files in the folder of a manifest."""
+    if not isinstance(files, dict) or f"{_TENSORS}.index" not in files:
+        return False
+    return all(
+        os.path.basename(name) == name
+        and isinstance(facts, dict)
+        and isinstance(facts.get("sha256"), str)
+        for name, facts in files.items()
+    )
 
 
 def is_name(name: str) -> bool:

@@ -56,7 +56,7 @@ def parse(text: str) -> Task | None:
 def _load(text: str) -> Mapping[str, Any]:
     try:
         loaded = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"TF_CONFIG is not valid JSON ({error}). Received: TF_CONFIG={text}. "
             f"Write it as {_FORM}."

@@ -5,7 +5,6 @@ From lowest to highest priority: the defaults here, those of the reference model
 and the flags.
 """
 
-import json
 import pathlib
 import re
 import runpy
@@ -116,6 +115,10 @@ def _stack(
             _put(config, layer, source)
         _override(config, command_line.overrides, known_overrides_only)
         _put(config, command_line.settings, "the flags")
+        if config.model is None:
+            raise UsageError(
+                "A run needs a model. Received: model=None. Give --model=gan, say."
+            )
         if config.workdir is None:
             config.workdir = f"runs/{config.model.replace(':', '.')}"
         return config
@@ -192,7 +195,7 @@ def _load_file(config: str | None) -> Mapping[str, Any]:
         )
     try:
         loaded = runpy.run_path(path)["get_config"](*argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"The configuration file fails with {type(error).__name__}: {error} "
             f"({targets.place(error)}). Received: --config={config}. "
@@ -208,14 +211,14 @@ def _load_file(config: str | None) -> Mapping[str, Any]:
 
 def _load_recorded(file: pathlib.Path) -> Mapping[str, Any]:
     """Reads the settings that a training wrote, so that `evaluate` needs no flags."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    recorded = run_files.read_json(file)
+    if recorded is None:
         raise UsageError(
-            f"The folder has no training to evaluate ({error}). "
-            f"Received: --workdir={file.parent}. "
-            "Give the --workdir of a finished training, or its --model."
-        ) from error
+            f"The folder has no training to evaluate: {file.name} is missing or "
+            f"malformed. Received: --workdir={file.parent}. "
+            "Give the --workdir of a training, or its --model."
+        )
+    return recorded
 
 
 def _for_evaluation(recorded: Mapping[str, Any]) -> Mapping[str, Any]:

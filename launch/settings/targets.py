@@ -53,7 +53,7 @@ def check_name(
 ) -> None:
     """Raises a `UsageError` unless `value` is one of `names`."""
     if value not in names:
-        near = difflib.get_close_matches(value, names, n=1)
+        near = difflib.get_close_matches(str(value), names, n=1)
         raise UsageError(
             f"Unknown {flag}. Received: --{flag}={value}. "
             + (f"Did you mean {near[0]}? " if near else "")
@@ -86,7 +86,7 @@ def load_function(flag: str, value: str) -> Callable:
     return function
 
 
-def place(error: Exception) -> str:
+def place(error: BaseException) -> str:
     """Returns the file and line that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"

@@ -26,7 +26,7 @@ COMMAND = [
     *("--model=fault_programs:build_gan", "--dataset=fault_programs:digits"),
     *("--batch_size=8", "--workdir=out", "--checkpoint_every=50steps", "--verbose=0"),
 ]
-PATIENCE = 300  # seconds without a new process after which something hangs
+PATIENCE = 1800  # seconds, after which something hangs
 
 
 class Training:
@@ -95,7 +95,7 @@ def _environment(pid: int) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     chance = random.Random(given.seed)
