@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,6 +28,8 @@ from launch.settings import checks, configuration, flags
 from launch.settings.flags import CommandLine
 from launch.supervisor import root_cause
 from launch.watchdog import signals, stall
+
+_BEGAN = time.time()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -169,7 +172,7 @@ def _work(
             os.environ.update(found.environment())
         with quiet.tensorflow_import():
             from launch.run import worker
-        watch = worker.Watch(watchdog, heard)
+        watch = worker.Watch(watchdog, heard, _BEGAN)
         done = worker.run(command_line, config.model, found, watch)
         return 0 if done else 1
 

@@ -15,6 +15,8 @@ from typing import Any
 # The path of the worker's log, set in workers that the supervisor starts. The output of
 # other workers goes wherever their own launcher sends it.
 LOG_VARIABLE = "DISTFIT_WORKER_LOG"
+# What the supervisor tells workers that it starts again: when the run failed and ended.
+RESTART_VARIABLE = "DISTFIT_RESTART"
 FOLDER = "logs"
 CHECKPOINTS = "checkpoints"  # what a restart goes on from
 _KINDS = ("log", "error.json", "progress.json")

@@ -124,6 +124,7 @@ def test_no_attribute_of_a_class_or_module_is_replaced(path):
 def test_launch_imports_tensorflow_only_where_a_worker_runs():
     allowed = {
         "run/earlier.py",
+        "run/ledger.py",
         "run/worker.py",
         "run/setup.py",
         "run/saving.py",

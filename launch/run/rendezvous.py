@@ -16,6 +16,7 @@ from launch.watchdog import progress
 
 _SAID_AFTER = 10.0  # seconds
 _POLL = 0.2  # seconds
+_LOOPBACK = "127.0.0.1"
 _CONNECTING = 1.0  # seconds, at most
 
 
@@ -62,10 +63,16 @@ def _say(cluster: Cluster, missing: Sequence[int]) -> None:
 
 
 def _listen(address: str, backlog: int) -> socket.socket:
-    """Listens on all addresses of this host, as TensorFlow does."""
+    """Listens on all addresses of this host, as TensorFlow does, or on loopback alone.
+
+    The latter where the cluster is on this host: TensorFlow itself cannot.
+    """
+    host, port = host_and_port(address)
+    if host == _LOOPBACK:
+        return socket.create_server((host, port), backlog=backlog)
     both = socket.has_dualstack_ipv6()
     return socket.create_server(
-        ("", host_and_port(address)[1]),
+        ("", port),
         family=socket.AF_INET6 if both else socket.AF_INET,
         dualstack_ipv6=both,
         backlog=backlog,

@@ -1,8 +1,7 @@
 """One process of a run: configuration -> strategy, data, model -> fit or evaluate.
 
-Only this file, setup.py, earlier.py, saving.py, metrics_log.py, verification.py and
-watchdog/heartbeat.py need TensorFlow. Every worker of a cluster runs all of it; only
-the chief reports and writes.
+Only files of this folder, and watchdog/heartbeat.py, need TensorFlow. Every worker of a
+cluster runs all of it; only the chief reports and writes.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ from launch.errors import UsageError
 from launch.run import (
     earlier,
     input_errors,
+    ledger,
     metrics_log,
     saving,
     setup,
@@ -35,12 +35,15 @@ from launch.settings.flags import CommandLine
 from launch.watchdog import progress, signals, stall
 from launch.watchdog.heartbeat import Heartbeat
 
+_LOADED = time.time()
+
 
 class Watch(NamedTuple):
     """What looks after this process: its watchdog, and what hears its signals."""
 
     watchdog: stall.Watchdog
     signals: signals.Signals
+    began: float  # when this process began, in seconds of time.time()
 
 
 def run(
@@ -98,12 +101,14 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
         began.append(time.monotonic())
 
     log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None, non_finite)
+    times = ledger.Ledger(watch.began, _LOADED, checkpoints)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=begin),
         Heartbeat(watch.watchdog),
         non_finite,
         *run.callbacks,
         *([checkpoints] if checkpoints else []),
+        times,
         log,
     ]
     with (
@@ -126,7 +131,15 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
     watch.watchdog.note(0, "saving")
     with _folder_to_save_in(run) as folder:
         saved = saving.save(run.model, folder)
-    return {**done, **last, "saved": saved, "results": run.folder}
+    spent = times.end()
+    log.write({"ledger": spent})
+    return {
+        **done,
+        **last,
+        "time": f"{ledger.text(spent)} (seconds)",
+        "saved": saved,
+        "results": run.folder,
+    }
 
 
 def _has_finished(run: setup.Run, fresh: bool) -> bool:

@@ -26,12 +26,13 @@ reads prevents none of this.
 
 import collections
 import contextlib
+import json
 import os
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from launch import run_files
 from launch.cluster import hardware, local
@@ -86,8 +87,9 @@ def run(
     if sys.stdout is not None:  # closed by `>&-`
         sys.stdout.flush()
     restarts = Restarts(max_restarts)
+    restart: dict[str, str] = {}
     while True:
-        group = _run_once(command, num_workers, workdir, index, tee)
+        group = _run_once(command, num_workers, workdir, index, tee, restart)
         code, cause = group.tell()
         if cause is None:
             return code
@@ -96,6 +98,8 @@ def run(
             if restarts.reason:
                 group.say(f"launch: not started again: {restarts.reason}\n")
             return code
+        times = {"failed": cause.began, "ended": time.time()}
+        restart = {run_files.RESTART_VARIABLE: json.dumps(times)}
         group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
         if signalled := _wait(pause):
             return signalled
@@ -112,6 +116,7 @@ def _run_once(
     workdir: pathlib.Path,
     index: int,
     tee: str,
+    more: Mapping[str, str],
 ) -> "_Group":
     """Starts the workers, and returns when all have ended."""
     if num_workers is None:
@@ -126,7 +131,7 @@ def _run_once(
     with _Group(workdir, outputs) as group:
         for each, share, environment in zip(indices, shares, environments, strict=True):
             log = run_files.log(workdir, each).absolute()
-            environment[run_files.LOG_VARIABLE] = str(log)
+            environment |= {run_files.LOG_VARIABLE: str(log), **more}
             group.start(each, [*command], environment, share.cores)
         group.watch()
     return group

@@ -101,7 +101,8 @@ def variables() -> dict[str, str]:
 
 def epochs(folder: pathlib.Path, workdir: str = "out") -> list[dict]:
     lines = (folder / workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    found = [json.loads(line) for line in lines]
+    return [entry for entry in found if "epoch" in entry]
 
 
 @functools.cache

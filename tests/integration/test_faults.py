@@ -20,6 +20,7 @@ pytestmark = pytest.mark.integration
 
 HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 240  # a hard limit for a command; each takes some 20 on an idle machine
+SECRET = b"of-nobody-elses-concern"
 STEPS = fault_programs.STEPS
 # After a step in the middle of an epoch, at the end of an epoch, after the last step.
 MOMENTS = {"mid-epoch": STEPS + 2, "boundary": -1, "last": 3 * STEPS}
@@ -83,6 +84,7 @@ class Run:
             "FAULT_DONE": str(folder / "done"),
             "FAULT_CHECKPOINTS": str(self.workdir / "checkpoints"),
             "CUDA_VISIBLE_DEVICES": "-1",
+            "A_TOKEN_OF_THE_USER": SECRET.decode(),
         }
 
     def start(self, *more):
@@ -111,6 +113,17 @@ class Run:
     def checkpoints(self):
         found = (self.workdir / "checkpoints").glob("step-*")
         return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def ledger(self):
+        last = (self.workdir / "metrics.jsonl").read_text().splitlines()[-1]
+        return json.loads(last)["ledger"]
+
+    def what_others_may_not_have(self):
+        """Files that anyone may write, and files with a secret of the environment."""
+        files = [p for p in self.workdir.rglob("*") if p.is_file()]
+        return [
+            p for p in files if p.stat().st_mode & 0o002 or SECRET in p.read_bytes()
+        ]
 
     def results(self):
         """The weights and optimizer, bit for bit, and the metrics of each epoch."""
@@ -164,6 +177,8 @@ def test_the_supervisor_mends_it(tmp_path, undisturbed, name, program, moment):
     in_time = kind == "kill in save" and moment == "last"  # No save may follow.
     assert in_time or "launch: starting again in 1 s: 1 of 2" in run.out, run.out
     assert run.results() == undisturbed(program), run.out
+    assert run.ledger()["restarts"] == 1 - in_time
+    assert run.what_others_may_not_have() == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Where the time of a run went: seconds by purpose, over all its restarts."""
+
+import json
+import os
+import time
+from typing import Any
+
+import keras
+
+from launch import run_files
+
+# In the order of a start; "rest" is callbacks, logs and what lies between.
+PARTS = (
+    "noticing",  # from a failure until all workers had ended
+    "waiting",  # from then to the next start
+    "starting",  # from there until the program is loaded
+    "building",  # the data, the model and its steps
+    "restoring",  # the state of a checkpoint
+    "first step",  # compiling it, too
+    "steps",  # with the data that they wait for
+    "validation",
+    "saving",
+    "lost",  # trained after the checkpoint that a start went on from
+    "rest",
+)
+
+
+class Ledger(keras.callbacks.Callback):
+    """Adds up seconds by purpose, as this worker sees them.
+
+    Its state is part of checkpoints, so that a run that goes on adds to what was there.
+
+    Args:
+        began: when this process began, in seconds of `time.time()`.
+        loaded: when the program was loaded.
+        checkpoints: the callback that saves, or None.
+    """
+
+    in_step_with_others = True  # it neither reads logs nor stops anything
+
+    def __init__(
+        self,
+        began: float,
+        loaded: float,
+        checkpoints: keras.callbacks.Callback | None,
+    ) -> None:
+        super().__init__()
+        self._checkpoints = checkpoints
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._restarts = 0
+        self._began = began
+        self._steps_ran = False
+        self._mark = loaded
+        self._add("starting", loaded - began)
+        self._note_restart()
+
+    def _add(self, part: str, seconds: float) -> None:
+        self._seconds[part] += max(0.0, seconds)
+
+    def _note_restart(self) -> None:
+        """Adds what the supervisor knows of the failure before this start."""
+        restart = json.loads(os.environ.get(run_files.RESTART_VARIABLE, "{}"))
+        if restart:
+            self._restarts = 1
+            self._failed = restart["failed"]
+            self._add("noticing", restart["ended"] - restart["failed"])
+            self._add("waiting", self._began - restart["ended"])
+        else:
+            self._failed = None
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self.so_far(), "time": time.time()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for part in PARTS:
+            self._seconds[part] += state["seconds"][part]
+        self._restarts += state["restarts"]
+        if self._failed is not None:
+            self._add("lost", self._failed - state["time"])
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._pass("building")
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._pass("rest" if self._steps_ran else "restoring")
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._pass("steps" if self._steps_ran else "first step")
+        self._steps_ran = True
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._pass("rest")
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self._pass("validation")
+
+    def _pass(self, part: str) -> None:
+        """Adds the time since the last call."""
+        now = time.time()
+        self._add(part, now - self._mark)
+        self._mark = now
+
+    def so_far(self) -> dict[str, Any]:
+        """The seconds of each part, and the number of restarts."""
+        seconds = dict(self._seconds)
+        paused = getattr(self._checkpoints, "paused", 0.0)
+        seconds["saving"] += paused  # which is part of what lies between steps
+        seconds["rest"] = max(0.0, seconds["rest"] - paused)
+        return {"seconds": seconds, "restarts": self._restarts}
+
+    def end(self) -> dict[str, Any]:
+        """The ledger once the model is saved, rounded to milliseconds."""
+        self._pass("saving")
+        found = self.so_far()
+        seconds = {k: round(v, 3) for k, v in found["seconds"].items()}
+        return {"seconds": seconds, "restarts": found["restarts"]}
+
+
+def text(ledger: dict[str, Any]) -> str:
+    """One line for the summary: the parts that took a tenth of a second or more."""
+    parts = [f"{k} {v:.1f}" for k, v in ledger["seconds"].items() if v >= 0.1]
+    restarts = f"; restarts {ledger['restarts']}" if ledger["restarts"] else ""
+    return ", ".join(parts) + restarts
