@@ -71,6 +71,7 @@ lint: $(READY)
 # packages that Orbit does not use: --no-deps takes it alone.
 benchmark: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.saving
 
 # Not part of the above for its size.
 benchmark-torch: $(BENCH_READY)
