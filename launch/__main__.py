@@ -22,7 +22,7 @@ import ml_collections
 from launch import run_files
 from launch.cluster import discovery
 from launch.cluster.discovery import Cluster
-from launch.errors import UsageError
+from launch.errors import RunError, UsageError
 from launch.run import quiet
 from launch.settings import checks, configuration, flags
 from launch.settings.flags import CommandLine
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         return _run(arguments)
-    except (UsageError, FloatingPointError) as error:  # no traceback needed
+    except (UsageError, RunError, FloatingPointError) as error:
         return _fail(_code(error), str(error))
     except KeyboardInterrupt as error:
         return _fail(_code(error), "interrupted")

@@ -1,8 +1,15 @@
-"""The error that ends a launch before any work: exit code 2."""
+"""Errors that need no traceback: their message is one line that says it all."""
 
 
 class UsageError(Exception):
     """Flags, a configuration or a file that no run can start with.
 
-    The message is one line: what is wrong, `Received: name=value`, what to do.
+    Exit code 2. The message says what is wrong, `Received: name=value`, what to do.
+    """
+
+
+class RunError(Exception):
+    """What ends a run that has begun, and is no mistake in its code: a full disk, say.
+
+    Exit code 1.
     """

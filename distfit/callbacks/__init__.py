@@ -4,7 +4,7 @@ Begin with `callback_list`.
 """
 
 from distfit.callbacks.callback_list import CallbackList
-from distfit.callbacks.checkpoint import Checkpoint
+from distfit.callbacks.checkpoint import Checkpoint, SaveError
 from distfit.callbacks.chief_only import ChiefOnly
 from distfit.callbacks.lazy_logs import LazyLogs
 from distfit.callbacks.non_finite import NonFinite
@@ -17,5 +17,6 @@ __all__ = [
     "LazyLogs",
     "NonFinite",
     "ProgressBar",
+    "SaveError",
     "SharedProgressBar",
 ]

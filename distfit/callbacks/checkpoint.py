@@ -15,6 +15,10 @@ from distfit.training import checkpoint
 _EVERY = re.compile(r"(\d+)\s*(steps?|epochs?|min|s)")
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written. What was saved before is still there."""
+
+
 class Checkpoint(keras.callbacks.Callback):
     """Saves checkpoints from which `fit(..., resume_from=folder)` goes on, bit for bit.
 
@@ -32,8 +36,8 @@ class Checkpoint(keras.callbacks.Callback):
         monitor: A name in the logs of epochs, such as "val_loss": of the ends of epochs
             the `keep` best are kept, and the latest two checkpoints.
         mode: "min" or "max": which values of `monitor` are the best.
-        on_error: What follows if one cannot be written, on a full disk, say: "raise" an
-            `OSError` at the next step, or "warn". What was saved before stays.
+        on_error: What follows if one cannot be written, on a full disk, say: "raise" a
+            `SaveError` at the next step, or "warn". What was saved before stays.
 
     Attributes:
         paused: Seconds in which the training waited for its checkpoints.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distfit.callbacks import Checkpoint
+from distfit.callbacks import Checkpoint, SaveError
 from distfit.cluster.workers import Workers
 from distfit.training import checkpoint
 
@@ -76,7 +76,7 @@ class Saving:
         """Saves the end of the training, if it is not yet saved, and waits for that.
 
         Raises:
-            OSError: on all workers, if the chief could not write.
+            SaveError: on all workers, if the chief could not write.
         """
         for each in self._checkpoints:
             if not each.has_saved(step):
@@ -147,6 +147,6 @@ class Saving:
         if not failure:
             return
         if each.on_error == "raise":
-            raise OSError(failure)
+            raise SaveError(failure)
         if self._team.is_chief:
             warnings.warn(failure, stacklevel=2)

@@ -18,7 +18,7 @@ import tensorflow as tf
 import distfit
 from distfit.cluster import workers
 from launch.cluster.discovery import Cluster
-from launch.errors import UsageError
+from launch.errors import RunError, UsageError
 from launch.run import (
     earlier,
     input_errors,
@@ -183,6 +183,8 @@ def _stops_gently(
                 flush=True,
             )
         raise
+    except distfit.callbacks.SaveError as error:
+        raise RunError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from launch import run_files
 from launch.supervisor.root_cause import End, Failure
 
 # The last line is their message alone: it says what to change, or names the workers.
-_WITHOUT_A_WORKER = ("UsageError", "FloatingPointError", "StallError")
+_WITHOUT_A_WORKER = ("UsageError", "RunError", "FloatingPointError", "StallError")
 # Raised to end the process, by a signal or by sys.exit().
 _EXITS = ("SystemExit", "KeyboardInterrupt")
 _LAST_LINES = 15

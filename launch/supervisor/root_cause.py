@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Sequence
 
 from launch import run_files
-from launch.errors import UsageError
+from launch.errors import RunError, UsageError
 
 _LONGEST_MESSAGE = 2000  # characters; TensorFlow appends whole graphs
 # Their message needs no traceback: it says what is wrong with the input, names the step
 # and the replica (NonFinite), or was given to sys.exit().
-_EXPLAIN_THEMSELVES = (UsageError, FloatingPointError, SystemExit)
+_EXPLAIN_THEMSELVES = (UsageError, RunError, FloatingPointError, SystemExit)
 
 # What TensorFlow raises in a worker that has lost a peer.
 _ALWAYS_FOLLOW = {

@@ -144,6 +144,10 @@ def _stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _pause():
+    time.sleep(5)  # The test does something meanwhile.
+
+
 def _segfault():
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -184,6 +188,7 @@ def _fill_disk():
 KINDS = {
     "exception": _raise,
     "kill": _kill,
+    "pause": _pause,
     "segfault": _segfault,
     "terminate": _terminate,
     "stop": _stop,

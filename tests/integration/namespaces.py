@@ -41,6 +41,11 @@ class Hosts:
         for name in self.names:
             _ip("-n", name, "link", "set", "link0", "down")
 
+    def mend(self) -> None:
+        """Undoes a cut."""
+        for name in self.names:
+            _ip("-n", name, "link", "set", "link0", "up")
+
 
 @contextlib.contextmanager
 def hosts(delay: float = 0.0) -> Iterator[Hosts]:

@@ -4,15 +4,18 @@ Each fault is a real one, at a chosen step of a real run of two workers. Some th
 supervisor mends itself (--max_restarts), after others the same command is given again.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import fault_programs
+import namespaces
 import pytest
 from breadth import pick
 
@@ -87,10 +90,10 @@ class Run:
             "A_TOKEN_OF_THE_USER": SECRET.decode(),
         }
 
-    def start(self, *more):
+    def start(self):
         """Runs the command to its end, and returns its exit code."""
         with subprocess.Popen(
-            [*self.command, *more],
+            self.command,
             cwd=self.folder,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -217,3 +220,80 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert run.start() == 0, run.out
     assert f"A checkpoint is passed over: {newest.relative_to(run.folder)}" in run.out
     assert run.results() == undisturbed(program), run.out
+
+
+@contextlib.contextmanager
+def small_disk(folder, kilobytes):
+    """A file system of its own, in memory."""
+    folder.mkdir(parents=True)
+    size = f"size={kilobytes}k"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield lambda options: subprocess.run(
+            ["mount", "-o", f"remount,{options}", str(folder)], check=True
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("program", pick([], list(fault_programs.PROGRAMS)))
+@pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
+def test_a_disk_that_was_full_or_read_only_can_be_mended(
+    tmp_path, undisturbed, program, full
+):
+    run = Run(tmp_path, program, fault="kill supervisor:0:8")
+    run.command.remove("--max_restarts=2")
+    with small_disk(run.workdir / "checkpoints", 150 if full else 10_000) as remount:
+        if full:
+            (tmp_path / "done").touch()
+        assert run.start() == (1 if full else -signal.SIGKILL), run.out
+        if full:
+            assert "No space left on device" in run.out
+            assert run.checkpoints(), "The first ones fit."
+        else:
+            remount("ro")
+            assert run.start() in (1, 2)
+            assert "Read-only file system" in run.out and "Traceback" not in run.out
+        remount("rw,size=10m")
+        assert run.start() == 0, run.out
+        assert run.results() == undisturbed(program), run.out
+
+
+@pytest.mark.parametrize("program", pick([], list(fault_programs.PROGRAMS)))
+def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program):
+    """Each `launch` starts its worker again, which waits for the other."""
+    run = Run(tmp_path, program, fault=f"pause:0:{MOMENTS['mid-epoch']}")
+    run.command.remove("--num_workers=2")
+    workers = [f"{address}:2222" for address in namespaces.ADDRESSES]
+    with namespaces.hosts() as hosts, contextlib.ExitStack() as stack:
+        processes = []
+        for index in range(2):
+            task = {"type": "worker", "index": index}
+            config = json.dumps({"cluster": {"worker": workers}, "task": task})
+            screen = stack.enter_context((tmp_path / f"screen-{index}").open("wb"))
+            process = subprocess.Popen(
+                hosts.command(index, *run.command),
+                cwd=tmp_path,
+                env={**run.environment, "TF_CONFIG": config},
+                stdin=subprocess.DEVNULL,
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.kill)
+            processes.append(process)
+        deadline = time.monotonic() + SECONDS
+        while not run.was_disturbed:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        hosts.cut()
+        time.sleep(30)  # TensorFlow notices after some 20.
+        hosts.mend()
+        codes = [process.wait(timeout=SECONDS) for process in processes]
+    shown = "\n".join((tmp_path / f"screen-{i}").read_text() for i in range(2))
+    assert codes == [0, 0], shown
+    assert shown.count("starting again") >= 2
+    assert run.results() == undisturbed(program), shown
