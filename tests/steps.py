@@ -51,6 +51,7 @@ def assert_same(
     batches: Sequence[Any],
     *,
     replicas: Sequence[int] = tuple(pick([3], [2, 3])),
+    eagerly: bool = True,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> list[str]:
@@ -61,12 +62,13 @@ def assert_same(
         build: Makes a compiled model.
         batches: The batches, one for each step.
         replicas: The numbers of replicas.
+        eagerly: Whether one device may run the steps eagerly, which takes less time.
         rtol, atol: Tolerances.
 
     Returns:
         The types of operations that were computed in full.
     """
-    one = _on_one_device(build, batches)
+    one = _on_one_device(build, batches, eagerly)
     fallen: set[str] = set()
     for count in replicas:
         other = _on_replicas(make_strategy(count), build, batches)
@@ -95,14 +97,13 @@ def spec_of(batch: Any) -> Any:
     )
 
 
-def _on_one_device(build: Callable, batches: Sequence[Any]) -> Trained:
+def _on_one_device(build: Callable, batches: Sequence[Any], eagerly: bool) -> Trained:
     keras.utils.set_random_seed(7)
     model = build()
-    step = tf.function(
-        model.train_step,
-        autograph=False,
-        input_signature=[spec_of(batches[0])],
-    )
+    step = model.train_step
+    if not eagerly:
+        signature = [spec_of(batches[0])]
+        step = tf.function(step, autograph=False, input_signature=signature)
     logs = [tree.map_structure(np.asarray, step(batch)) for batch in batches]
     return Trained(_state(model), logs)
 

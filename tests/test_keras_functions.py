@@ -345,7 +345,7 @@ class Computing(keras.Model):
     def weighted(self, output, y):
         """A mean with different weights of rows."""
         output = tf.cast(output, tf.float32)
-        if output.shape.rank and output.shape[0] is None:
+        if output.shape.rank and output.shape[0] == y.shape[0]:  # None in a graph.
             ones = [1] * (output.shape.rank - 1)
             output = output * tf.reshape(y, [-1, *ones])
         elif output.shape.rank:
@@ -446,7 +446,9 @@ REDUCTIONS = {
     "all": lambda model, x: [ops.all(x > -2.0, axis=a) for a in (None, 0, 1)],
     "average": lambda model, x: [
         ops.average(x, axis=1),
-        ops.average(x, axis=2, weights=ops.convert_to_tensor([0.2, 0.8])),
+        tf.ensure_shape(
+            ops.average(x, axis=2, weights=tf.constant([0.2, 0.8])), [None, 3]
+        ),
         ops.average(x, axis=0),
     ],
     "moments": lambda model, x: [*ops.moments(x, axes=[0]), *ops.moments(x, axes=[1])],
