@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import steps
 import tensorflow as tf
+from breadth import pick
 from keras import layers, ops
 
 from distfit.training.driver import StepDriver
@@ -277,7 +278,11 @@ VARIANTS = {
 _ABSTRACT = {"MultiOptimizer", "OptimizerMap"}
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *VARIANTS])
+# The others equal one device in test_optimizers.py, which trains by `fit`.
+FEW = [*OPTIMIZERS, "amsgrad", "centered", "clipnorm", "accumulation"]
+
+
+@pytest.mark.parametrize("name", pick(FEW, [*OPTIMIZERS, *VARIANTS]))
 def test_optimizer(make_strategy, name):
     def build():
         model = keras.Sequential(

@@ -36,7 +36,8 @@ def _weights(rows=ROWS):
     return np.random.default_rng(5).uniform(0.1, 3.0, rows).astype("float32")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+# Adam hides a factor of all gradients.
+@pytest.mark.parametrize("optimizer", pick(["sgd"], ["sgd", "adam"]))
 @pytest.mark.parametrize(
     "reduction", ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight"]
 )
@@ -173,15 +174,19 @@ def _sequences():
     return np.where(np.arange(7) < lengths[:, None], tokens, 0)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    "reduction", ["sum_over_batch_size", "mean_with_sample_weight"]
+    "reduction, weighted",
+    [
+        ("sum_over_batch_size", False),
+        ("mean_with_sample_weight", True),
+        *pick([], [("sum_over_batch_size", True), ("mean_with_sample_weight", False)]),
+    ],
 )
 def test_masked_sequences(make_strategy, reduction, weighted):
     def build():
         inputs = keras.Input((7,), dtype="int32")
         x = layers.Embedding(20, 5, mask_zero=True)(inputs)
-        x = layers.GRU(4, return_sequences=True)(x)
+        x = layers.SimpleRNN(4, return_sequences=True)(x)
         model = distfit.Model(inputs, layers.Dense(20)(x))
         loss = keras.losses.SparseCategoricalCrossentropy(True, reduction=reduction)
         model.compile("adam", loss=loss, metrics=["accuracy"])

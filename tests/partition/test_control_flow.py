@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import examples
+from breadth import examples, pick
 from hypothesis import given, settings
 from rules import check, splits
 from test_elementwise import batch
@@ -54,16 +54,20 @@ MIXED = ("all rows", "as many blocks of rows", "a branch within", "a loop within
 def test_branches(name, counts):
     one, other = BRANCHES[name]
 
+    # By data, and by the number of rows; the last takes either branch, or both.
+    conditions = [
+        lambda x: tf.cond(whole(x) > 0.0, lambda: one(x), lambda: other(x)),
+        lambda x: tf.cond(whole(x) < 0.0, lambda: one(x), lambda: other(x)),
+        lambda x: tf.cond(tf.shape(x)[0] > 2, lambda: one(x), lambda: other(x)),
+        lambda x: tf.switch_case(
+            tf.shape(x)[0] % 3,
+            [lambda: one(x), lambda: other(x), lambda: one(x) + other(x)],
+        ),
+    ]
+    chosen = pick([conditions[1], conditions[3]], conditions)
+
     def taken(x):
-        return [
-            tf.cond(whole(x) > 0.0, lambda: one(x), lambda: other(x)),
-            tf.cond(whole(x) < 0.0, lambda: one(x), lambda: other(x)),
-            tf.cond(tf.shape(x)[0] > 2, lambda: one(x), lambda: other(x)),
-            tf.switch_case(
-                tf.shape(x)[0] % 3,
-                [lambda: one(x), lambda: other(x), lambda: one(x) + other(x)],
-            ),
-        ]
+        return [condition(x) for condition in chosen]
 
     # Three branches may keep different tensors in the same place for their gradients.
     falls_back = None if name in MIXED else False

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import examples
+from breadth import examples, pick
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
@@ -200,8 +200,9 @@ def test_nary_operations_equal_one_device(kind, counts):
 @given(splits(4))
 def test_gradients_of_nary_operations_equal_one_device(kind, counts):
     functions = [
-        *(tf.add, tf.multiply, tf.divide, tf.pow, tf.maximum, tf.atan2),
-        *(tf.subtract, tf.math.squared_difference, tf.math.divide_no_nan),
+        *(tf.add, tf.divide, tf.pow, tf.maximum),
+        *pick([], [tf.multiply, tf.atan2, tf.subtract]),
+        *pick([], [tf.math.squared_difference, tf.math.divide_no_nan]),
         lambda a, b: tf.where(a > b, a * a, b),
         lambda a, b: tf.add_n([a + b, a * b]),
     ]
