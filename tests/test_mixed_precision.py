@@ -10,6 +10,7 @@ import comparing
 import keras
 import numpy as np
 import pytest
+from breadth import numbers_of_replicas
 from keras import layers
 
 import distfit
@@ -67,7 +68,7 @@ def _adam():
     return keras.optimizers.Adam(0.01)
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3]))
 @pytest.mark.parametrize("make_optimizer", [lambda: "sgd", _adam])
 def test_an_overflow_on_any_replica_skips_the_step_on_all(
     make_strategy, policy, replicas, make_optimizer

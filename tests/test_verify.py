@@ -9,6 +9,7 @@ import mistakes
 import numpy as np
 import pytest
 import tensorflow as tf
+from breadth import pick
 from keras import layers
 
 import distfit
@@ -246,7 +247,8 @@ RIGHT = {
 def test_right_model_passes(name):
     x, y = mistakes.data()
     weights = np.linspace(0, 2, len(x), dtype="float32")
-    report = verify(RIGHT[name], (x, y, weights) if "weights" in name else (x, y))
+    data = (x, y, weights) if "weights" in name else (x, y)
+    report = verify(RIGHT[name], data, replicas=pick([4], [1, 2, 4]))
     assert report.ok, str(report)
     assert {"gradient", "update", "log"} <= {d.check for d in report.deviations}
     assert "OK" in str(report)
