@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
+# Tests start more than a hundred processes: each would compile the sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # More flags for the job, as in `make train ARGS="--epochs=20 --steps_per_epoch=1000"`.
 ARGS ?=
 
