@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from breadth import pick
 
 pytestmark = pytest.mark.integration
 
@@ -190,11 +191,18 @@ def test_the_gan_trains_on_two_devices_and_leaves_its_results(folder):
     assert {"d_loss", "g_loss", "seconds"} <= set(epochs(folder, run)[0])
 
 
-@pytest.mark.parametrize("build", ["build", "build_stock"])
-def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder, build):
+@pytest.mark.parametrize(
+    "build, saved",
+    # Without get_config(), a model cannot be saved as a whole.
+    [("build", "model.weights.h5"), ("build_stock", "model.keras")],
+)
+def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder, build, saved):
     """Derived from `distfit.Model`, or a `keras.Model` of any class."""
     model = f"--model=mine:{build}"
-    check_done(launch_mine(folder, "--epochs=2", model))
+    result = launch_mine(folder, "--epochs=2", model)
+    check_done(result)
+    assert reported(result)["saved"] == saved
+    assert [path.name for path in (folder / "out").glob("model.*")] == [saved]
     last = epochs(folder)[-1]
     result = launch(folder, "evaluate", "--workdir=out", model)
     check_done(result)
@@ -203,23 +211,20 @@ def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder, build):
     assert float(summary["loss"]) == pytest.approx(last["val_loss"], rel=1e-4)
 
 
-def test_a_model_without_get_config_keeps_its_weights(folder):
-    result = launch_mine(folder)
-    assert reported(result)["saved"] == "model.weights.h5"
-    assert (folder / "out" / "model.weights.h5").is_file()
-    assert not (folder / "out" / "model.keras").exists()
-
-
-def test_two_devices_train_to_the_numbers_of_one(folder):
+def test_two_devices_train_to_the_numbers_of_one_also_with_xla(folder):
     lines = []
-    for devices in (1, 2):
-        name = f"out{devices}"
-        flags = (f"--virtual_devices={devices}", f"--workdir={name}", "--epochs=3")
-        check_done(launch_mine(folder, *flags))
+    for name, flags in (
+        ("one", ["--virtual_devices=1"]),
+        ("two", ["--virtual_devices=2"]),
+        ("compiled", ["--virtual_devices=2", "--jit_compile"]),
+    ):
+        given = (*flags, f"--workdir={name}", "--epochs=3")
+        check_done(launch_mine(folder, *given))
         lines.append(epochs(folder, name))
-    for one, two in zip(*lines, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+    for one, *others in zip(*lines, strict=True):
+        for other in others:
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
 
 
 def test_config_file_override_and_flag_reach_the_model(folder):
@@ -272,13 +277,6 @@ def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, ex
     assert not (folder / "out").exists()
 
 
-def test_xla_compiles_on_two_devices_and_gives_the_same_numbers(folder):
-    check_done(launch_mine(folder, "--workdir=plain"))
-    check_done(launch_mine(folder, "--jit_compile"))
-    plain, compiled = epochs(folder, "plain"), epochs(folder)
-    assert compiled[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=1e-5)
-
-
 def test_an_override_that_the_reference_model_does_not_know_is_refused(folder):
     check_refused(
         launch(folder, "--config.latent=3"), "--config.latent=3", "latent_dim"
@@ -303,10 +301,17 @@ def verify_mine(folder, model, *arguments):
     return launch(folder, "verify", *own, "--workdir=out", *arguments)
 
 
-def test_verify_passes_a_right_model_and_writes_its_report(folder):
-    result = verify_mine(folder, "build")
+@pytest.mark.parametrize(
+    "model, name",
+    pick(
+        [("build", "Custom")],
+        [("build", "Custom"), ("build_stock", "Sequential")],
+    ),
+)
+def test_verify_passes_a_right_model_and_writes_its_report(folder, model, name):
+    result = verify_mine(folder, model)
     check_done(result)
-    assert "OK: Custom on 1, 2, 4 replicas matches one device" in result.stdout
+    assert f"OK: {name} on 1, 2, 4 replicas matches one device" in result.stdout
     assert json.loads((folder / "out" / "report.json").read_text())["ok"]
     assert "<svg" in (folder / "out" / "report.html").read_text()
     assert not (folder / "out" / "config.json").exists()
@@ -318,10 +323,6 @@ def test_verify_fails_a_model_that_asks_how_many_replicas_there_are(folder):
     assert (result.returncode, result.stderr) == (1, "")
     assert "differs on 2" in result.stdout
     assert not json.loads((folder / "out" / "report.json").read_text())["ok"]
-
-
-def test_verify_passes_a_model_of_a_class_of_keras(folder):
-    check_done(verify_mine(folder, "build_stock", "--replicas=2"))
 
 
 def test_verify_refuses_batches_smaller_than_the_replicas(folder):

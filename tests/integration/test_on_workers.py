@@ -73,6 +73,10 @@ def test_what_equals_one_device_on_replicas_does_so_on_two_workers(tmp_path):
     )
     names = "overflow or bring or shard or eager or beside or on_batch or state"
     names += " or contrastive or gan or normalization or unknown"
+    # Of several kinds of data, sizes and types, the one that takes most to get right.
+    names = (
+        f"({names}) and not (fixed or generator or pydataset or 1-unknown or float32)"
+    )
     chosen = pick(["-k", names], [])
     passed = run_tests(
         tmp_path, 2, *(f"tests/{name}" for name in files), "-m", "not slow", *chosen
