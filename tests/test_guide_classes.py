@@ -126,5 +126,6 @@ def _run_gan(library, strategy, rows):
 @pytest.mark.parametrize("rows", pick([1001], [1001, 992]))
 @pytest.mark.parametrize("replicas", REPLICAS)
 def test_guide_gan_equals_stock_keras_on_one_device(make_strategy, replicas, rows):
+    """It draws with plain `keras.random`."""
     stock = _run_gan(keras.Model, tf.distribute.get_strategy(), rows)
     _assert_same(stock, _run_gan(distfit, make_strategy(replicas), rows))

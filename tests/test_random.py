@@ -1,7 +1,6 @@
 """Draws are those of one device, whatever the number of replicas."""
 
 import comparing
-import guide
 import keras
 import numpy as np
 import pytest
@@ -13,24 +12,6 @@ import distfit
 
 ROWS = 40
 REPLICAS = pick([3], [1, 2, 3])
-
-
-def _fit_gan(model):
-    x, _ = comparing.regression_data(ROWS)
-    batches = tf.data.Dataset.from_tensor_slices(x).batch(10).repeat()
-    return model.fit(batches, epochs=4, steps_per_epoch=5, shuffle=False, verbose=0)
-
-
-def test_gan_of_the_guide_does_not_depend_on_replicas(make_strategy):
-    """It draws with plain `keras.random`."""
-
-    def run(base, strategy):
-        gan = guide.classes(base).GAN
-        return comparing.run(strategy, lambda: guide.small_gan(gan), _fit_gan)
-
-    one = run(keras.Model, tf.distribute.get_strategy())
-    for replicas in pick([4], [1, 2, 4]):
-        comparing.assert_same(one, run(distfit.Model, make_strategy(replicas)))
 
 
 def _drawing(base):
