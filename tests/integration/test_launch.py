@@ -139,9 +139,14 @@ def launch(folder, *arguments):
     return run_python(folder, "-m", "launch", *arguments)
 
 
+MINE = (
+    *("--model=mine:build", "--dataset=mine:rows", "--batch_size=4"),
+    *("--virtual_devices=2", "--workdir=out"),
+)
+
+
 def launch_mine(folder, *arguments):
-    own = ["--model=mine:build", "--dataset=mine:rows", "--batch_size=4"]
-    return launch(folder, *own, "--virtual_devices=2", "--workdir=out", *arguments)
+    return launch(folder, *MINE, *arguments)
 
 
 def check_done(result):
@@ -262,18 +267,25 @@ def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
     assert "a mistake in the step" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "flag, expected",
-    [
-        ("--dataset=mine:empty", "empty"),
-        ("--dataset=mine:of_unequal_length", "'x' sizes: 20 'y' sizes: 19"),
-        ("--dataset=mine:alone", "not a pair (train, validation)"),
-        ("--dataset=mine:none_such", "Define none_such(config)"),
-        ("--model=mine:build_uncompiled", "not return a compiled keras.Model"),
-    ],
-)
-def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, flag, expected):
-    check_refused(launch_mine(folder, flag), expected)
+REFUSED = {
+    "--dataset=mine:empty": "empty",
+    "--dataset=mine:of_unequal_length": "'x' sizes: 20 'y' sizes: 19",
+    "--dataset=mine:alone": "not a pair (train, validation)",
+    "--dataset=mine:none_such": "Define none_such(config)",
+    "--model=mine:build_uncompiled": "not return a compiled keras.Model",
+}
+
+
+def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder):
+    """All in one process, which imports TensorFlow once."""
+    program = "import sys\nfrom launch.__main__ import main\n"
+    program += "own, flags = sys.argv[1:6], sys.argv[6:]\n"
+    program += "print(*[main([*own, flag]) for flag in flags])"
+    result = run_python(folder, "-c", program, *MINE, *REFUSED)
+    assert result.stdout.split() == ["2"] * len(REFUSED), result.stderr
+    lines = result.stderr.splitlines()
+    for line, expected in zip(lines, REFUSED.values(), strict=True):
+        assert line.startswith("launch: ") and expected in line
     assert not (folder / "out").exists()
 
 
