@@ -119,6 +119,7 @@ def check(
     falls_back: bool | None = False,
     rows: int | None = None,
     open_dims: Sequence[int] = (),
+    eagerly: bool = True,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Outcome:
@@ -127,10 +128,14 @@ def check(
     Args:
         function, arrays, counts, rows, open_dims: As for `partitioned`.
         falls_back: Whether an operation must be computed in full (None: it may).
+        eagerly: Whether the device may run the function eagerly. That takes less time,
+            but need not give the bits of a graph.
         rtol, atol: Tolerances; values that are not finite must be equal.
     """
-    spec = _specs(arrays, sum(counts), rows, open_dims)
-    one = tf.function(function, autograph=False, input_signature=spec)
+    one = function
+    if not eagerly:
+        spec = _specs(arrays, sum(counts), rows, open_dims)
+        one = tf.function(function, autograph=False, input_signature=spec)
     expected = [t.numpy() for t in tf.nest.flatten(one(*map(tf.constant, arrays)))]
     outcome = partitioned(function, arrays, counts, rows, open_dims)
     assert len(outcome.results) == len(expected)

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from rules import check, splits
 
-few = settings(deadline=None, max_examples=examples(3, 5))
+few = settings(deadline=None, max_examples=examples(2, 5))
 # For tests in which every example holds all operations of a kind.
 broad = settings(
     deadline=None, max_examples=examples(1, 2), phases=[Phase.explicit, Phase.generate]
