@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import numbers_of_replicas, pick
+from breadth import examples, numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -599,7 +599,7 @@ tests.np.savez(sys.argv[2], *state, history.history["loss"])
 
 @pytest.mark.integration
 def test_kills_at_any_moment_change_no_bit(tmp_path):
-    """Five times after a random time, be it in a step, in a save or in the start."""
+    """Each after a random time, be it in a step, in a save or in the start."""
 
     def start(folder):
         weights = tmp_path / f"{folder}.npz"
@@ -613,7 +613,7 @@ def test_kills_at_any_moment_change_no_bit(tmp_path):
     expected, process = start("whole")
     assert process.wait(120) == 0
     generator = np.random.default_rng(0)
-    for _ in range(5):
+    for _ in range(examples(2, 5)):
         found, process = start("killed")
         steps = checkpoint.steps(tmp_path / "killed")
         deadline = time.monotonic() + 120
