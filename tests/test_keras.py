@@ -296,3 +296,17 @@ def test_looking_for_objects_leaves_tuples_of_other_threads_alone():
     until.set()
     thread.join()
     assert not failures
+
+
+def test_what_runs_eagerly_tells_its_variables(make_strategy):
+    with make_strategy(2).scope():
+        mirrored = tf.Variable(1.0)
+    single, other = tf.Variable(2.0), tf.Variable(3.0)
+    compiled = tf.function(lambda: single.assign_add(1.0), autograph=False)
+    handles = {}
+    with graphs.handles_noted(handles), graphs.as_first_replica():
+        mirrored.assign_add(1.0)
+        compiled()
+    other.assign(1.0)
+    found = graphs.variables_with(handles)
+    assert [id(v) for v in found] == [id(mirrored), id(single)]

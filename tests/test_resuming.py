@@ -516,12 +516,72 @@ def test_data_whose_place_cannot_be_held_are_refused(make_strategy, tmp_path, na
     assert not list(tmp_path.iterdir())
 
 
-def test_eager_steps_are_refused(make_strategy, tmp_path):
-    with make_strategy(1).scope():
-        model = build()
-        model.compile("sgd", "mse", run_eagerly=True)
-    with pytest.raises(ValueError, match="Received: run_eagerly=True"):
-        model.fit(**arrays(), verbose=0, callbacks=[Checkpoint(tmp_path)])
+class Lazy(distfit.Model):
+    """Makes its variables in its first step, and draws from wherever it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(5, activation="relu")
+        self.drop = layers.Dropout(0.4)
+        self.last = {"out": layers.Dense(1)}
+        self.generator = tf.random.Generator.from_seed(3)
+        self.optimizers = [keras.optimizers.Adam(0.02, use_ema=True)]
+
+    def call(self, x, training=False):
+        return self.last["out"](self.drop(self.hidden(x), training=training))
+
+    def train_step(self, batch):
+        x, y = batch
+        x += keras.random.normal(tf.shape(x)) * 0.1
+        x += self.generator.normal(tf.shape(x)) * 0.1
+        x += tf.random.normal(tf.shape(x)) * np.random.random() * 0.1
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        held_by_nobody.assign_add(loss)
+        weights = self.trainable_variables
+        gradients = tape.gradient(loss, weights)
+        self.optimizers[0].apply(gradients, weights)
+        return {"loss": loss, "sum": held_by_nobody + 0.0}
+
+
+held_by_nobody: tf.Variable
+
+
+def eagerly(strategy, folder, name, given, stop=-1, **arguments):
+    global held_by_nobody
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(5)
+    with strategy.scope():
+        held_by_nobody = tf.Variable(0.0)
+        model = build() if name == "of Keras" else Lazy()
+        optimizer = model.optimizer if name == "of Keras" else "sgd"
+        metrics = ["mae", "accuracy"] if name == "of Keras" else None
+        model.compile(optimizer, "mse", metrics=metrics, run_eagerly=name != "lazy")
+    callbacks = [StopsAt(stop), Checkpoint(folder, every=["1steps", "1epoch"])]
+    options = {"epochs": EPOCHS, "verbose": 0, **given(), **arguments}
+    return model, model.fit(callbacks=callbacks, **options)
+
+
+@pytest.mark.parametrize("replicas", numbers_of_replicas([1, 3], [1, 2, 3]))
+@pytest.mark.parametrize("name", ["of Keras", "lazy"])
+def test_eager_steps_go_on_bit_for_bit(
+    make_strategy, tmp_path, monkeypatch, name, replicas
+):
+    strategy = make_strategy(replicas)
+    if name == "lazy":
+        monkeypatch.setattr(tf.config, "functions_run_eagerly", lambda: True)
+
+    def given():
+        validation = {"validation_data": data()} if name == "of Keras" else {}
+        return (arrays() if name == "of Keras" else unknown()) | validation
+
+    whole = eagerly(strategy, tmp_path / "whole", name, given)
+    for stop in (4, 6):
+        folder = tmp_path / str(stop)
+        with pytest.raises(StopsError):
+            eagerly(strategy, folder, name, given, stop)
+        rest = eagerly(strategy, folder, name, given, resume_from=folder)
+        assert_same_bits(whole, rest)
 
 
 def test_a_folder_of_another_training_is_left_alone(make_strategy, stopped):

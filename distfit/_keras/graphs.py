@@ -8,6 +8,7 @@
 | `kernels` | which types have kernels |
 | `UpdateContext` | variables act as their first copy while a step is traced |
 | `_distributed_container` | the variable whose copy a handle belongs to |
+| `op_callbacks` | TensorFlow's own way to see the operations that run eagerly |
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.distribute import distribute_lib
-from tensorflow.python.framework import kernels
+from tensorflow.python.framework import kernels, op_callbacks
 from tensorflow.python.framework.func_graph import FuncGraph, func_graph_from_py_func
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -148,6 +149,39 @@ def _function(graph: Any, name: str) -> Any:
             return found
         graph = getattr(graph, "outer_graph", None)
     raise ValueError(f"The graph calls an unknown function. Received: {name!r}.")
+
+
+@contextlib.contextmanager
+def handles_noted(handles: dict[int, tf.Tensor]) -> Iterator[None]:
+    """Adds the resources that operations use to `handles`, in the order of their use.
+
+    That is, operations that run eagerly in this thread.
+    """
+
+    def note(op_type, inputs, attrs, outputs, op_name=None, graph=None):
+        for tensor in inputs:
+            if graph is None and tensor.dtype == tf.resource:
+                handles.setdefault(id(tensor), tensor)
+
+    op_callbacks.add_op_callback(note)
+    try:
+        yield
+    finally:
+        op_callbacks.remove_op_callback(note)
+
+
+def variables_with(handles: dict[int, tf.Tensor]) -> list[tf.Variable]:
+    """The variables that have these handles, in their order."""
+    living = instances_of(tf.Variable) if handles else []
+    owners = {id(v.handle): v for v in living if _has_handle(v)}
+    found = [variable_of(h) or owners.get(key) for key, h in handles.items()]
+    return [variable for variable in found if variable is not None]
+
+
+def _has_handle(variable: tf.Variable) -> bool:
+    return not isinstance(variable, tf.distribute.DistributedValues) and hasattr(
+        variable, "handle"
+    )
 
 
 def variable_of(handle: tf.Tensor) -> Any:

@@ -161,8 +161,13 @@ class StepDriver:
 
     @property
     def variables(self) -> list:
-        """The variables that the step uses."""
-        return [] if self.eagerly else self.step.variables
+        """The variables that the step uses: if eagerly, those it was seen to use."""
+        return self._eager.variables if self.eagerly else self.step.variables
+
+    def note_variables(self) -> None:
+        """Learns from now on which variables the step uses, if it runs eagerly."""
+        if self.eagerly:
+            self._eager.note_variables()
 
     # Compiled methods.
 

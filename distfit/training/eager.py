@@ -1,5 +1,6 @@
 """A step run operation by operation."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,16 @@ class EagerStep:
         self._model = model
         self._step = step
         self._replicas = replicas
+        self._handles: dict[int, tf.Tensor] | None = None
+
+    def note_variables(self) -> None:
+        """Notes from now on which variables the steps use."""
+        self._handles = {}
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The variables that the steps have used, in the order of their use."""
+        return graphs.variables_with(self._handles or {})
 
     def __call__(self, batch: Any) -> Any:
         strategy = self._model.distribute_strategy
@@ -39,13 +50,38 @@ class EagerStep:
         is_chief = workers.of(strategy).is_chief
         kept = {} if is_chief else graphs.own_parts(strategy, all_but=summed)
         with optimizers.of_one_device(strategy.scope, accumulate_parts=False):
-            with tf.device(self._replicas.devices[0] or None):
-                with graphs.as_first_replica():
+            device = tf.device(self._replicas.devices[0] or None)
+            with device, self._created_in_scope():
+                with graphs.as_first_replica(), self._noting():
                     outputs = self._step(without_optionals(batch))
         graphs.copy_from_first_replica(strategy)
         if not is_chief:
             graphs.set_own_parts(strategy, kept)
         return outputs
+
+    def _created_in_scope(self) -> contextlib.AbstractContextManager:
+        """Creates variables for all replicas, as where the model was made."""
+        in_scope = False
+
+        def create(next_creator: Callable, **kwargs: Any) -> Any:
+            nonlocal in_scope
+            if in_scope or tf.distribute.has_strategy():
+                return next_creator(**kwargs)
+            given = {name: v for name, v in kwargs.items() if v is not None}
+            in_scope = True
+            try:
+                scope = self._model.distribute_strategy.scope()
+                with scope, graphs.as_all_replicas():
+                    return tf.Variable(**given)
+            finally:
+                in_scope = False
+
+        return tf.variable_creator_scope(create)
+
+    def _noting(self) -> contextlib.AbstractContextManager:
+        if self._handles is None:
+            return contextlib.nullcontext()
+        return graphs.handles_noted(self._handles)
 
     def _summed(self) -> list[tf.Variable]:
         """The summed variables of the model, in an order that all workers share."""

@@ -148,23 +148,21 @@ class Training:
         self._at_start = at_start
         self._driver = step_driver(model, "train", batches, callbacks.watch_losses)
         callbacks.use_watch(self._driver.watch)
-        self._drivers = [self._driver]
+        self._drivers, self._data = [self._driver], [batches]
         self._saving = Saving(self._team, callbacks.checkpoints, self.frozen)
         if validation is not None:
             self._drivers.append(step_driver(model, "test", validation))
+            self._data.append(validation)
 
     def prepare(self) -> None:
         """Notes what a checkpoint compares with: the order of data, callbacks' states.
 
         Raises:
-            ValueError: a checkpoint cannot hold the state of these steps or data.
+            ValueError: a checkpoint cannot hold the place in these data.
         """
-        if self._driver.eagerly:
-            raise ValueError(
-                "Steps that run eagerly do not say which variables they use. Received: "
-                "run_eagerly=True with a Checkpoint. Compile the model without it."
-            )
-        for data in filter(None, (self.batches, self.validation)):
+        for driver in self._drivers:
+            driver.note_variables()
+        for data in self._data:
             data.check_can_be_saved()
             data.note_first_batch()
         self.callbacks.note_states()
@@ -323,13 +321,22 @@ class Training:
             "randomness at the start": self._at_start,
             "randomness": randomness.state(),
             "callbacks": callbacks,
-            "facts": self._facts(variables),
+            "facts": self._facts(),
+            "facts of the model": self._facts_of_model(variables),
             **data,
         }
         return manifest, arrays
 
-    def _facts(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """What must be the same where this training goes on."""
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same of data and callbacks where this training goes on."""
+        facts = self.batches.facts("the data")
+        if self.validation is not None:
+            facts |= self.validation.facts("the validation data")
+        facts["callbacks"] = [type(c).__name__ for c in self.callbacks.stateful]
+        return _as_read(facts)
+
+    def _facts_of_model(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The same of the model, with variables that may come with its first step."""
         # Names count what a process has made: shapes and types stand in the state.
         facts = {
             name: fact
@@ -338,17 +345,12 @@ class Training:
         }
         for name, variable in variables.items():
             facts[f"state {name}"] = f"{tuple(variable.shape)} {variable.dtype.name}"
-        facts |= self.batches.facts("the data")
-        if self.validation is not None:
-            facts |= self.validation.facts("the validation data")
-        facts["callbacks"] = [type(c).__name__ for c in self.callbacks.stateful]
-        return json.loads(json.dumps(facts, default=str))
+        return _as_read(facts)
 
     def _go_on(self, saved: resuming.Saved) -> None:
         """Takes up the training that a checkpoint holds."""
         manifest, arrays = saved.manifest, saved.arrays
-        variables = state.variables_of(self.model, self._drivers)
-        resuming.check_same(saved, self._facts(variables))
+        resuming.check_same(saved, "facts", self._facts())
         self.epoch, self.steps = manifest["epoch"], manifest["step"]
         self.step = manifest["step of the epoch"]
         if self.step:
@@ -363,6 +365,9 @@ class Training:
         errors = self._team.tell("the place in the data", error)
         if any(errors):
             raise ValueError(next(filter(None, errors)))
+        facts = self._facts_once_run(saved)
+        resuming.check_same(saved, "facts of the model", facts)
+        variables = state.variables_of(self.model, self._drivers)
         state.set_values(self._team, variables, arrays)
         skipped = [list(each.skipped) for each in self.callbacks.non_finite]
         self.callbacks.set_states(manifest["callbacks"], arrays)
@@ -379,6 +384,24 @@ class Training:
                 "The training of %s had stopped itself: nothing is left to do.",
                 saved.path,
             )
+
+    def _facts_once_run(self, saved: resuming.Saved) -> dict[str, Any]:
+        """The facts of the model, once it has what only its first step makes.
+
+        A step that runs eagerly also tells only then which variables it uses. It runs
+        on a batch that was read before; what it changes is set afterwards.
+        """
+        before = saved.manifest["facts of the model"]
+        for driver, data in zip(self._drivers, self._data, strict=True):
+            facts = self._facts_of_model(state.variables_of(self.model, self._drivers))
+            if driver.eagerly and before.keys() - facts.keys():
+                driver.run_on(data.sample.get_value())
+        return self._facts_of_model(state.variables_of(self.model, self._drivers))
+
+
+def _as_read(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as JSON gives them back."""
+    return json.loads(json.dumps(facts, default=str))
 
 
 _MOST_SKIPPED = 10  # Batches that a rollback leaves out before it gives up.

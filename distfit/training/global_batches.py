@@ -44,6 +44,7 @@ class GlobalBatches:
         epoch_steps: Number of steps of an epoch; None if unknown.
         first_batch: The fingerprint of the first batch read in this epoch, after
             `note_first_batch()` was called; else None.
+        sample: Once `move_to()` has moved them, a batch that they have passed.
 
     Raises:
         ValueError: if there are no data, or they are not batches of tensors or of
@@ -52,6 +53,7 @@ class GlobalBatches:
 
     others_may_have_rows = False
     first_batch: list | None = None
+    sample: Any = None
 
     def __init__(
         self,
@@ -209,6 +211,12 @@ class GlobalBatches:
             if index == last and position["randomness of the pass"] is not None:
                 randomness.set_state(position["randomness of the pass"])
             self._move(event)
+            if (
+                index == last
+                and "r" in events[last:]
+                and position["batches of the pass"]
+            ):
+                self._skip(1)
         self._last_length = position["last length"]
         batches = position["batches of the pass"]
         self._seen = batches - steps
@@ -225,7 +233,8 @@ class GlobalBatches:
 
     def _skip(self, batches: int) -> None:
         for _ in range(batches):
-            if not self._iterator.get_next_as_optional().has_value():
+            self.sample = self._iterator.get_next_as_optional()
+            if not self.sample.has_value():
                 raise ValueError(
                     "The data are shorter than before. Received: fewer than the "
                     f"{batches} batches that the checkpoint has seen. Give the same "

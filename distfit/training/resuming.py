@@ -190,17 +190,18 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_same(saved: Saved, facts: dict[str, Any]) -> None:
+def check_same(saved: Saved, kind: str, facts: dict[str, Any]) -> None:
     """Checks that a checkpoint is one of this model and these data.
 
     Args:
         saved: The checkpoint.
+        kind: Which facts of the manifest to compare.
         facts: Those of this training, as JSON gives them back.
 
     Raises:
         ValueError: listing what differs.
     """
-    before = saved.manifest["facts"]
+    before = saved.manifest[kind]
     differ = [
         f"{name} is {facts.get(name)!r} and was {before.get(name)!r}"
         for name in sorted(facts.keys() | before.keys())
