@@ -310,3 +310,29 @@ def test_what_runs_eagerly_tells_its_variables(make_strategy):
     other.assign(1.0)
     found = graphs.variables_with(handles)
     assert [id(v) for v in found] == [id(mirrored), id(single)]
+
+
+class _Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return [np.full((2, 1), index)]
+
+
+def _generated():
+    yield (np.full((2, 1), 0),)
+
+
+@pytest.mark.parametrize(
+    "x", [_Batches(workers=2), _generated()], ids=["PyDataset", "generator"]
+)
+def test_adapters_take_the_batches_that_they_are_given(x):
+    adapter = _keras.get_data_adapter(x)
+    parts = iter([[7, 8], [9]])
+    _keras.read_with(adapter, lambda: ((np.full((2, 1), i),) for i in next(parts)))
+    dataset = adapter.get_tf_dataset()
+    _keras.without_own_threads(adapter)
+    adapter.on_epoch_begin()
+    seen = [[int(batch[0][0, 0]) for batch in dataset] for _ in range(2)]
+    assert seen == [[7, 8], [9]]

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from keras import layers
 import distfit
 from distfit.callbacks import Checkpoint, states
 from distfit.training import checkpoint
+from distfit.training.global_batches import GlobalBatches
 
 ROWS, BATCH, EPOCHS = 23, 7, 3  # Four batches an epoch, the last of two rows.
 
@@ -489,31 +491,242 @@ def test_the_log_file_of_keras_has_every_epoch_once(make_strategy, tmp_path):
 
 
 class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 2
+    """Draws from every generator, in batches and between epochs; its order changes."""
+
+    def __init__(self, length: int | None = 4, **options):
+        super().__init__(**options)
+        self.length = length
+        self.offset, self.rng = 0, np.random.default_rng(7)
+        self.python, self.legacy = random.Random(8), np.random.RandomState(9)
+
+    @property
+    def num_batches(self):
+        return self.length
 
     def __getitem__(self, index):
-        return data()
+        x, y = data()
+        rows = (np.arange(BATCH) + index * BATCH + self.offset) % ROWS
+        noise = np.random.normal() + self.rng.normal() + self.legacy.normal()
+        x = x[rows] + noise + random.random() + self.python.random()
+        return x.astype("float32"), y[rows]
+
+    def on_epoch_begin(self):
+        self.offset += int(self.rng.integers(ROWS))
+
+    def on_epoch_end(self):
+        self.offset += np.random.randint(ROWS) + random.randrange(ROWS)
 
 
-def generator():
-    yield data()
+class Plain(Batches):
+    """Draws nothing in its batches, which several threads may read."""
+
+    def __getitem__(self, index):
+        x, y = data()
+        rows = (np.arange(BATCH) + index * BATCH + self.offset) % ROWS
+        return x[rows], y[rows]
 
 
-UNSUPPORTED = {
-    "a PyDataset": {"x": Batches()},
-    "a generator": {"x": generator},
-    "shards": {"x": lambda: lambda context: shuffled()["x"]},
+def generator(batches=100):
+    rng = np.random.default_rng(3)
+    for index in range(batches):
+        x, y = data()
+        noise = rng.normal() + np.random.normal() + random.random()
+        yield (x[index % 9 :][:BATCH] + noise).astype("float32"), y[index % 9 :][:BATCH]
+
+
+def sharded(context):
+    """Other rows, and another number of them, for each worker."""
+    dataset = tf.data.Dataset.from_tensor_slices(data())
+    dataset = dataset.shard(context.num_input_pipelines, context.input_pipeline_id)
+    return dataset.shuffle(ROWS, seed=1).batch(3)
+
+
+READ = {
+    "pydataset": lambda: {"x": Batches()},
+    "pydataset in parts": lambda: {"x": Batches(), "steps_per_epoch": 3},
+    "pydataset in order": lambda: {"x": Batches(), "shuffle": False},
+    "endless pydataset": lambda: {
+        "x": Batches(None),
+        "steps_per_epoch": 3,
+        "shuffle": False,
+    },
+    "threads": lambda: {"x": Plain(workers=2), "steps_per_epoch": 3},
+    "generator": lambda: {"x": generator(), "steps_per_epoch": 4},
+    "generator once": lambda: {"x": generator(7)},
+    "shards": lambda: {"x": sharded},
+    "shards in parts": lambda: {"x": sharded, "steps_per_epoch": 2},
+    "unknown": lambda: unknown(),
+    "validated by a pydataset": lambda: {"x": Batches(), "validation_data": Batches()},
+    "validated by a part": lambda: {
+        "x": generator(),
+        "steps_per_epoch": 3,
+        "validation_data": Batches(),
+        "validation_steps": 2,
+    },
+    "validated by a generator": lambda: {
+        "x": Batches(),
+        "validation_data": generator(),
+        "validation_steps": 2,
+    },
+    "validated by shards": lambda: {"x": Batches(), "validation_data": sharded},
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_data_whose_place_cannot_be_held_are_refused(make_strategy, tmp_path, name):
-    x = UNSUPPORTED[name]["x"]
-    x = x() if callable(x) else x
-    with pytest.raises(ValueError, match="can hold the place in arrays"):
-        train(make_strategy(2), tmp_path, lambda: {"x": x})
-    assert not list(tmp_path.iterdir())
+class Sees(distfit.Model):
+    """Returns what it sees as logs: rows in their order."""
+
+    def train_step(self, batch):
+        return {"x": batch[0], "y": batch[1]}
+
+    def test_step(self, batch):
+        return {"sum": tf.reduce_sum(batch[0]) + tf.reduce_sum(batch[1] ** 2)}
+
+
+class Draws(keras.callbacks.Callback):
+    """Draws from global generators between epochs, as the program may."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        np.random.random(), random.random()
+
+    def on_epoch_end(self, epoch, logs=None):
+        np.random.random(), random.random()
+
+
+def seen(strategy, folder, given, stop=-1, epochs=3, fused=1, **arguments):
+    """What each step and validation has seen, in their order."""
+    keras.utils.set_random_seed(5)
+    with strategy.scope():
+        model = Sees()
+    model.compile(steps_per_execution=fused)
+    found = []
+
+    def note(logs):
+        found.append({name: np.array(value).tolist() for name, value in logs.items()})
+
+    callbacks = [
+        StopsAt(stop),
+        Draws(),
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: note(logs),
+            on_test_end=lambda logs: note(logs),
+        ),
+        Checkpoint(folder, ["1steps", "1epoch"]),
+    ]
+    options = {"epochs": epochs, "verbose": 0, **given(), **arguments}
+    try:
+        distfit.fit(model, callbacks=callbacks, **options)
+    except StopsError:
+        pass
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("replicas", numbers_of_replicas([2], [1, 2, 3]))
+@pytest.mark.parametrize("name", READ)
+def test_data_go_on_with_the_batch_after_the_last(
+    make_strategy, tmp_path, name, replicas
+):
+    strategy, given = make_strategy(replicas), READ[name]
+    whole = seen(strategy, tmp_path / "whole", given)
+    for stop in pick([3, 4, 7], [2, 3, 4, 6, 7]):
+        folder = tmp_path / str(stop)
+        before = seen(strategy, folder, given, stop)
+        rest = seen(strategy, folder, given, resume_from=folder)
+        assert before + rest == whole
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("name", ["pydataset in parts", "generator", "unknown"])
+def test_data_go_on_after_fused_steps(make_strategy, tmp_path, name):
+    """Which read a batch ahead, and stop in the middle of an execution."""
+    strategy, given = make_strategy(3), READ[name]
+    whole = seen(strategy, tmp_path / "whole", given, fused=2)
+    folder = tmp_path / "stopped"
+    before = seen(strategy, folder, given, 3, fused=2)
+    assert before + seen(strategy, folder, given, resume_from=folder, fused=2) == whole
+
+
+def _moved_on():
+    started = generator()
+    next(started)
+    return {"x": started, "steps_per_epoch": 4}
+
+
+CHANGED = {
+    "a generator that was begun": ("generator", _moved_on, "in another order"),
+    "a shorter generator": (
+        "generator",
+        lambda: {"x": generator(5), "steps_per_epoch": 4},
+        "shorter than before",
+    ),
+    "another PyDataset": (
+        "pydataset",
+        lambda: {"x": Plain()},
+        "in another order",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_data_that_are_not_the_same_are_refused(make_strategy, tmp_path, name):
+    before, after, message = CHANGED[name]
+    seen(make_strategy(1), tmp_path, READ[before], 6)
+    with pytest.raises(ValueError, match=message):
+        seen(make_strategy(1), tmp_path, after, resume_from=tmp_path)
+
+
+def test_batches_that_depend_on_more_than_generators_are_noticed(
+    make_strategy, tmp_path
+):
+    class Counts(Plain):
+        calls = 0
+
+        def __getitem__(self, index):
+            self.calls += 1
+            x, y = super().__getitem__(index)
+            return x + self.calls, y
+
+    def given():
+        return {"x": Counts()}
+
+    seen(make_strategy(1), tmp_path, given, 6)
+    with pytest.raises(ValueError, match="differs from that of the checkpoint"):
+        seen(make_strategy(1), tmp_path, given, resume_from=tmp_path)
+
+
+def test_shards_are_those_of_as_many_replicas(make_strategy, tmp_path):
+    seen(make_strategy(2), tmp_path, READ["shards"], 3)
+    with pytest.raises(ValueError, match=r"replicas of the data is \[1, 3\] and was"):
+        seen(make_strategy(3), tmp_path, READ["shards"], resume_from=tmp_path)
+
+
+def test_only_what_is_needed_is_read_again(make_strategy, tmp_path):
+    """Of a PyDataset one batch, whatever the epoch: the last before the place."""
+    calls = []
+
+    class Notes(Plain):
+        def __getitem__(self, index):
+            calls.append(index)
+            return super().__getitem__(index)
+
+    def given():
+        return {"x": Notes(60), "steps_per_epoch": 20, "shuffle": False}
+
+    seen(make_strategy(1), tmp_path, given, 45, epochs=3)
+    calls.clear()
+    rest = seen(make_strategy(1), tmp_path, given, resume_from=tmp_path, epochs=3)
+    assert len(rest) == 15 and calls == [0, 1, 0, 1, *range(44, 60)]
+
+
+def test_notes_of_batches_are_few(make_strategy, tmp_path):
+    """However long a pass is."""
+    data = GlobalBatches(Batches(1000), shuffle=False)
+    data.note_batches()
+    data.start_epoch()
+    for step in range(1, 901):
+        data.iterator().get_next()
+        data.ran(step)
+    assert len(data._reader._pass.notes) <= 101
 
 
 class Lazy(distfit.Model):
@@ -547,7 +760,7 @@ class Lazy(distfit.Model):
 held_by_nobody: tf.Variable
 
 
-def eagerly(strategy, folder, name, given, stop=-1, **arguments):
+def eagerly(strategy, folder, name, given, stop=-1, run_eagerly=True, **arguments):
     global held_by_nobody
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
@@ -556,7 +769,7 @@ def eagerly(strategy, folder, name, given, stop=-1, **arguments):
         model = build() if name == "of Keras" else Lazy()
         optimizer = model.optimizer if name == "of Keras" else "sgd"
         metrics = ["mae", "accuracy"] if name == "of Keras" else None
-        model.compile(optimizer, "mse", metrics=metrics, run_eagerly=name != "lazy")
+        model.compile(optimizer, "mse", metrics=metrics, run_eagerly=run_eagerly)
     callbacks = [StopsAt(stop), Checkpoint(folder, every=["1steps", "1epoch"])]
     options = {"epochs": EPOCHS, "verbose": 0, **given(), **arguments}
     return model, model.fit(callbacks=callbacks, **options)
@@ -568,20 +781,23 @@ def test_eager_steps_go_on_bit_for_bit(
     make_strategy, tmp_path, monkeypatch, name, replicas
 ):
     strategy = make_strategy(replicas)
-    if name == "lazy":
+    of_keras = name == "of Keras"
+    if not of_keras:  # Then all do, whatever the model says.
         monkeypatch.setattr(tf.config, "functions_run_eagerly", lambda: True)
 
     def given():
-        validation = {"validation_data": data()} if name == "of Keras" else {}
-        return (arrays() if name == "of Keras" else unknown()) | validation
+        return arrays() | {"validation_data": data()} if of_keras else unknown()
 
-    whole = eagerly(strategy, tmp_path / "whole", name, given)
+    def fit(folder, stop=-1, **arguments):
+        arguments |= {"run_eagerly": of_keras}
+        return eagerly(strategy, folder, name, given, stop, **arguments)
+
+    whole = fit(tmp_path / "whole")
     for stop in (4, 6):
         folder = tmp_path / str(stop)
         with pytest.raises(StopsError):
-            eagerly(strategy, folder, name, given, stop)
-        rest = eagerly(strategy, folder, name, given, resume_from=folder)
-        assert_same_bits(whole, rest)
+            fit(folder, stop)
+        assert_same_bits(whole, fit(folder, resume_from=folder))
 
 
 def test_a_folder_of_another_training_is_left_alone(make_strategy, stopped):
@@ -610,7 +826,7 @@ def test_what_a_kill_leaves_unfinished_is_removed_or_put_back(tmp_path):
     assert checkpoint.read(tmp_path / "step-1")[1]["a"].tolist() == [1, 1]
 
 
-class Plain(keras.callbacks.Callback):
+class Counts(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.limit, self.seen, self.best = 3, [], {}
@@ -626,7 +842,7 @@ class Opaque(keras.callbacks.Callback):
 
 
 def test_the_state_of_callbacks_is_what_they_have_changed():
-    callback, other, opaque = Plain(), Plain(), Opaque()
+    callback, other, opaque = Counts(), Counts(), Opaque()
     before = states.snapshot([callback, opaque])
     other.limit = 9  # A setting of the call that goes on.
     for epoch in range(2):

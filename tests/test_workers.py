@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_resuming
 from breadth import pick
 from keras import layers
 
@@ -953,3 +954,30 @@ def test_gradients_of_different_types_are_summed(make_strategy, strategy):
 
 def test_main_program_and_workers_are_of_this_python(team):
     assert len(set(team.tell("the test", sys.version))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("name", ["shards in parts", "pydataset in parts", "generator"])
+def test_each_worker_goes_on_where_it_was(strategy, team, shared, name):
+    """With shards each reads rows of its own; the chief alone writes and reads."""
+    given = test_resuming.READ[name]
+    folder = shared / str(team.index)  # Those of others than the chief stay empty.
+    whole = test_resuming.seen(strategy, folder / "whole", given)
+    for stop in (2, 5):
+        before = test_resuming.seen(strategy, folder / str(stop), given, stop)
+        resume = {"resume_from": folder / str(stop)}
+        rest = test_resuming.seen(strategy, folder / str(stop), given, **resume)
+        assert before + rest == whole
+    assert (folder / "whole").exists() == team.is_chief
+
+
+def test_eager_steps_go_on_on_all_workers(strategy, shared):
+    def fit(folder, **arguments):
+        given = test_resuming.unknown
+        return test_resuming.eagerly(strategy, folder, "lazy", given, **arguments)
+
+    whole = fit(shared / "whole")
+    with pytest.raises(test_resuming.StopsError):
+        fit(shared / "stopped", stop=5)
+    rest = fit(shared / "stopped", resume_from=shared / "stopped")
+    test_resuming.assert_same_bits(whole, rest)

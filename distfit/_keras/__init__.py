@@ -10,6 +10,8 @@ the code around the steps; `graphs`, `optimizers` and `generators` serve tracing
 |---|---|
 | `get_data_adapter`, `ArrayDataAdapter` | arrays, datasets, PyDatasets, generators, \
 data frames, torch loaders: Keras checks each and turns it into a `tf.data.Dataset` |
+| `PyDatasetAdapter`, `GeneratorDataAdapter`, `OrderedEnqueuer` | how Keras reads the \
+batches of Python code, which distfit lets it read an epoch at a time |
 | `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
 `class_weight`, as Keras defines them |
 | `CompileMetrics` | holds the metrics passed to `compile()` |
@@ -22,7 +24,7 @@ data frames, torch loaders: Keras checks each and turns it into a `tf.data.Datas
 import contextlib
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -41,17 +43,49 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     class_weight_to_sample_weights,
 )
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import (
+    OrderedEnqueuer,
+    PyDatasetAdapter,
+)
 from tensorflow.python.eager import context as tf_context
 
 __all__ = [
     "ArrayDataAdapter",
     "CompileMetrics",
     "Functional",
+    "GeneratorDataAdapter",
+    "OrderedEnqueuer",
+    "PyDatasetAdapter",
     "class_weight_to_sample_weights",
     "get_data_adapter",
     "join_batches",
     "train_validation_split",
 ]
+
+
+# --- Data.
+
+
+def read_with(adapter: Any, read: Callable[[], Iterator[Any]]) -> None:
+    """Lets the dataset of an adapter take its batches from `read()`, at each start.
+
+    The adapter still turns each into what its signature says.
+
+    Args:
+        adapter: That of a PyDataset or a generator, before its dataset is made.
+        read: Returns an iterator over batches.
+    """
+    if isinstance(adapter, GeneratorDataAdapter):
+        adapter.generator = read
+    else:
+        adapter._get_iterator = lambda: map(adapter._standardize_batch, read())
+
+
+def without_own_threads(adapter: Any) -> None:
+    """Leaves reading to who reads: the hooks of an epoch then start no threads."""
+    if isinstance(adapter, PyDatasetAdapter):
+        adapter.enqueuer = None
 
 
 # --- Models: the methods that stock `fit()` and `evaluate()` use.

@@ -9,21 +9,20 @@ from keras import tree
 from distfit.cluster import workers
 
 
-def fingerprint(arrays: Any) -> list:
-    """For each array or tensor, its shape and a checksum of some of its rows.
+def fingerprint(arrays: Any, rows: int = 64) -> list:
+    """For each array or tensor, its shape and a checksum of about so many rows.
 
     None for anything else.
     """
-    return [_fingerprint(array) for array in tree.flatten(arrays)]
+    return [_fingerprint(array, rows) for array in tree.flatten(arrays)]
 
 
-def _fingerprint(array: Any) -> Any:
+def _fingerprint(array: Any, rows: int) -> Any:
     if not isinstance(array, np.ndarray | tf.Tensor):
         return None
-    some = array[:: max(len(array) // 64, 1)] if array.ndim else array
-    rows = np.asarray(some)
+    some = np.asarray(array[:: max(len(array) // rows, 1)] if array.ndim else array)
     # The bytes of Python objects, such as strings, are only their addresses.
-    content = repr(rows.tolist()).encode() if rows.dtype.hasobject else rows.tobytes()
+    content = repr(some.tolist()).encode() if some.dtype.hasobject else some.tobytes()
     return tuple(array.shape), workers.checksum(content)
 
 

@@ -108,7 +108,7 @@ def run_steps(
     """Runs the steps of an epoch, `steps_per_execution` at a time."""
     several_workers = workers.of(model.distribute_strategy).count > 1
     stop = agreement.STOP_FLAGS[kind]
-    total = batches.steps_of_epoch() if step else batches.start_epoch()
+    total = batches.go_on_with_epoch() if step else batches.start_epoch()
 
     def has_more(step: int) -> bool:
         return (total is None or step < total) and batches.has_next()
@@ -125,6 +125,7 @@ def run_steps(
         steps = min([steps, *(skip - step for skip in skipped if skip > step)])
         callbacks.batch_begin(kind, step)
         step += run(steps)
+        batches.ran(step)
         callbacks.batch_end(kind, step - 1, read)
         settles = callbacks.may_stop_alone[kind]
         if settles:

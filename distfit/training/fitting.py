@@ -163,8 +163,7 @@ class Training:
         for driver in self._drivers:
             driver.note_variables()
         for data in self._data:
-            data.check_can_be_saved()
-            data.note_first_batch()
+            data.note_batches()
         self.callbacks.note_states()
 
     def again(
@@ -225,8 +224,9 @@ class Training:
     def _run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:
         model, callbacks = self.model, self.callbacks
         model.stop_training = False
-        self.batches.restart()
-        if saved is not None and self._team.is_chief:
+        if saved is None:
+            self.batches.restart()
+        elif self._team.is_chief:
             resuming.keep_rows_before(saved.manifest["epoch"], callbacks.callbacks)
         callbacks.on_train_begin()
         agreement.agree_on_state(model, "fit()", self._drivers)
@@ -307,9 +307,7 @@ class Training:
         variables = state.variables_of(self.model, self._drivers)
         arrays = state.values_of(self._team, variables)
         callbacks = self.callbacks.states(arrays)
-        data = {"data": self.batches.position(self.step)}
-        if self.validation is not None:
-            data["validation data"] = self.validation.position(0)
+        places = [data.position() for data in self._data]
         manifest = {
             "versions": resuming.versions(),
             "replicas": self.model.distribute_strategy.num_replicas_in_sync,
@@ -319,11 +317,11 @@ class Training:
             # In an epoch a stop is not yet all workers', and may be that of a signal.
             "stops": self.step == 0 and bool(self.model.stop_training),
             "randomness at the start": self._at_start,
-            "randomness": randomness.state(),
+            # Of each worker, which may read data of its own.
+            "places in the data": self._team.tell("the places in the data", places),
             "callbacks": callbacks,
             "facts": self._facts(),
             "facts of the model": self._facts_of_model(variables),
-            **data,
         }
         return manifest, arrays
 
@@ -356,10 +354,12 @@ class Training:
         if self.step:
             self.callbacks.on_epoch_begin(self.epoch)
         error = ""
+        of_workers = manifest["places in the data"]
+        # Those that read the same data are in the same place, however many there are.
+        places = of_workers[min(self._team.index, len(of_workers) - 1)]
         try:
-            self.batches.move_to(manifest["data"], self.step)
-            if self.validation is not None:
-                self.validation.move_to(manifest["validation data"], 0)
+            for data, place in zip(self._data, places, strict=True):
+                data.move_to(place)
         except ValueError as problem:
             error = str(problem)
         errors = self._team.tell("the place in the data", error)
@@ -374,7 +374,7 @@ class Training:
         for callback, more in zip(self.callbacks.non_finite, skipped, strict=True):
             callback.skipped += [each for each in more if each not in callback.skipped]
             callback.bad_step = 0
-        randomness.set_state(manifest["randomness"])
+        randomness.set_state(places[0]["randomness"])
         self.model.stop_training = manifest["stops"]
         if self._team.is_chief and self.callbacks.params["verbose"]:
             place = f"epoch {self.epoch + 1}, step {self.step + 1}"

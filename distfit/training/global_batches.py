@@ -7,6 +7,8 @@ a plain iterator on the host, and each replica cuts its rows inside the compiled
 """
 
 import json
+import logging
+import sys
 import threading
 import types
 import warnings
@@ -26,7 +28,10 @@ from distfit.training.inputs import (
     with_first_noted,
     without_autotune,
 )
+from distfit.training.reading import Reader, reader_of
 from distfit.training.shares import Layout
+
+_LOGGER = logging.getLogger("distfit")
 
 
 class GlobalBatches:
@@ -44,7 +49,8 @@ class GlobalBatches:
         epoch_steps: Number of steps of an epoch; None if unknown.
         first_batch: The fingerprint of the first batch read in this epoch, after
             `note_first_batch()` was called; else None.
-        sample: Once `move_to()` has moved them, a batch that they have passed.
+        sample: After `move_to()`, a batch that they have passed, as an optional.
+        elements_of_batch: How many elements of the dataset a step takes.
 
     Raises:
         ValueError: if there are no data, or they are not batches of tensors or of
@@ -54,6 +60,7 @@ class GlobalBatches:
     others_may_have_rows = False
     first_batch: list | None = None
     sample: Any = None
+    elements_of_batch = 1
 
     def __init__(
         self,
@@ -80,7 +87,9 @@ class GlobalBatches:
             shuffle=shuffle,
             class_weight=class_weight,
         )
+        self._reader = reader_of(self._adapter, shuffle)
         self.dataset = self._adapter.get_tf_dataset()
+        _keras.without_own_threads(self._adapter)
         if isinstance(self._adapter, _keras.ArrayDataAdapter):
             self.dataset = without_autotune(self.dataset)
         self.num_batches = self._adapter.num_batches
@@ -90,14 +99,15 @@ class GlobalBatches:
         self._never_ends = self.dataset.cardinality() == tf.data.INFINITE_CARDINALITY
         self._iterator: Any = None
         self._next: Any = None
-        self._seen = 0
-        self._events = ""  # What has moved the data, see `_move`.
-        self._randomness: dict | None = None  # At the start of the current pass.
+        self._seen = 0  # The batches of the pass in earlier epochs.
+        self._step = 0  # Those in this epoch.
+        self._events: list = []  # What has moved the data, see `_move`.
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.dataset.element_spec)
         self.layout = Layout(self.dataset.element_spec, *first)
         if self.num_batches == 0 and not self.others_may_have_rows:
             raise ValueError(_EMPTY)
+        self._randomness = self._random_state()  # After the latest event.
 
     @property
     def epoch_steps(self) -> int | None:
@@ -122,7 +132,8 @@ class GlobalBatches:
 
     def note_first_batch(self) -> None:
         """Records `first_batch` from now on, unless the order is known in advance."""
-        if isinstance(self._adapter, _keras.ArrayDataAdapter):
+        known = isinstance(self._adapter, _keras.ArrayDataAdapter)
+        if known or self.first_batch is not None:
             return
         self.first_batch = []
 
@@ -130,6 +141,25 @@ class GlobalBatches:
             self.first_batch = fingerprint(list(arrays))
 
         self.dataset = with_first_noted(self.dataset, note)
+
+    def note_batches(self) -> None:
+        """Records from now on what a `position()` needs.
+
+        Raises:
+            ValueError: for data of another library, whose order it keeps to itself.
+        """
+        if self._reader is not None:
+            self._reader.take_notes()
+            return
+        x = self._arrays[0]
+        in_order = isinstance(self._adapter, _keras.ArrayDataAdapter)
+        if not in_order and not isinstance(x, tf.data.Dataset):
+            raise ValueError(
+                "A checkpoint cannot hold the place in the data of another library. "
+                f"Received: {type(x).__name__} with a Checkpoint. Give arrays, a "
+                "`tf.data.Dataset`, a PyDataset or a generator."
+            )
+        self.note_first_batch()
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
@@ -139,7 +169,17 @@ class GlobalBatches:
         self._move("b")
         goes_on = self.steps_per_epoch is not None or self._one_pass
         if self._iterator is None or not goes_on:
-            self._move("i")
+            self._seen = 0
+            self._move("i", self._limit())
+        elif self._reader is not None:
+            self._move("c", self._limit())
+        return self.steps_of_epoch()
+
+    def go_on_with_epoch(self) -> int | None:
+        """As `start_epoch`, for an epoch in which `move_to` has ended."""
+        if self._reader is not None:
+            self._reader.limit = self._limit()
+            self._read_on()
         return self.steps_of_epoch()
 
     def steps_of_epoch(self) -> int | None:
@@ -149,13 +189,29 @@ class GlobalBatches:
         left = self.num_batches - self._seen
         return min(left, self.steps_per_epoch or left)
 
-    def _move(self, event: str) -> None:
+    def _limit(self) -> int | None:
+        """How many batches of the pass Python code may have read in this epoch."""
+        if self.steps_per_epoch is None:
+            return None
+        # One more is read where only that tells whether there is one.
+        return self._seen + self.steps_per_epoch + (not self.length_is_known)
+
+    def ran(self, step: int) -> None:
+        """Notes that so many steps of the epoch were run."""
+        self._step = step
+        if self._reader is not None:
+            self._reader.forget_before(self._seen + step)
+
+    def _move(self, event: str, limit: int | None = None) -> None:
         """Does one of what can change the order of the data, and records it.
 
         They are the start ("b") and the end ("e") of an epoch, the start ("i") and the
-        end ("r") of a pass, and a pass of which nothing is read ("v").
+        end ("r") of a pass, its continuation ("c") up to another limit, and a pass of
+        which nothing is read ("v"). The record has the random generators as well that
+        are not as the event before has left them.
         """
-        self._events += event
+        states = randomness.changed(self._randomness, self._random_state())
+        self._events.append([event, limit, states])
         if event == "b":
             self._adapter.on_epoch_begin()
         elif event == "e":
@@ -164,82 +220,131 @@ class GlobalBatches:
             iter(self.dataset)
         elif event == "r":
             self._release_iterator()
+            self._next = None
         else:
-            self._release_iterator()
-            self._randomness = randomness.state()
-            self._iterator = iter(self.dataset)
-            self._seen = 0
+            self._start_reading(event == "i", limit)
+        self._randomness = self._random_state()
 
-    def check_can_be_saved(self) -> None:
-        """Checks that a checkpoint can hold the place in these data.
+    def _start_reading(self, is_new: bool, limit: int | None) -> None:
+        if is_new:
+            self._next = None
+        if self._reader is not None:
+            self._reader.limit = limit
+            if is_new:
+                self._reader.begin()
+        self._read_on()
 
-        Raises:
-            ValueError: for data that Python code reads, or shards.
-        """
-        x = self._arrays[0]
-        ordered = isinstance(self._adapter, _keras.ArrayDataAdapter)
-        if not (ordered or isinstance(x, tf.data.Dataset)) or self.others_may_have_rows:
-            raise ValueError(
-                "A checkpoint can hold the place in arrays and in a `tf.data.Dataset` "
-                f"of global batches. Received: {type(x).__name__} with a Checkpoint. "
-                "Give one of these, or leave the Checkpoint out."
-            )
+    def _read_on(self) -> None:
+        self._release_iterator()
+        self._iterator = iter(self.dataset)
+        if self._next is not None and not self._next.has_value():
+            self._next = None  # There may be more, beyond the limit.
 
-    def position(self, steps: int) -> dict[str, Any]:
-        """Where the data stand, as JSON can hold it; `steps` of this epoch were run."""
+    def position(self) -> dict[str, Any]:
+        """Where the data stand, as JSON can hold it."""
+        batches, reader = self._seen + self._step, self._reader
+        states = self._random_state()
+        if reader is not None and self._step:  # It may be further by now.
+            states |= reader.after(batches + self._is_ahead)
         return {
-            "events": self._events,
-            "batches of the pass": self._seen + steps,
-            "randomness of the pass": self._randomness,
-            "first batch of the pass": self.first_batch,
+            "events": list(self._events),
+            "batches of the pass": batches,
+            "steps of the epoch": self._step,
+            "is ahead": self._is_ahead,
+            "first and last batch": self._fingerprints(batches),
+            "randomness before the last": reader.before(batches) if reader else {},
+            "randomness": states,
             "last length": self._last_length,
         }
 
-    def move_to(self, position: dict[str, Any], steps: int) -> None:
+    def move_to(self, position: dict[str, Any]) -> None:
         """Moves new data to where others stood: does the same, and reads as much.
 
         Args:
-            position: What `position(steps)` returned.
-            steps: The number of steps of the epoch that were run.
+            position: What `position()` has returned.
 
         Raises:
             ValueError: they are not the same data, or come in another order.
         """
+        if self._reader is not None and not self._reader.can_skip:
+            _LOGGER.warning(
+                "The generator is read again up to its place, %s batches.",
+                position["batches of the pass"],
+            )
+        self._set_random_state(self._randomness)
         events = position["events"]
-        last = events.rfind("i")
-        for index, event in enumerate(events[len(self._events) :], len(self._events)):
-            if index == last and position["randomness of the pass"] is not None:
-                randomness.set_state(position["randomness of the pass"])
-            self._move(event)
-            if (
-                index == last
-                and "r" in events[last:]
-                and position["batches of the pass"]
-            ):
-                self._skip(1)
-        self._last_length = position["last length"]
-        batches = position["batches of the pass"]
-        self._seen = batches - steps
-        if self._iterator is None or batches == 0:
-            return
-        self._skip(batches)
-        known = position["first batch of the pass"]
-        if json.loads(json.dumps(self.first_batch)) != known:
+        kinds = "".join(event for event, *_ in events)
+        latest = kinds.rfind("i")
+        for index, (event, limit, states) in enumerate(events):
+            self._set_random_state(states)
+            self._move(event, limit)
+            if event in "ic" and index >= latest:
+                if self._reader is not None:
+                    self._read_part_again(self._reader, position, limit)
+                else:  # A batch of a pass that has ended is enough to compare.
+                    has_ended = "r" in kinds[latest:]
+                    self._read(1 if has_ended else position["batches of the pass"])
+        found = json.loads(
+            json.dumps(self._fingerprints(position["batches of the pass"]))
+        )
+        if found != position["first and last batch"]:
             raise ValueError(
-                "The data come in another order than before. Received: a first batch "
-                "that differs from that of the checkpoint. Seed what shuffles them, or "
+                "The data come in another order than before. Received: a batch that "
+                "differs from that of the checkpoint. Seed what shuffles them, or "
                 "start anew."
             )
+        self._events = list(events)
+        self._last_length = position["last length"]
+        self._step = position["steps of the epoch"]
+        self._seen = position["batches of the pass"] - self._step
+        self._set_random_state(position["randomness"])
 
-    def _skip(self, batches: int) -> None:
-        for _ in range(batches):
+    def _read_part_again(
+        self, reader: Reader, position: dict[str, Any], limit: int | None
+    ) -> None:
+        """Moves on in a part of the latest pass; its last batch is read, to compare."""
+        batches = position["batches of the pass"]
+        first, _ = position["first and last batch"]
+        end = min(batches + position["is ahead"], limit or sys.maxsize)
+        if end < batches:
+            reader.skip_to(end, first)
+        elif reader.count < batches:
+            reader.skip_to(batches - 1, first)
+            self._set_random_state(position["randomness before the last"])
+            reader.limit = end
+            self._read_on()
+            self._read(1)
+        if end > batches and self._next is None:
+            reader.limit = end
+            self._next = self._iterator.get_next_as_optional()
+
+    def _read(self, batches: int) -> None:
+        for _ in range(batches * self.elements_of_batch):
             self.sample = self._iterator.get_next_as_optional()
             if not self.sample.has_value():
                 raise ValueError(
-                    "The data are shorter than before. Received: fewer than the "
-                    f"{batches} batches that the checkpoint has seen. Give the same "
-                    "data, or start anew."
+                    "The data are shorter than before. Received: fewer batches than "
+                    "the checkpoint has seen. Give the same data, or start anew."
                 )
+
+    def _fingerprints(self, batches: int) -> list:
+        """Those of the first and the latest batch of the pass, as far as noted."""
+        if self._reader is None:
+            return [self.first_batch, None]
+        return self._reader.fingerprints(batches)
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether Python code has read a batch that no step was run on."""
+        if self._reader is None or self._next is None:
+            return False
+        return bool(self._next.has_value())
+
+    def _random_state(self) -> dict[str, Any]:
+        return randomness.state(self._reader.generators if self._reader else {})
+
+    def _set_random_state(self, states: dict[str, Any]) -> None:
+        randomness.set_state(states, self._reader.generators if self._reader else {})
 
     def restart(self) -> None:
         """Goes back to the first batch, unless the data can be read only once.
@@ -256,7 +361,7 @@ class GlobalBatches:
         The tuning thread of a tf.data pipeline ends at its next tick, which may take
         twice the time of an epoch.
         """
-        held, self._iterator, self._next = [self._iterator, self._next], None, None
+        held, self._iterator = [self._iterator], None
         if held[0] is not None:
             threading.Thread(target=held.clear, daemon=True).start()
 
@@ -307,7 +412,7 @@ class GlobalBatches:
         Raises:
             ValueError: if the data turn out to be empty.
         """
-        self._seen += steps
+        self._seen, self._step = self._seen + steps, 0
         ran_out = not self.length_is_known and not self.has_next()
         if ran_out and self._seen == 0:
             raise ValueError(_EMPTY)

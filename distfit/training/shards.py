@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -39,6 +40,7 @@ class Shards(GlobalBatches):
             class_weight=class_weight,
         )
         self.strategy = strategy
+        self.elements_of_batch = replicas_of(strategy).count
         leaves = zip(
             tf.nest.flatten(self.layout.spec),
             tf.nest.flatten(self.layout.cut),
@@ -55,6 +57,11 @@ class Shards(GlobalBatches):
         self.layout = Layout(self.dataset.element_spec[0])
         self.num_batches = None  # Those of other workers are not known.
         self._never_ends = False
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """See `GlobalBatches.facts`. Who reads which rows depends on the replicas."""
+        readers = (workers.of(self.strategy).count, self.strategy.num_replicas_in_sync)
+        return super().facts(name) | {f"workers and replicas of {name}": readers}
 
     def has_next(self) -> bool:
         """Whether any replica has rows for the next step."""
@@ -103,15 +110,23 @@ def with_stand_ins(dataset: tf.data.Dataset) -> tf.data.Dataset:
         with tf.control_dependencies(itertools.chain(*each)):
             return batch, tf.identity(rows)
 
-    def stand_in(batch, rows):
-        return tree.map_structure(lambda tensor: tensor[:1], batch), 0
+    def shown(kept, element):
+        (row, is_kept), (batch, rows) = kept, element
+        row = tf.cond(
+            tf.logical_or(is_kept, rows == 0), lambda: row, lambda: _first_row(batch)
+        )
+        batch = tf.cond(rows > 0, lambda: batch, lambda: row)
+        return (row, tf.logical_or(is_kept, rows > 0)), (batch, rows)
 
-    own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
-    first = own.take(1).map(stand_in).cache().repeat()  # The source is not read again.
     blank = tree.map_structure(_blank_row, dataset.element_spec)
-    return own.concatenate(first).concatenate(
-        tf.data.Dataset.from_tensors((blank, 0)).repeat()
-    )
+    own = dataset.map(counted).filter(lambda batch, rows: rows > 0)
+    endless = own.concatenate(tf.data.Dataset.from_tensors((blank, 0)).repeat())
+    # One pass through the source: each has another order, and may take long.
+    return endless.scan((blank, False), shown)
+
+
+def _first_row(batch: Any) -> Any:
+    return tree.map_structure(lambda tensor: tensor[:1], batch)
 
 
 def _blank_row(spec: tf.TensorSpec) -> tf.Tensor:
