@@ -609,6 +609,7 @@ def seen(strategy, folder, given, stop=-1, epochs=3, fused=1, **arguments):
         keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs: note(logs),
             on_test_end=lambda logs: note(logs),
+            on_epoch_end=lambda epoch, logs: note({"epoch": epoch}),
         ),
         Checkpoint(folder, ["1steps", "1epoch"]),
     ]
@@ -715,7 +716,7 @@ def test_only_what_is_needed_is_read_again(make_strategy, tmp_path):
     seen(make_strategy(1), tmp_path, given, 45, epochs=3)
     calls.clear()
     rest = seen(make_strategy(1), tmp_path, given, resume_from=tmp_path, epochs=3)
-    assert len(rest) == 15 and calls == [0, 1, 0, 1, *range(44, 60)]
+    assert len(rest) == 16 and calls == [0, 1, 0, 1, *range(44, 60)]
 
 
 def test_notes_of_batches_are_few(make_strategy, tmp_path):

@@ -35,7 +35,8 @@ def fit(strategy, callbacks, x, y, **arguments):
     with strategy.scope():
         model = build()
     options = {"batch_size": BATCH, "epochs": EPOCHS, "verbose": 0, "shuffle": False}
-    history = distfit.fit(model, x, y, callbacks=callbacks, **options, **arguments)
+    options |= arguments
+    history = distfit.fit(model, x, y, callbacks=callbacks, **options)
     return model, history
 
 
@@ -79,6 +80,33 @@ def test_fused_steps_and_data_of_unknown_length_leave_them_out(make_strategy, tm
     assert guard.skipped == [[1, 5], [2, 5], [3, 5]]
     for one, other in zip(model.get_weights(), without([4]).get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, index):
+        x, y = rows([4])
+        part = slice(index * BATCH, (index + 1) * BATCH)
+        return x[part], y[part]
+
+
+class Changes(Batches):
+    def on_epoch_end(self):
+        pass
+
+
+def test_they_are_left_out_in_the_middle_of_an_epoch(make_strategy, tmp_path):
+    dataset = tf.data.Dataset.from_tensor_slices(rows([4])).batch(BATCH)
+    for name, data in (("dataset", dataset), ("pydataset", Batches())):
+        saves = Checkpoint(tmp_path / name, every="3steps")
+        guard, arguments = NonFinite(action="rollback"), {"batch_size": None}
+        model, _ = fit(make_strategy(2), [guard, saves], data, None, **arguments)
+        assert guard.skipped == [[1, 5], [2, 5], [3, 5]]
+        expected = without([4]).get_weights()
+        for one, other in zip(model.get_weights(), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_training_that_goes_on_keeps_leaving_them_out(make_strategy, tmp_path):
@@ -138,6 +166,10 @@ def test_it_gives_up_where_every_batch_is_bad(make_strategy, tmp_path):
 def test_it_takes_a_checkpoint_and_data_that_can_be_read_again(make_strategy, tmp_path):
     with pytest.raises(ValueError, match="without a Checkpoint"):
         fit(make_strategy(1), [NonFinite("rollback")], *rows())
+    callbacks = [NonFinite("rollback"), Checkpoint(tmp_path)]
+    for data in (Changes(), ((x, y) for x, y in [rows()])):
+        with pytest.raises(ValueError, match="a PyDataset that changes between epochs"):
+            fit(make_strategy(1), callbacks, data, None, batch_size=None)
     with pytest.raises(ValueError, match="Received: action='stay'"):
         NonFinite("stay")
 

@@ -25,7 +25,8 @@ class Checkpoint(keras.callbacks.Callback):
     A checkpoint holds the model, its optimizers, metrics, seeds, averages and loss
     scales, the place in the data, the random generators and the state of the other
     callbacks. It is written in the background. The end of the training is saved as
-    well, so that it can go on with more epochs.
+    well, so that it can go on with more epochs. The data may be whatever `fit()` takes,
+    save those of other libraries; a program that goes on makes them anew.
 
     Args:
         folder: Where to save: `<folder>/step-120`, for the 120 steps done so far.

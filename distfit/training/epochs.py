@@ -117,6 +117,7 @@ def run_steps(
         if step in skipped:
             batches.skip_next()
             step += 1
+            batches.ran(step)
             after(step, has_more(step))
             continue
         steps = model.steps_per_execution

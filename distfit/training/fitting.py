@@ -85,7 +85,7 @@ def fit(
         )
         if callbacks.checkpoints or saved is not None:
             training.prepare()
-        _check_rollback(callbacks, batches)
+        _check_rollback(callbacks, *filter(None, (batches, validation)))
         agreement.check_same_program(
             model,
             "fit()",
@@ -162,9 +162,13 @@ class Training:
         """
         for driver in self._drivers:
             driver.note_variables()
+        self.note_batches()
+        self.callbacks.note_states()
+
+    def note_batches(self) -> None:
+        """See `GlobalBatches.note_batches`, of all data."""
         for data in self._data:
             data.note_batches()
-        self.callbacks.note_states()
 
     def again(
         self, batches: GlobalBatches, validation: GlobalBatches | None
@@ -172,7 +176,7 @@ class Training:
         """The same from the start, without the batch whose loss was not finite."""
         for callback in self.callbacks.non_finite:
             callback.skipped = [*callback.skipped, [self.epoch + 1, callback.bad_step]]
-        return Training(
+        training = Training(
             self.model,
             batches,
             validation,
@@ -181,6 +185,8 @@ class Training:
             self.epochs,
             self._at_start,
         )
+        training.note_batches()
+        return training
 
     def before_bad_step(self) -> resuming.Saved:
         """The checkpoint to go back to from a loss that was not finite.
@@ -238,7 +244,9 @@ class Training:
             self._saving.end(self.steps, self.epoch)  # There is a way back at once.
         if callbacks.checkpoints:
             self._warn_of_counted_draws()
-        logs, has_ended = None, saved is not None and model.stop_training
+        logs, has_ended = None, False
+        if saved is not None and self.step == 0:
+            has_ended = model.stop_training or self.batches.exhausted
         while self.epoch < self.epochs and not has_ended:
             logs = self._run_epoch()
             has_ended = model.stop_training or self.batches.exhausted
@@ -407,7 +415,7 @@ def _as_read(facts: dict[str, Any]) -> dict[str, Any]:
 _MOST_SKIPPED = 10  # Batches that a rollback leaves out before it gives up.
 
 
-def _check_rollback(callbacks: CallbackList, batches: GlobalBatches) -> None:
+def _check_rollback(callbacks: CallbackList, *data: GlobalBatches) -> None:
     if not callbacks.rolls_back:
         return
     if not callbacks.checkpoints:
@@ -415,10 +423,11 @@ def _check_rollback(callbacks: CallbackList, batches: GlobalBatches) -> None:
             "A rollback goes back to a checkpoint. Received: NonFinite("
             'action="rollback") without a Checkpoint. Add one to the callbacks.'
         )
-    if not batches.can_start_again:
+    if not all(each.can_start_again for each in data):
         raise ValueError(
             "A rollback reads the data from their beginning again. Received: NonFinite("
-            'action="rollback") with a generator. Give data that can be read again.'
+            'action="rollback") with a generator, or a PyDataset that changes between '
+            "epochs. Give data that can be read again."
         )
 
 

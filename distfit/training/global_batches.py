@@ -404,7 +404,7 @@ class GlobalBatches:
     @property
     def can_start_again(self) -> bool:
         """Whether the data can be read from their beginning again."""
-        return not self._one_pass
+        return self._reader is None or self._reader.can_start_again
 
     def end_epoch(self, steps: int) -> None:
         """Ends an epoch that ran `steps` steps.

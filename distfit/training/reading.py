@@ -77,6 +77,17 @@ class Reader:
         """How many batches of the pass were read."""
         return self._pass.count
 
+    @property
+    def can_start_again(self) -> bool:
+        """Whether the source is as it was at first: nothing in it changes."""
+        if not self.can_skip:
+            return False
+        hooks = (type(self._source).on_epoch_begin, type(self._source).on_epoch_end)
+        stock = keras.utils.PyDataset
+        return hooks == (stock.on_epoch_begin, stock.on_epoch_end) and not (
+            self.generators
+        )
+
     def begin(self) -> None:
         """Begins a pass."""
         self._pass = _Pass(self._new_order())
