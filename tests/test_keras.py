@@ -303,13 +303,17 @@ def test_what_runs_eagerly_tells_its_variables(make_strategy):
         mirrored = tf.Variable(1.0)
     single, other = tf.Variable(2.0), tf.Variable(3.0)
     compiled = tf.function(lambda: single.assign_add(1.0), autograph=False)
-    handles = {}
-    with graphs.handles_noted(handles), graphs.as_first_replica():
+    handles, draws = {}, []
+    with graphs.eager_use_noted(handles, draws), graphs.as_first_replica():
         mirrored.assign_add(1.0)
         compiled()
+        for _ in range(2):
+            tf.random.normal([2]), tf.random.uniform([2], seed=3)
     other.assign(1.0)
     found = graphs.variables_with(handles)
     assert [id(v) for v in found] == [id(mirrored), id(single)]
+    one, seeded, other, again = draws
+    assert seeded == again and len(set(draws)) == 3
 
 
 class _Batches(keras.utils.PyDataset):

@@ -393,11 +393,22 @@ def test_draws_that_count_themselves_are_named(make_strategy, tmp_path):
         def train_step(self, data):
             return {"noise": tf.reduce_mean(tf.random.normal(tf.shape(data[0])))}
 
-    with make_strategy(2).scope():
-        model = Draws()
-        model.compile()
+    def fit(model, folder, **options):
+        with make_strategy(2).scope():
+            model = model()
+            model.compile(**options)
+        model.fit(**arrays(), verbose=0, callbacks=[Checkpoint(folder)])
+
     with pytest.warns(UserWarning, match="draws their first numbers again.*normal"):
-        model.fit(**arrays(), verbose=0, callbacks=[Checkpoint(tmp_path)])
+        fit(Draws, tmp_path / "compiled")
+    fit(Draws, tmp_path / "eager", run_eagerly=True)  # TensorFlow's generator seeds it.
+
+    class Seeded(distfit.Model):
+        def train_step(self, data):
+            return {"noise": tf.random.normal([], seed=3)}
+
+    with pytest.warns(UserWarning, match="Received: RandomStandardNormal in an eager"):
+        fit(Seeded, tmp_path / "seeded", run_eagerly=True)
 
 
 def divided():
@@ -722,7 +733,7 @@ def test_only_what_is_needed_is_read_again(make_strategy, tmp_path):
 def test_notes_of_batches_are_few(make_strategy, tmp_path):
     """However long a pass is."""
     data = GlobalBatches(Batches(1000), shuffle=False)
-    data.note_batches()
+    data.take_notes()
     data.start_epoch()
     for step in range(1, 901):
         data.iterator().get_next()

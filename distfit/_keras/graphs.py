@@ -152,16 +152,24 @@ def _function(graph: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def handles_noted(handles: dict[int, tf.Tensor]) -> Iterator[None]:
-    """Adds the resources that operations use to `handles`, in the order of their use.
+def eager_use_noted(handles: dict[int, tf.Tensor], draws: list[Any]) -> Iterator[None]:
+    """Notes what operations use that run eagerly in this thread.
 
-    That is, operations that run eagerly in this thread.
+    Args:
+        handles: Receives the resources, in the order of their use.
+        draws: Receives the kind and the seeds of each draw of random numbers. One with
+            the seeds of another goes on where that has ended.
     """
 
     def note(op_type, inputs, attrs, outputs, op_name=None, graph=None):
+        if graph is not None:
+            return
         for tensor in inputs:
-            if graph is None and tensor.dtype == tf.resource:
+            if tensor.dtype == tf.resource:
                 handles.setdefault(id(tensor), tensor)
+        named = dict(zip(attrs[::2], attrs[1::2], strict=True)) if attrs else {}
+        if "seed2" in named:
+            draws.append((op_type, named["seed"], named["seed2"]))
 
     op_callbacks.add_op_callback(note)
     try:

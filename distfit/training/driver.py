@@ -157,17 +157,17 @@ class StepDriver:
     @property
     def counted_draws(self) -> list[str]:
         """The lines of draws in the step whose state is in no variable."""
-        return [] if self.eagerly else self.step.counted_draws
+        return self._eager.counted_draws if self.eagerly else self.step.counted_draws
 
     @property
     def variables(self) -> list:
         """The variables that the step uses: if eagerly, those it was seen to use."""
         return self._eager.variables if self.eagerly else self.step.variables
 
-    def note_variables(self) -> None:
-        """Learns from now on which variables the step uses, if it runs eagerly."""
+    def take_notes(self) -> None:
+        """Learns from now on what the step uses, if it runs eagerly."""
         if self.eagerly:
-            self._eager.note_variables()
+            self._eager.take_notes()
 
     # Compiled methods.
 

@@ -1,7 +1,7 @@
 """A step run operation by operation."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -32,16 +32,25 @@ class EagerStep:
         self._model = model
         self._step = step
         self._replicas = replicas
-        self._handles: dict[int, tf.Tensor] | None = None
+        self._takes_notes = False
+        self._handles: dict[int, tf.Tensor] = {}
+        self._draws: list[Any] = []  # Those of the latest step.
+        self._counted: set[str] = set()
 
-    def note_variables(self) -> None:
-        """Notes from now on which variables the steps use."""
+    def take_notes(self) -> None:
+        """Notes from now on which variables the steps use, and where they draw."""
+        self._takes_notes = True
         self._handles = {}
 
     @property
     def variables(self) -> list[tf.Variable]:
         """The variables that the steps have used, in the order of their use."""
-        return graphs.variables_with(self._handles or {})
+        return graphs.variables_with(self._handles)
+
+    @property
+    def counted_draws(self) -> list[str]:
+        """Draws with a seed of their own: each counts them, in no variable."""
+        return [f"{kind} in an eager step" for kind in sorted(self._counted)]
 
     def __call__(self, batch: Any) -> Any:
         strategy = self._model.distribute_strategy
@@ -78,10 +87,16 @@ class EagerStep:
 
         return tf.variable_creator_scope(create)
 
-    def _noting(self) -> contextlib.AbstractContextManager:
-        if self._handles is None:
-            return contextlib.nullcontext()
-        return graphs.handles_noted(self._handles)
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        if not self._takes_notes:
+            yield
+            return
+        before, self._draws = set(self._draws), []
+        with graphs.eager_use_noted(self._handles, self._draws):
+            yield
+        # Without one, TensorFlow's generator gives each draw another seed.
+        self._counted |= {kind for kind, *seeds in before.intersection(self._draws)}
 
     def _summed(self) -> list[tf.Variable]:
         """The summed variables of the model, in an order that all workers share."""

@@ -144,6 +144,7 @@ class Training:
         self.epochs = epochs
         self.epoch = self.step = self.steps = 0
         self._team = workers.of(model.distribute_strategy)
+        self._has_warned = False
         self._validation_freq = validation_freq
         self._at_start = at_start
         self._driver = step_driver(model, "train", batches, callbacks.watch_losses)
@@ -161,14 +162,14 @@ class Training:
             ValueError: a checkpoint cannot hold the place in these data.
         """
         for driver in self._drivers:
-            driver.note_variables()
-        self.note_batches()
+            driver.take_notes()
+        self.take_notes()
         self.callbacks.note_states()
 
-    def note_batches(self) -> None:
-        """See `GlobalBatches.note_batches`, of all data."""
+    def take_notes(self) -> None:
+        """See `GlobalBatches.take_notes`, of all data."""
         for data in self._data:
-            data.note_batches()
+            data.take_notes()
 
     def again(
         self, batches: GlobalBatches, validation: GlobalBatches | None
@@ -185,7 +186,7 @@ class Training:
             self.epochs,
             self._at_start,
         )
-        training.note_batches()
+        training.take_notes()
         return training
 
     def before_bad_step(self) -> resuming.Saved:
@@ -299,7 +300,8 @@ class Training:
 
     def _warn_of_counted_draws(self) -> None:
         lines = [line for driver in self._drivers for line in driver.counted_draws]
-        if lines and self._team.is_chief:
+        if lines and self._team.is_chief and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 "A checkpoint cannot hold the state of random operations: a training "
                 f"that goes on draws their first numbers again. Received: {lines[0]}. "
@@ -312,6 +314,7 @@ class Training:
 
         All workers call this at the same place.
         """
+        self._warn_of_counted_draws()  # Eager steps show theirs as they run.
         variables = state.variables_of(self.model, self._drivers)
         arrays = state.values_of(self._team, variables)
         callbacks = self.callbacks.states(arrays)

@@ -101,6 +101,7 @@ class GlobalBatches:
         self._next: Any = None
         self._seen = 0  # The batches of the pass in earlier epochs.
         self._step = 0  # Those in this epoch.
+        self._takes_notes = False
         self._events: list = []  # What has moved the data, see `_move`.
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.dataset.element_spec)
@@ -142,12 +143,13 @@ class GlobalBatches:
 
         self.dataset = with_first_noted(self.dataset, note)
 
-    def note_batches(self) -> None:
+    def take_notes(self) -> None:
         """Records from now on what a `position()` needs.
 
         Raises:
             ValueError: for data of another library, whose order it keeps to itself.
         """
+        self._takes_notes = True
         if self._reader is not None:
             self._reader.take_notes()
             return
@@ -210,8 +212,9 @@ class GlobalBatches:
         which nothing is read ("v"). The record has the random generators as well that
         are not as the event before has left them.
         """
-        states = randomness.changed(self._randomness, self._random_state())
-        self._events.append([event, limit, states])
+        if self._takes_notes:
+            states = randomness.changed(self._randomness, self._random_state())
+            self._events.append([event, limit, states])
         if event == "b":
             self._adapter.on_epoch_begin()
         elif event == "e":
@@ -223,7 +226,8 @@ class GlobalBatches:
             self._next = None
         else:
             self._start_reading(event == "i", limit)
-        self._randomness = self._random_state()
+        if self._takes_notes:
+            self._randomness = self._random_state()
 
     def _start_reading(self, is_new: bool, limit: int | None) -> None:
         if is_new:
