@@ -226,6 +226,10 @@ class Training:
                 raise
             self._non_finite = error
             return False
+        finally:
+            # This object is part of a cycle: the garbage collector would wait for them.
+            for data in self._data:
+                data.release()
         return True
 
     def _run(self, initial_epoch: int, saved: resuming.Saved | None) -> None:

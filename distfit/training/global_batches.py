@@ -222,7 +222,7 @@ class GlobalBatches:
         elif event == "v":
             iter(self.dataset)
         elif event == "r":
-            self._release_iterator()
+            self.release()
             self._next = None
         else:
             self._start_reading(event == "i", limit)
@@ -239,7 +239,7 @@ class GlobalBatches:
         self._read_on()
 
     def _read_on(self) -> None:
-        self._release_iterator()
+        self.release()
         self._iterator = iter(self.dataset)
         if self._next is not None and not self._next.has_value():
             self._next = None  # There may be more, beyond the limit.
@@ -359,7 +359,7 @@ class GlobalBatches:
             self._move("r")
         self._move("e")
 
-    def _release_iterator(self) -> None:
+    def release(self) -> None:
         """Releases the iterator without waiting for it to end.
 
         The tuning thread of a tf.data pipeline ends at its next tick, which may take
