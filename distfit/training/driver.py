@@ -169,6 +169,11 @@ class StepDriver:
         if self.eagerly:
             self._eager.take_notes()
 
+    def try_on(self, batch: Any) -> None:
+        """Runs an eager step to learn what it uses; all else is to be undone."""
+        self._eager(batch)
+        self._eager.forget_draws()
+
     # Compiled methods.
 
     def _run_next(self, iterator):

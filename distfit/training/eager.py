@@ -42,6 +42,10 @@ class EagerStep:
         self._takes_notes = True
         self._handles = {}
 
+    def forget_draws(self) -> None:
+        """Forgets the draws of the latest step, whose seeds will be used again."""
+        self._draws = []
+
     @property
     def variables(self) -> list[tf.Variable]:
         """The variables that the steps have used, in the order of their use."""

@@ -364,6 +364,8 @@ class Training:
         """Takes up the training that a checkpoint holds."""
         manifest, arrays = saved.manifest, saved.arrays
         resuming.check_same(saved, "facts", self._facts())
+        if not self._driver.eagerly:  # Before data are read, which may take long.
+            self._check_model(saved)
         self.epoch, self.steps = manifest["epoch"], manifest["step"]
         self.step = manifest["step of the epoch"]
         if self.step:
@@ -380,8 +382,9 @@ class Training:
         errors = self._team.tell("the place in the data", error)
         if any(errors):
             raise ValueError(next(filter(None, errors)))
-        facts = self._facts_once_run(saved)
-        resuming.check_same(saved, "facts of the model", facts)
+        if self._driver.eagerly:
+            self._make_variables(saved)
+            self._check_model(saved)
         variables = state.variables_of(self.model, self._drivers)
         state.set_values(self._team, variables, arrays)
         skipped = [list(each.skipped) for each in self.callbacks.non_finite]
@@ -400,18 +403,22 @@ class Training:
                 saved.path,
             )
 
-    def _facts_once_run(self, saved: resuming.Saved) -> dict[str, Any]:
-        """The facts of the model, once it has what only its first step makes.
+    def _check_model(self, saved: resuming.Saved) -> None:
+        variables = state.variables_of(self.model, self._drivers)
+        facts = self._facts_of_model(variables)
+        resuming.check_same(saved, "facts of the model", facts)
+
+    def _make_variables(self, saved: resuming.Saved) -> None:
+        """Makes what only the first step of a kind makes, by running one.
 
         A step that runs eagerly also tells only then which variables it uses. It runs
         on a batch that was read before; what it changes is set afterwards.
         """
-        before = saved.manifest["facts of the model"]
+        before = saved.manifest["facts of the model"].keys()
         for driver, data in zip(self._drivers, self._data, strict=True):
-            facts = self._facts_of_model(state.variables_of(self.model, self._drivers))
-            if driver.eagerly and before.keys() - facts.keys():
-                driver.run_on(data.sample.get_value())
-        return self._facts_of_model(state.variables_of(self.model, self._drivers))
+            variables = state.variables_of(self.model, self._drivers)
+            if before - self._facts_of_model(variables).keys():
+                driver.try_on(data.sample.get_value())
 
 
 def _as_read(facts: dict[str, Any]) -> dict[str, Any]:
