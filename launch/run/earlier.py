@@ -18,7 +18,8 @@ from launch.settings import configuration
 _MAY_CHANGE = {
     *("epochs", "workdir", "data_dir", "verbose"),
     *("strategy", "virtual_devices"),  # Another number of replicas: equal to rounding.
-    *("checkpoint_every", "keep", "monitor", "mode", "on_non_finite"),
+    *("checkpoint_every", "keep", "monitor", "mode"),
+    *("on_save_error", "on_non_finite"),
 }
 # What --fresh moves aside; logs are moved by the supervisor.
 _RESULTS = (

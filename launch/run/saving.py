@@ -32,6 +32,7 @@ def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
         keep=config.keep,
         monitor=config.monitor,
         mode=config.mode,
+        on_error=config.on_save_error,
     )
 
 

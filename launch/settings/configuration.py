@@ -46,6 +46,7 @@ def defaults() -> ml_collections.ConfigDict:
     config.keep = 3
     config.monitor = config_dict.placeholder(str)
     config.mode = "min"
+    config.on_save_error = "raise"
     config.on_non_finite = "stop"
     return config
 

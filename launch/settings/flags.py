@@ -85,6 +85,11 @@ SETTINGS: dict[str, tuple[_Kind, str]] = {
         "the latest two",
     ),
     "mode": (_TEXT, "whether the best --monitor is the min (default) or the max"),
+    "on_save_error": (
+        _TEXT,
+        "if a checkpoint cannot be written: raise, which ends the run at the next step "
+        "(default), or warn",
+    ),
     "on_non_finite": (
         _TEXT,
         "at a loss that is NaN or infinite: stop (default), or rollback to the last "
@@ -140,7 +145,10 @@ TEES = ("chief", "all")
 WEIGHTS = ("model", "latest", "best")
 _ALL = {**SETTINGS, **CLUSTER, **EVALUATE, **VERIFY}
 # Of each command, the flags that it does not take.
-_OF_SAVING = ("checkpoint_every", "keep", "on_non_finite", "fresh", "max_restarts")
+_OF_SAVING = (
+    *("checkpoint_every", "keep", "on_save_error", "on_non_finite"),
+    *("fresh", "max_restarts"),
+)
 _NOT_TAKEN = {
     "train": (*EVALUATE, *VERIFY),
     "evaluate": (*_OF_SAVING, *VERIFY),
