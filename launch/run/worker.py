@@ -123,7 +123,7 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
             steps_per_epoch=run.config.steps_per_epoch,
             validation_data=run.validation if _evaluates(run.model) else None,
             callbacks=callbacks,
-            resume_from=None if fresh or not checkpoints else checkpoints.folder,
+            resume_from=None if fresh else run.folder / saving.CHECKPOINTS,
         )
     seconds = round(time.monotonic() - began[0], 1) if began else 0.0
     done = {"epochs": len(history.epoch), "seconds": seconds}
