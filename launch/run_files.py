@@ -17,6 +17,7 @@ from typing import Any
 LOG_VARIABLE = "DISTFIT_WORKER_LOG"
 # What the supervisor tells workers that it starts again: when the run failed and ended.
 RESTART_VARIABLE = "DISTFIT_RESTART"
+RUN_VARIABLE = "DISTFIT_RUN"  # The same in all starts by one supervisor.
 FOLDER = "logs"
 CHECKPOINTS = "checkpoints"  # what a restart goes on from
 _KINDS = ("log", "error.json", "progress.json")

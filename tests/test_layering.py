@@ -13,7 +13,7 @@ LAYERS = [
     ("partition", "cluster.workers"),
     ("training.batch", "training.checks", "training.inputs", "training.logs"),
     ("training.checkpoint", "training.randomness", "training.shares"),
-    ("training.compiling", "training.finite", "training.reading"),
+    ("training.compiling", "training.finite", "training.passes", "training.reading"),
     ("training.global_batches",),
     ("training.state",),
     ("strategy", "training.predictions"),

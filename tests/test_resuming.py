@@ -23,6 +23,7 @@ import distfit
 from distfit.callbacks import Checkpoint, states
 from distfit.training import checkpoint
 from distfit.training.global_batches import GlobalBatches
+from distfit.training.passes import passes_of
 
 ROWS, BATCH, EPOCHS = 23, 7, 3  # Four batches an epoch, the last of two rows.
 
@@ -581,6 +582,54 @@ READ = {
     },
     "validated by shards": lambda: {"x": Batches(), "validation_data": sharded},
 }
+
+
+def _shuffled(seed=1):
+    return tf.data.Dataset.from_tensor_slices(data()).shuffle(ROWS, seed=seed)
+
+
+def _augmented():
+    noise = layers.GaussianNoise(0.1, seed=2)
+    return _shuffled().map(lambda x, y: (noise(x, training=True), y))
+
+
+def _drawn():
+    noise = tf.random.Generator.from_seed(3)
+    return _shuffled().map(lambda x, y: (x + noise.normal([4]), y))
+
+
+# Pipelines of which a pass depends on how far the ones before it were read.
+DEPENDENT = {
+    "shuffled in each repetition": lambda: _shuffled().repeat(2),
+    "an order in a cache": lambda: _shuffled().cache(),
+    "two shuffled parts": lambda: _shuffled().concatenate(_shuffled(2)),
+    "augmented by a layer": _augmented,
+    "with numbers drawn": _drawn,
+}
+INDEPENDENT = {
+    "plain": lambda: tf.data.Dataset.from_tensor_slices(data()),
+    "shuffled": _shuffled,
+    "cached, then shuffled": lambda: INDEPENDENT["plain"]().cache().shuffle(9, seed=1),
+    "repeated": lambda: INDEPENDENT["plain"]().repeat(2).map(lambda x, y: (2 * x, y)),
+}
+
+
+def _batched(make):
+    return lambda: {"x": make().batch(BATCH)}
+
+
+READ |= {name: _batched(make) for name, make in DEPENDENT.items()}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_pipelines_with_a_memory_are_known_as_such(name):
+    assert not passes_of(DEPENDENT[name]()).independent
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_pipelines_without_a_memory_are_not_read_again(name):
+    found = passes_of(INDEPENDENT[name]())
+    assert found.independent and found.alike == ("shuffled" not in name)
 
 
 class Sees(distfit.Model):

@@ -4,6 +4,7 @@ import pathlib
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,16 +132,14 @@ class Checkpoint(keras.callbacks.Callback):
         return any(unit == "s" and passed >= number for number, unit in self._every)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the numbers in the logs.
-
-        Raises:
-            ValueError: they lack what is monitored.
-        """
+        """Notes the numbers in the logs."""
         found = {k: float(v) for k, v in (logs or {}).items() if np.ndim(v) == 0}
         if self.monitor is not None and self.monitor not in found:
-            raise ValueError(
-                "The logs do not have what a Checkpoint monitors. Received: monitor="
-                f"{self.monitor!r}, logs of {', '.join(found)}. Give one of these."
+            warnings.warn(  # As Keras does: an epoch may have no validation.
+                f"The logs of epoch {epoch + 1} lack what a Checkpoint monitors: it is "
+                f"not one of the best. Received: monitor={self.monitor!r}, logs "
+                f"of {', '.join(found)}.",
+                stacklevel=2,
             )
         self._logs = (epoch, found)
 

@@ -113,6 +113,13 @@ def run_steps(
     def has_more(step: int) -> bool:
         return (total is None or step < total) and batches.has_next()
 
+    def has_stopped() -> bool:
+        # A stop requested on one of several workers waits for the next `settle`.
+        settled = callbacks.may_stop_alone[kind] or not several_workers
+        return settled and bool(getattr(model, stop))
+
+    if step and has_stopped():  # By the time of the checkpoint that it goes on from.
+        total = step
     while has_more(step):
         if step in skipped:
             batches.skip_next()
@@ -128,12 +135,10 @@ def run_steps(
         step += run(steps)
         batches.ran(step)
         callbacks.batch_end(kind, step - 1, read)
-        settles = callbacks.may_stop_alone[kind]
-        if settles:
+        if callbacks.may_stop_alone[kind]:
             agreement.settle(model, kind, "the end of an execution")
         after(step, has_more(step))
-        # A stop requested on one of several workers waits for the next `settle`.
-        if (settles or not several_workers) and getattr(model, stop):
+        if has_stopped():
             break
     batches.end_epoch(step)
     agreement.check_same_batches(model, kind, batches)

@@ -237,14 +237,19 @@ class Training:
         model.stop_training = False
         if saved is None:
             self.batches.restart()
-        elif self._team.is_chief:
-            resuming.keep_rows_before(saved.manifest["epoch"], callbacks.callbacks)
+        else:  # Before anything is changed, or data are read, which may take long.
+            resuming.check_same(saved, "facts", self._facts())
+            if not self._driver.eagerly:
+                self._check_model(saved)
+            if self._team.is_chief:
+                resuming.keep_rows_before(saved.manifest["epoch"], callbacks.callbacks)
         callbacks.on_train_begin()
         agreement.agree_on_state(model, "fit()", self._drivers)
         self.epoch = agreement.first_epoch(model, initial_epoch)
         if saved is not None:
             self._go_on(saved)
-        self._saving.begin(self.steps, self.epoch, is_new=saved is None)
+        resumed = None if saved is None else saved.path.parent
+        self._saving.begin(self.steps, self.epoch, resumed)
         if callbacks.rolls_back and saved is None:
             self._saving.end(self.steps, self.epoch)  # There is a way back at once.
         if callbacks.checkpoints:
@@ -329,8 +334,8 @@ class Training:
             "workers": self._team.count,
             "epoch": self.epoch,
             "step of the epoch": self.step,
-            # In an epoch a stop is not yet all workers', and may be that of a signal.
-            "stops": self.step == 0 and bool(self.model.stop_training),
+            # Of each worker: in an epoch, a stop of one is not yet one of all.
+            "stops": self._team.tell("who stops", bool(self.model.stop_training)),
             "randomness at the start": self._at_start,
             # Of each worker, which may read data of its own.
             "places in the data": self._team.tell("the places in the data", places),
@@ -363,13 +368,8 @@ class Training:
     def _go_on(self, saved: resuming.Saved) -> None:
         """Takes up the training that a checkpoint holds."""
         manifest, arrays = saved.manifest, saved.arrays
-        resuming.check_same(saved, "facts", self._facts())
-        if not self._driver.eagerly:  # Before data are read, which may take long.
-            self._check_model(saved)
         self.epoch, self.steps = manifest["epoch"], manifest["step"]
         self.step = manifest["step of the epoch"]
-        if self.step:
-            self.callbacks.on_epoch_begin(self.epoch)
         error = ""
         of_workers = manifest["places in the data"]
         # Those that read the same data are in the same place, however many there are.
@@ -382,6 +382,8 @@ class Training:
         errors = self._team.tell("the place in the data", error)
         if any(errors):
             raise ValueError(next(filter(None, errors)))
+        if self.step:
+            self.callbacks.on_epoch_begin(self.epoch)
         if self._driver.eagerly:
             self._make_variables(saved)
             self._check_model(saved)
@@ -393,11 +395,12 @@ class Training:
             callback.skipped += [each for each in more if each not in callback.skipped]
             callback.bad_step = 0
         randomness.set_state(places[0]["randomness"])
-        self.model.stop_training = manifest["stops"]
+        stops = manifest["stops"]
+        self.model.stop_training = stops[min(self._team.index, len(stops) - 1)]
         if self._team.is_chief and self.callbacks.params["verbose"]:
             place = f"epoch {self.epoch + 1}, step {self.step + 1}"
             print(f"Going on from {saved.path}: {place}.", flush=True)
-        if manifest["stops"] and self._team.is_chief:
+        if any(stops) and self.step == 0 and self._team.is_chief:
             logging.getLogger("distfit").warning(
                 "The training of %s had stopped itself: nothing is left to do.",
                 saved.path,
@@ -440,8 +443,9 @@ def _check_rollback(callbacks: CallbackList, *data: GlobalBatches) -> None:
     if not all(each.can_start_again for each in data):
         raise ValueError(
             "A rollback reads the data from their beginning again. Received: NonFinite("
-            'action="rollback") with a generator, or a PyDataset that changes between '
-            "epochs. Give data that can be read again."
+            'action="rollback") with data that change as they are read: a generator, a '
+            "PyDataset with hooks, a tf.data.Dataset that shuffles or draws. Give "
+            "arrays, which fit() shuffles, or data that are the same each time."
         )
 
 

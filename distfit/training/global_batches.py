@@ -6,6 +6,7 @@ turn arrays, datasets, PyDatasets and generators into a `tf.data.Dataset`; it is
 a plain iterator on the host, and each replica cuts its rows inside the compiled step.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -28,6 +29,7 @@ from distfit.training.inputs import (
     with_first_noted,
     without_autotune,
 )
+from distfit.training.passes import Passes, passes_of
 from distfit.training.reading import Reader, reader_of
 from distfit.training.shares import Layout
 
@@ -102,6 +104,7 @@ class GlobalBatches:
         self._seen = 0  # The batches of the pass in earlier epochs.
         self._step = 0  # Those in this epoch.
         self._takes_notes = False
+        self._has_warned = False
         self._events: list = []  # What has moved the data, see `_move`.
         self._arrays = (x, y, sample_weight)
         check_element_spec(self.dataset.element_spec)
@@ -280,6 +283,8 @@ class GlobalBatches:
         kinds = "".join(event for event, *_ in events)
         latest = kinds.rfind("i")
         for index, (event, limit, states) in enumerate(events):
+            if event == "r" and limit and self._passes and not self._passes.independent:
+                self._read_rest_of_pass(limit, compared=index > latest)
             self._set_random_state(states)
             self._move(event, limit)
             if event in "ic" and index >= latest:
@@ -330,6 +335,24 @@ class GlobalBatches:
                     "The data are shorter than before. Received: fewer batches than "
                     "the checkpoint has seen. Give the same data, or start anew."
                 )
+
+    @functools.cached_property
+    def _passes(self) -> Passes | None:
+        """How the passes are related, for a `tf.data.Dataset` of the program."""
+        x = self._arrays[0]
+        return passes_of(x) if isinstance(x, tf.data.Dataset) else None
+
+    def _read_rest_of_pass(self, batches: int, compared: bool) -> None:
+        """Reads a pass that has ended, on which a later one may depend."""
+        if not self._has_warned:
+            self._has_warned = True
+            _LOGGER.warning(
+                "The data are read again from their beginning: a later pass may depend "
+                "on how far the ones before it were read."
+            )
+        self._read(batches - compared)
+        if not self._never_ends:
+            self._iterator.get_next_as_optional()  # Their end, which fills a cache.
 
     def _fingerprints(self, batches: int) -> list:
         """Those of the first and the latest batch of the pass, as far as noted."""
@@ -407,7 +430,9 @@ class GlobalBatches:
 
     @property
     def can_start_again(self) -> bool:
-        """Whether the data can be read from their beginning again."""
+        """Whether the data can be read from their beginning again, in this process."""
+        if self._passes is not None:
+            return self._passes.alike
         return self._reader is None or self._reader.can_start_again
 
     def end_epoch(self, steps: int) -> None:
@@ -426,7 +451,7 @@ class GlobalBatches:
         if ran_out:
             self._last_length = steps
         if exhausted and not self._one_pass:
-            self._move("r")
+            self._move("r", self._seen)
             if not ran_out and self.steps_per_epoch is None:
                 self._skip_an_order()
         self._move("e")

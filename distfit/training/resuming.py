@@ -5,7 +5,8 @@ import io
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -88,8 +89,14 @@ def _latest(folder: pathlib.Path, is_good: Usable = lambda saved: "") -> Saved |
         )
     if folder.is_dir():
         checkpoint.recover(folder)
+    return _first_good(folder, reversed(checkpoint.steps(folder)), is_good)
+
+
+def _first_good(
+    folder: pathlib.Path, steps: Iterable[int], is_good: Usable
+) -> Saved | None:
     errors = []
-    for step in reversed(checkpoint.steps(folder)):
+    for step in steps:
         path = folder / f"step-{step}"
         try:
             saved = Saved(path, *checkpoint.read(path))
@@ -134,9 +141,8 @@ def load_weights(
     if monitor is None:
         saved = _latest(folder)
     else:
-        best = checkpoint.Best(monitor, mode, 1).steps(folder)
-        path = folder / f"step-{best[0]}" if best else None
-        saved = Saved(path, *checkpoint.read(path)) if path else None
+        best = checkpoint.Best(monitor, mode, sys.maxsize).steps(folder)
+        saved = _first_good(folder, best, lambda saved: "")
     if saved is None:
         raise FileNotFoundError(f"There is no checkpoint with {monitor}: {folder}")
     variables = state.variables_of_model(model)
@@ -224,8 +230,9 @@ def keep_rows_before(epoch: int, callbacks: Sequence[keras.callbacks.Callback]) 
         if not file.is_file():
             continue
         callback.append = True
-        head, *rows = file.read_text().splitlines(keepends=True) or [""]
+        with file.open(newline="") as opened:  # The ends of lines stay as they are.
+            head, *rows = opened.readlines() or [""]
         kept = [row for row in rows if int(row.split(callback.sep)[0]) < epoch]
         unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text("".join([head, *kept]))
+        unfinished.write_text("".join([head, *kept]), newline="")
         unfinished.replace(file)

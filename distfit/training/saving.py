@@ -39,13 +39,18 @@ class Saving:
         self._next_talk = 0
         self._last_talk = (0, 0.0)
 
-    def begin(self, step: int, epoch: int, is_new: bool) -> None:
+    def begin(self, step: int, epoch: int, resumed: pathlib.Path | None) -> None:
         """Counts from here on.
+
+        Args:
+            step, epoch: How many were trained.
+            resumed: The folder of checkpoints that the training goes on from, or None.
 
         Raises:
             ValueError: a new training would save among the checkpoints of another one.
         """
         for each in self._checkpoints:
+            is_new = resumed is None or resumed.resolve() != each.folder.resolve()
             found: list[int] = []
             if self._team.is_chief:
                 checkpoint.recover(each.folder)
@@ -53,8 +58,9 @@ class Saving:
             if self._team.from_chief("the checkpoints before", bool(found and is_new)):
                 raise ValueError(
                     "The folder has checkpoints of another training. Received: "
-                    f"Checkpoint({str(each.folder)!r}) without resume_from. Give "
-                    "`resume_from` to go on from there, or another folder."
+                    f"Checkpoint({str(each.folder)!r}), resume_from="
+                    f"{resumed and str(resumed)!r}. Give that folder as `resume_from` "
+                    "to go on from there, or save to another one."
                 )
             each.begin(step, epoch, is_saved=not is_new)
         self._plan_next_talk(step, pace=0.0)

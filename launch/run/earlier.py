@@ -1,8 +1,12 @@
 """What an earlier run has left in the working folder, and whether this one goes on."""
 
+import contextlib
+import fcntl
 import itertools
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,12 +25,16 @@ _MAY_CHANGE = {
     *("checkpoint_every", "keep", "monitor", "mode"),
     *("on_save_error", "on_non_finite"),
 }
+_LOCK = ".lock"
+_ASIDE = f"{run_files.FOLDER}/set-aside.json"
+_RUN = run_files.RUN_VARIABLE
 # What --fresh moves aside; logs are moved by the supervisor.
 _RESULTS = (
     configuration.FILE,
     metrics_log.FILE,
     saving.MODEL_FILE,
     saving.WEIGHTS_FILE,
+    saving.RECORD,
     saving.CHECKPOINTS,
     "samples",
 )
@@ -38,6 +46,7 @@ def set_aside(folder: pathlib.Path) -> None:
     Raises:
         UsageError: the folder cannot be written to.
     """
+    run_files.write_json(folder / _ASIDE, {"run": os.environ.get(_RUN)})
     found = [folder / name for name in _RESULTS if (folder / name).exists()]
     if not found:
         return
@@ -55,6 +64,36 @@ def set_aside(folder: pathlib.Path) -> None:
     print(f"The earlier run is in {aside} now.", flush=True)
 
 
+def was_set_aside(folder: pathlib.Path) -> bool:
+    """Whether an earlier start of this run, by the same supervisor, has done that."""
+    done = run_files.read_json(folder / _ASIDE) or {}
+    return _RUN in os.environ and done.get("run") == os.environ[_RUN]
+
+
+def lock(folder: pathlib.Path) -> None:
+    """Keeps other runs out of the working folder until this process ends.
+
+    Where the file system has no locks there is none.
+
+    Raises:
+        UsageError: another run is at work there.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("ab")
+        _held.append(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                "Another run is at work in the working folder. "
+                f"Received: --workdir={folder}. Wait for its end, or give another one."
+            ) from error
+
+
+_held: list[Any] = []  # An open file keeps its lock.
+
+
 def check(config: ml_collections.ConfigDict) -> bool:
     """Checks that this run can go on from what there is, if there is anything.
 
@@ -65,7 +104,7 @@ def check(config: ml_collections.ConfigDict) -> bool:
         UsageError: it cannot go on, or would be another run.
     """
     folder = pathlib.Path(config.workdir)
-    manifest = _latest_manifest(folder / saving.CHECKPOINTS)
+    manifest = _latest_manifest(folder)
     model = saving.trained(folder)
     if manifest is None and model is None:
         return False
@@ -83,14 +122,9 @@ def check(config: ml_collections.ConfigDict) -> bool:
             f"{', '.join(refused)}, --workdir={folder}. Give the same settings to go "
             "on, or --fresh to start anew."
         )
-    if model is not None and _is_complete(manifest, recorded, config):
+    if model is not None and _is_complete(manifest, folder, config):
         return True
-    if manifest is None:
-        raise UsageError(
-            "The run in the working folder has finished and left no checkpoints to go "
-            f"on from. Received: {changed['epochs']}, --workdir={folder}. "
-            "Give --fresh to start anew."
-        )
+    _check_epochs(manifest, config)
     shown = [text for name, text in changed.items() if name != "workdir"]
     if shown:
         print(f"Going on with other settings: {', '.join(shown)}.", flush=True)
@@ -99,13 +133,35 @@ def check(config: ml_collections.ConfigDict) -> bool:
 
 def _is_complete(
     manifest: Mapping[str, Any] | None,
-    recorded: Mapping[str, Any],
+    folder: pathlib.Path,
     config: ml_collections.ConfigDict,
 ) -> bool:
-    """Whether nothing is left to train."""
+    """Whether the model that is there is the end of as many epochs as are asked for."""
+    saved = run_files.read_json(folder / saving.RECORD) or {}
+    if saved.get("epochs", 0) >= config.epochs:
+        return True
+    ended = manifest is not None and manifest["step of the epoch"] == 0
+    stopped = ended and manifest is not None and any(manifest["stops"])
+    return stopped and manifest is not None and saved.get("step") == manifest["step"]
+
+
+def _check_epochs(
+    manifest: Mapping[str, Any] | None, config: ml_collections.ConfigDict
+) -> None:
+    """Raises a `UsageError` where what is left to train cannot be trained."""
     if manifest is None:
-        return recorded.get("epochs") == config.epochs
-    return manifest["stops"] or manifest["epoch"] >= config.epochs
+        raise UsageError(
+            "The run in the working folder has finished and left no checkpoints to go "
+            f"on from. Received: epochs={config.epochs}, --workdir={config.workdir}. "
+            "Give --fresh to start anew."
+        )
+    place = (manifest["epoch"], manifest["step of the epoch"])
+    if place > (config.epochs, 0):
+        raise UsageError(
+            "The run in the working folder has trained for longer. Received: epochs="
+            f"{config.epochs}, a checkpoint of epoch {place[0] + 1}. Give --epochs="
+            f"{place[0] + bool(place[1])} or more, or --fresh to start anew."
+        )
 
 
 def _changed(
@@ -113,15 +169,28 @@ def _changed(
 ) -> dict[str, str]:
     """The settings that differ, each as "epochs=3, which was 2"."""
     now = json.loads(config.to_json_best_effort())
+    # A setting that the earlier run did not know had its default.
+    before = {**json.loads(configuration.defaults().to_json_best_effort()), **recorded}
     return {
-        name: f"{name}={now.get(name)}, which was {recorded.get(name)}"
-        for name in sorted(now.keys() | recorded.keys())
-        if now.get(name) != recorded.get(name)
+        name: f"{name}={now.get(name)}, which was {before.get(name)}"
+        for name in sorted(now.keys() | before.keys())
+        if _text(now.get(name)) != _text(before.get(name))
     }
 
 
+def _text(value: Any) -> str:
+    """A setting as text, in which a NaN equals another and objects have no address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True))
+
+
 def _latest_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
-    return next(_manifests(folder), None)
+    try:
+        return next(_manifests(folder / saving.CHECKPOINTS), None)
+    except OSError as error:
+        raise UsageError(
+            f"The checkpoints cannot be read ({error.strerror}). "
+            f"Received: --workdir={folder}. Give a readable folder."
+        ) from error
 
 
 def _manifests(folder: pathlib.Path) -> Iterator[dict[str, Any]]:

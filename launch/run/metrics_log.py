@@ -69,7 +69,7 @@ class MetricsLog(keras.callbacks.Callback):
             os.fsync(file.fileno())
 
     def _drop_later_lines(self, path: pathlib.Path) -> None:
-        text = path.read_text() if path.is_file() else ""
+        text = path.read_text(errors="replace") if path.is_file() else ""
         lines = text.splitlines(keepends=True)
         run_files.write_text(path, "".join(lines[: self._lines - 1]))
         self._is_ready = True

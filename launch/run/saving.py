@@ -9,11 +9,13 @@ import keras
 from ml_collections import ConfigDict
 
 import distfit
+from distfit.training import checkpoint
 from launch import run_files
-from launch.errors import UsageError
+from launch.errors import RunError, UsageError
 
 MODEL_FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
+RECORD = "model.json"  # which epochs and step the file is of
 CHECKPOINTS = run_files.CHECKPOINTS
 _NEVER = "never"
 
@@ -36,21 +38,40 @@ def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
     )
 
 
-def save(model: keras.Model, folder: pathlib.Path) -> str:
+def save(
+    model: keras.Model, folder: pathlib.Path, epochs: int, step: int | None
+) -> str:
     """Saves the model, or if Keras cannot, its weights, and returns the file name.
 
     Keras saves a subclass with its own arguments only if it has a `get_config()`. The
     file is there as a whole or, if saving fails, as it was before.
+
+    Args:
+        model: the trained model.
+        folder: the working folder.
+        epochs: the epochs that were asked for.
+        step: the step of the latest checkpoint, if there is one.
+
+    Raises:
+        RunError: it cannot be written.
     """
     whole, weights = folder / MODEL_FILE, folder / WEIGHTS_FILE
     try:
-        _replace(whole, model.save)
-        weights.unlink(missing_ok=True)  # of an earlier training
-        return MODEL_FILE
-    except NotImplementedError:
-        _replace(weights, model.save_weights)
-        whole.unlink(missing_ok=True)
-        return WEIGHTS_FILE
+        try:
+            _replace(whole, model.save)
+            weights.unlink(missing_ok=True)  # of an earlier training
+            name = MODEL_FILE
+        except NotImplementedError:
+            _replace(weights, model.save_weights)
+            whole.unlink(missing_ok=True)
+            name = WEIGHTS_FILE
+        run_files.write_json(folder / RECORD, {"epochs": epochs, "step": step})
+    except OSError as error:
+        raise RunError(
+            f"The model could not be saved ({error}). Received: --workdir={folder}. "
+            "The same command saves it once that is mended."
+        ) from error
+    return name
 
 
 def _replace(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
@@ -77,8 +98,8 @@ def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> s
     Args:
         model: the model.
         config: the settings; `workdir`, `monitor` and `mode` say where to look.
-        which: "model", "latest" or "best"; None for the model, if it is there, else for
-            the latest checkpoint.
+        which: "model", "latest" or "best"; None for the model, if it is there and no
+            later checkpoint, else for the latest checkpoint.
 
     Raises:
         UsageError: there are none, or they do not fit the model.
@@ -86,7 +107,7 @@ def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> s
     folder = pathlib.Path(config.workdir)
     file = trained(folder)
     if which is None:
-        which = "latest" if file is None else "model"
+        which = "model" if _is_latest(folder) else "latest"
     if which == "best" and config.monitor is None:
         raise UsageError(
             "The best checkpoint is that by a metric. Received: --weights=best, no "
@@ -111,6 +132,15 @@ def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> s
             f"The trained weights do not fit this model ({error}). "
             f"Received: --workdir={folder}. Use the settings it was trained with."
         ) from error
+
+
+def _is_latest(folder: pathlib.Path) -> bool:
+    """Whether the trained model is there, and no run has trained on since."""
+    saved = run_files.read_json(folder / RECORD) or {}
+    steps = checkpoint.steps(folder / CHECKPOINTS)
+    return trained(folder) is not None and (
+        not steps or saved.get("step") is None or saved["step"] >= steps[-1]
+    )
 
 
 def _load_file(

@@ -82,15 +82,15 @@ def run(
 
 def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, Any]:
     """Trains, writes the results to the working folder and returns what to report."""
-    fresh = command_line.cluster.get("fresh", False)
-    if _has_finished(run, fresh):
+    with input_errors.as_usage_errors():
+        checkpoints = saving.checkpoints(run.config)
+        non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
+    fresh, finished = _look_back(run, command_line.cluster.get("fresh", False))
+    if finished:
         return {
             "finished": "before; give more --epochs to go on, or --fresh to start anew",
             "results": run.folder,
         }
-    with input_errors.as_usage_errors():
-        checkpoints = saving.checkpoints(run.config)
-        non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
     began: list[float] = []
 
     def begin(epoch: int, logs: Any) -> None:
@@ -100,10 +100,14 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
             configuration.write(run.config)
         began.append(time.monotonic())
 
+    def set_aside(logs: Any) -> None:
+        if fresh and run.writes:
+            earlier.set_aside(run.folder)
+
     log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None, non_finite)
     times = ledger.Ledger(watch.began, _LOADED, checkpoints)
     callbacks = [
-        keras.callbacks.LambdaCallback(on_epoch_begin=begin),
+        keras.callbacks.LambdaCallback(on_train_begin=set_aside, on_epoch_begin=begin),
         Heartbeat(watch.watchdog),
         non_finite,
         *run.callbacks,
@@ -129,8 +133,10 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
     done = {"epochs": len(history.epoch), "seconds": seconds}
     last = {name: values[-1] for name, values in history.history.items()}
     watch.watchdog.note(0, "saving")
+    latest = checkpoints and checkpoints.latest
+    step = int(latest.name.removeprefix("step-")) if latest else None
     with _folder_to_save_in(run) as folder:
-        saved = saving.save(run.model, folder)
+        saved = saving.save(run.model, folder, run.config.epochs, step)
     spent = times.end()
     log.write({"ledger": spent})
     return {
@@ -142,25 +148,28 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
     }
 
 
-def _has_finished(run: setup.Run, fresh: bool) -> bool:
-    """Whether nothing is left to train, as the chief finds it in the working folder.
+def _look_back(run: setup.Run, fresh: bool) -> tuple[bool, bool]:
+    """Whether to start anew, and whether nothing is left to train.
+
+    Both as the chief finds it in the working folder.
 
     Raises:
         UsageError: on all workers, if the run cannot go on from what there is.
     """
     finished, error = False, ""
     try:
-        if run.writes and fresh:
-            earlier.set_aside(run.folder)
-        elif run.writes:
-            finished = earlier.check(run.config)
+        if run.writes:
+            earlier.lock(run.folder)
+            fresh = fresh and not earlier.was_set_aside(run.folder)
+            finished = not fresh and earlier.check(run.config)
     except UsageError as problem:
         error = str(problem)
     team = workers.of(run.strategy)
-    finished, error = team.from_chief("the earlier run", (finished, error))
+    told = team.from_chief("the earlier run", (fresh, finished, error))
+    fresh, finished, error = told
     if error:
         raise UsageError(error)
-    return finished
+    return fresh, finished
 
 
 @contextlib.contextmanager

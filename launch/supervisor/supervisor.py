@@ -30,6 +30,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from launch.supervisor import failure_report, out_of_memory, root_cause
 from launch.supervisor.output import Outputs
 from launch.supervisor.processes import Guard, Process
 from launch.supervisor.restarts import Restarts, latest_step
+from launch.watchdog import signals
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
 SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly allow 30
@@ -87,9 +89,11 @@ def run(
     if sys.stdout is not None:  # closed by `>&-`
         sys.stdout.flush()
     restarts = Restarts(max_restarts)
-    restart: dict[str, str] = {}
+    more = {
+        run_files.RUN_VARIABLE: f"{socket.gethostname()} {os.getpid()} {time.time()}"
+    }
     while True:
-        group = _run_once(command, num_workers, workdir, index, tee, restart)
+        group = _run_once(command, num_workers, workdir, index, tee, more)
         code, cause = group.tell()
         if cause is None:
             return code
@@ -99,15 +103,10 @@ def run(
                 group.say(f"launch: not started again: {restarts.reason}\n")
             return code
         times = {"failed": cause.began, "ended": time.time()}
-        restart = {run_files.RESTART_VARIABLE: json.dumps(times)}
+        more[run_files.RESTART_VARIABLE] = json.dumps(times)
         group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
         if signalled := _wait(pause):
             return signalled
-        command = [each for each in command if each.lstrip("-") not in _ONLY_FIRST]
-
-
-# Flags of the first start: the next one goes on with what it has begun.
-_ONLY_FIRST = ("fresh", "fresh=true", "fresh=True", "fresh=1")
 
 
 def _run_once(
@@ -158,6 +157,7 @@ class _Group:
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
         self._received: list[int] = []  # signals to this process
+        self._first_received = 0.0
         self._silent: list[str] = []  # workers that the others may have lost
         self._answered: int | None = None  # the signal that ends the group
         self._failing_since: float | None = None
@@ -322,6 +322,10 @@ class _Group:
             process.wait()
 
     def _receive(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._received and now - self._first_received < signals.SAME_SIGNAL:
+            return
+        self._first_received = self._first_received or now
         self._received.append(number)
         if len(self._received) > 1:
             self._send(signal.SIGKILL)

@@ -20,6 +20,9 @@ _PATIENCE = 5.0  # seconds; `docker stop` sends SIGKILL after 10
 _SAVING = 25.0  # seconds to save, once asked to; clusters mostly allow 30
 _AT_ONCE = 1.0  # seconds, once a second signal has come
 _POLL = 0.05  # seconds
+# Seconds within which a second signal is the first one again: `timeout`, for one, sends
+# it to a process and to its group.
+SAME_SIGNAL = 0.5
 
 
 class Signals:
@@ -27,6 +30,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._ask: Callable[[int], object] | None = None
+        self._first: float | None = None  # when the first one came
         self._told = 0  # how many signals a thread has heard of
         self._handled = 0  # how often Python has called the handler
         self._raised = False  # whether one has raised an error in the main thread
@@ -48,13 +52,20 @@ class Signals:
     def handle(self, number: int, frame: object) -> None:
         """Python's handler, which runs in the main thread."""
         self._handled += 1
+        if self._asked and self._is_the_same():
+            return
         if self._ask is not None and not self._asked:
-            self._asked = True
+            self._asked, self._first = True, time.monotonic()
             self._ask(_code(number))
         elif self._ask is None or max(self._told, self._handled) > 1:
             self._raised = True
             self.was_terminated = number != signal.SIGINT
             raise _exception(number)
+
+    def _is_the_same(self) -> bool:
+        return self._first is not None and (
+            time.monotonic() - self._first < SAME_SIGNAL
+        )
 
     def insist(
         self,
@@ -63,11 +74,13 @@ class Signals:
         patience: float,
     ) -> None:
         """Ends the process if the handler, or what it has asked, does not."""
+        if self._asked and self._told and self._is_the_same():
+            return
         self._told += 1
         began = time.monotonic()
         asks = self._ask is not None and self._told == 1
         if asks and not self._asked:  # The main thread may be long in native code.
-            self._asked = True
+            self._asked, self._first = True, time.monotonic()
             self._ask(_code(number))  # type: ignore[misc]
         elif self._told > 1:
             patience = min(patience, _AT_ONCE)
