@@ -1,11 +1,14 @@
 """What an earlier run has left decides whether a run goes on, has finished, may not."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from distfit.training import checkpoint
+from launch import run_files
 from launch.errors import UsageError
 from launch.run import earlier, saving
 from launch.settings import configuration
@@ -17,13 +20,18 @@ def config(folder, **settings):
     return made
 
 
-def leave(folder, epochs_done=None, stops=False, model=True, **settings):
-    """Makes the files of an earlier run."""
+def leave(folder, done=None, of_step=0, stops=False, model=3, **settings):
+    """Makes the files of an earlier run.
+
+    Its checkpoint, if `done`, is of so many epochs and steps of the next; its model, if
+    any, is that of so many epochs.
+    """
     configuration.write(config(folder, **settings))
     if model:
         (folder / saving.MODEL_FILE).write_bytes(b"a model")
-    if epochs_done is not None:
-        manifest = {"epoch": epochs_done, "stops": stops}
+        run_files.write_json(folder / saving.RECORD, {"epochs": model, "step": 7})
+    if done is not None:
+        manifest = {"epoch": done, "step of the epoch": of_step, "stops": [stops]}
         checkpoint.write(
             folder / saving.CHECKPOINTS, 7, {"model/0": np.ones(2)}, manifest
         )
@@ -33,19 +41,21 @@ def test_nothing_is_in_the_way_in_a_new_folder_or_after_a_run_that_saved_nothing
     tmp_path,
 ):
     assert not earlier.check(config(tmp_path))
-    leave(tmp_path, model=False, seed=2)
+    leave(tmp_path, model=None, seed=2)
     assert not earlier.check(config(tmp_path))
 
 
 @pytest.mark.parametrize(
     "left, finished",
     [
-        ({"epochs_done": 3}, True),
-        ({"epochs_done": 4}, True),
-        ({"epochs_done": 1, "stops": True}, True),
-        ({"epochs_done": None}, True),
-        ({"epochs_done": 2}, False),
-        ({"epochs_done": 3, "model": False}, False),
+        ({"done": 3}, True),
+        ({"done": 4, "model": 4}, True),
+        ({"done": 1, "stops": True, "model": 2}, True),
+        ({"done": None}, True),
+        ({"done": 2, "model": 2}, False),
+        ({"done": 3, "model": None}, False),
+        ({"done": 3, "model": 1}, False),  # Killed before it could save the new one.
+        ({"done": 0, "of_step": 5, "stops": True, "model": None}, False),
     ],
 )
 def test_a_run_has_finished_once_its_epochs_and_its_model_are_there(
@@ -79,6 +89,52 @@ def test_more_epochs_without_checkpoints_are_refused(tmp_path):
         earlier.check(config(tmp_path, epochs=5))
 
 
+@pytest.mark.parametrize("epochs, goes_on", [(1, False), (2, False), (3, True)])
+def test_epochs_that_were_trained_cannot_be_taken_back(tmp_path, epochs, goes_on):
+    leave(tmp_path, 2, of_step=1, model=None)
+    if goes_on:
+        assert not earlier.check(config(tmp_path, epochs=epochs))
+        return
+    with pytest.raises(UsageError, match="of epoch 3. Give --epochs=3 or more"):
+        earlier.check(config(tmp_path, epochs=epochs))
+
+
+class Thing:
+    """Something that JSON cannot hold, and whose text has an address."""
+
+
+def test_settings_without_a_text_of_their_own_are_the_same_again(tmp_path):
+    leave(tmp_path, 2, model=None, thing=Thing(), rate=float("nan"))
+    assert not earlier.check(config(tmp_path, thing=Thing(), rate=float("nan")))
+
+
+def test_settings_that_an_earlier_version_did_not_have_had_their_defaults(tmp_path):
+    leave(tmp_path, 2, model=None)
+    file = tmp_path / configuration.FILE
+    recorded = json.loads(file.read_text())
+    del recorded["seed"], recorded["keep"]
+    file.write_text(json.dumps(recorded))
+    assert not earlier.check(config(tmp_path))
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path):
+    script = (
+        "import pathlib, sys; from launch.run import earlier\n"
+        "earlier.lock(pathlib.Path(sys.argv[1]))\n"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UsageError, match="Another run is at work"):
+            earlier.lock(tmp_path)
+        other.kill()
+    earlier.lock(tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "\x00"])
 def test_results_without_readable_settings_are_refused(tmp_path, text):
     leave(tmp_path, 2)
@@ -96,14 +152,25 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path):
     assert earlier.check(config(tmp_path))
 
 
+def test_a_run_that_is_started_again_is_not_fresh_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv(run_files.RUN_VARIABLE, "a run")
+    leave(tmp_path, 3)
+    assert not earlier.was_set_aside(tmp_path)
+    earlier.set_aside(tmp_path)
+    assert earlier.was_set_aside(tmp_path)
+    monkeypatch.setenv(run_files.RUN_VARIABLE, "another run")
+    assert not earlier.was_set_aside(tmp_path)
+
+
 def test_a_fresh_run_leaves_every_earlier_one_in_a_folder_of_its_own(tmp_path, capsys):
     for seed in (1, 2):
         leave(tmp_path, 3, seed=seed)
         earlier.set_aside(tmp_path)
+        assert not earlier.was_set_aside(tmp_path)  # No supervisor starts it again.
         assert not earlier.check(config(tmp_path))
     earlier.set_aside(tmp_path)  # Nothing is left to move.
     found = {p.name for p in tmp_path.iterdir()}
-    assert found == {"earlier-1", "earlier-2"}
+    assert found == {"earlier-1", "earlier-2", "logs"}
     for seed in (1, 2):
         aside = tmp_path / f"earlier-{seed}"
         assert json.loads((aside / configuration.FILE).read_text())["seed"] == seed

@@ -325,10 +325,61 @@ def test_the_best_are_kept_beside_the_latest_two(make_strategy, tmp_path):
     assert best.steps(tmp_path) == [28]
 
 
-def test_a_monitored_name_that_no_epoch_logs_is_refused(make_strategy, tmp_path):
+def test_a_monitored_name_that_an_epoch_does_not_log_is_named(make_strategy, tmp_path):
     kept = Checkpoint(tmp_path, monitor="val_loss")
-    with pytest.raises(ValueError, match="monitor='val_loss', logs of loss, mae"):
+    with pytest.warns(UserWarning, match="monitor='val_loss', logs of loss, mae"):
         train(make_strategy(1), None, arrays, callbacks=[kept])
+    assert checkpoint.steps(tmp_path) == [8, 12]
+
+
+class Stops(StopsAt):
+    """Stops the training of its own after so many steps, as TerminateOnNaN does."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.left -= 1
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.left == 0:
+            self.model.stop_training = True
+
+
+@pytest.mark.parametrize("replicas", numbers_of_replicas([2], [1, 2, 3]))
+def test_a_stop_in_an_epoch_is_part_of_a_checkpoint(make_strategy, tmp_path, replicas):
+    """The training is killed in the validation that follows."""
+    strategy = make_strategy(replicas)
+
+    class Dies(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise StopsError
+
+    def run(folder, *more, **arguments):
+        given = {"validation_data": data(), "callbacks": [Stops(6), *more]}
+        return train(strategy, folder, arrays, **given, **arguments)
+
+    whole = run(tmp_path / "whole", keras.callbacks.Callback())
+    with pytest.raises(StopsError):
+        run(tmp_path / "killed", Dies(), validation_freq=[2])
+    shutil.copytree(tmp_path / "killed", tmp_path / "again")
+    callback = type("Dies", (keras.callbacks.Callback,), {})()
+    rest = run(
+        tmp_path / "again",
+        callback,
+        validation_freq=[2],
+        resume_from=tmp_path / "again",
+    )
+    assert len(rest[1].epoch) == len(whole[1].epoch) == 2
+    for a, b in zip(rest[0].variables, whole[0].variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_checkpoints_of_another_training_are_not_overwritten_by_one_that_goes_on(
+    make_strategy, stopped, tmp_path
+):
+    train(make_strategy(1), tmp_path, arrays)
+    before = checkpoint.steps(tmp_path)
+    with pytest.raises(ValueError, match="checkpoints of another training"):
+        train(make_strategy(1), tmp_path, arrays, resume_from=stopped)
+    assert checkpoint.steps(tmp_path) == before
 
 
 DISK = """

@@ -149,9 +149,20 @@ def test_a_second_signal_ends_at_once(start, then):
     run = start(ASKED.format(signals="heard", then=then))
     run.send(signal.SIGTERM)
     assert run.process.stdout.readline() == "asked\n"
+    time.sleep(0.7)  # Within half a second it would be the first one again.
     run.process.send_signal(signal.SIGTERM)
     code, _, _, seconds = run.end()
     assert code == 143 and seconds < 5
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one(start):
+    run = start(ASKED.format(signals="heard", then=WAIT.format(tenths=20)) + "print()")
+    run.send(signal.SIGTERM)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.stdout.readline() == "asked\n"
+    run.process.send_signal(signal.SIGTERM)
+    code, out, _, _ = run.end()
+    assert code == 0 and out == "\nleft -1\n"
 
 
 def test_an_error_that_a_native_call_makes_of_the_signal_is_taken_back(start):
