@@ -6,9 +6,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
-from breadth import pick
 
 pytestmark = pytest.mark.integration
 
@@ -114,24 +114,22 @@ def alone(config):
 """
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "mine.py").write_text(MODULE)
-    return tmp_path
+def environment():
+    chosen = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
+    chosen.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    return chosen
 
 
-def run_python(folder, *arguments):
+def run_python(folder, *arguments, seconds=SECONDS):
     """Runs Python in `folder`; kills it when it takes too long."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
-    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=seconds,
     )
 
 
@@ -139,14 +137,102 @@ def launch(folder, *arguments):
     return run_python(folder, "-m", "launch", *arguments)
 
 
-MINE = (
-    *("--model=mine:build", "--dataset=mine:rows", "--batch_size=4"),
-    *("--virtual_devices=2", "--workdir=out"),
-)
+END = "the end of a command, with code"
+SEVERAL = f"""
+import json, sys
+from launch.__main__ import main
+
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        print({END!r}, code, file=stream, flush=True)
+"""
+
+MINE = ("--model=mine:build", "--dataset=mine:rows", "--batch_size=4")
+ON_TWO = (*MINE, "--virtual_devices=2")
+OVERRIDDEN = ("--config=settings.py", "--config.hidden=6", "--epochs=2")
+VERIFY = ("verify", *MINE, "--batch_size=8")
+STOCK = "--model=mine:build_stock"
+REFUSED = {
+    "--dataset=mine:empty": "empty",
+    "--dataset=mine:of_unequal_length": "'x' sizes: 20 'y' sizes: 19",
+    "--dataset=mine:alone": "not a pair (train, validation)",
+    "--dataset=mine:none_such": "Define none_such(config)",
+    "--model=mine:build_uncompiled": "not return a compiled keras.Model",
+}
+
+# By name. The first makes the most virtual devices: a process cannot add any later.
+COMMANDS = {
+    "verify": (*VERIFY, "--workdir=verified"),
+    "verify wrong": (
+        *(*VERIFY, "--model=mine:build_asking_for_replicas"),
+        *("--dataset=mine:dataset", "--replicas=2", "--workdir=wrong"),
+    ),
+    "verify few": (*VERIFY, "--batch_size=3", "--workdir=few"),
+    "one": (*MINE, *OVERRIDDEN, "--virtual_devices=1", "--workdir=one"),
+    "two": (*ON_TWO, *OVERRIDDEN, "--workdir=two"),
+    "compiled": (*ON_TWO, *OVERRIDDEN, "--jit_compile", "--workdir=compiled"),
+    "evaluate two": ("evaluate", "--workdir=two", "--model=mine:build"),
+    "stock": (*ON_TWO, STOCK, "--workdir=stock"),
+    "evaluate stock": ("evaluate", "--workdir=stock", STOCK),
+    "dataset": (
+        *(*ON_TWO, "--dataset=mine:dataset", "--steps_per_execution=2"),
+        "--workdir=dataset",
+    ),
+    "not a number": (*ON_TWO, "--dataset=mine:not_a_number", "--workdir=nan"),
+    "broken": (*ON_TWO, "--model=mine:build_broken", "--workdir=broken"),
+    **{flag: (*ON_TWO, flag, "--workdir=refused") for flag in REFUSED},
+    "override": ("--config.latent=3", "--workdir=refused"),
+    "data": ("--model=mnist_cnn", "--data_dir=.", "--workdir=refused"),
+    "no loss": (
+        *("--model=low_level_step", "--epochs=1", "--steps_per_epoch=2"),
+        "--workdir=no-loss",
+    ),
+    "evaluate no loss": ("evaluate", "--model=low_level_step", "--workdir=no-loss"),
+}
 
 
-def launch_mine(folder, *arguments):
-    return launch(folder, *MINE, *arguments)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder in which the commands run, with modules of a user."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "mine.py").write_text(MODULE)
+    (folder / "settings.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'hidden': 5, 'epochs': 9, 'seed': 4})\n"
+    )
+    (folder / "mnist.npz").write_text("no archive")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What each of the commands returned and printed.
+
+    All run in one process: importing TensorFlow takes longer than any of them.
+    """
+    given = json.dumps(list(COMMANDS.values()))
+    run = run_python(folder, "-c", SEVERAL, given, seconds=3 * SECONDS)
+    outs, errs = (_parts(text) for text in (run.stdout, run.stderr))
+    assert len(outs) == len(errs) == len(COMMANDS), run.stdout + run.stderr
+    return {
+        name: types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
+        for name, (code, out), (_, err) in zip(COMMANDS, outs, errs, strict=True)
+    }
+
+
+def _parts(text):
+    """Pairs of the exit code and the text of each command."""
+    found, lines = [], []
+    for line in text.splitlines(keepends=True):
+        before, end, code = line.partition(END)
+        if not end:
+            lines.append(line)
+            continue
+        found.append((int(code), "".join([*lines, before])))
+        lines = []
+    return found
 
 
 def check_done(result):
@@ -160,7 +246,7 @@ def check_refused(result, *expected):
     assert all(text in result.stderr for text in expected), result.stderr
 
 
-def epochs(folder, workdir="out"):
+def epochs(folder, workdir):
     lines = (folder / workdir / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     return [entry for entry in found if "epoch" in entry]
@@ -172,9 +258,9 @@ def reported(result):
     return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 
-def test_the_gan_trains_on_two_devices_and_leaves_its_results(folder):
+def test_the_gan_trains_on_two_devices_and_leaves_its_results(tmp_path):
     result = launch(
-        folder,
+        tmp_path,
         "--strategy=mirrored",
         "--virtual_devices=2",
         "--batch_size=8",
@@ -185,46 +271,41 @@ def test_the_gan_trains_on_two_devices_and_leaves_its_results(folder):
     summary = reported(result)
     assert (summary["model"], summary["strategy"]) == ("gan", "MirroredStrategy")
     assert (summary["replicas"], summary["results"]) == ("2", "runs/gan")
-    run = folder / "runs" / "gan"
+    run = tmp_path / "runs" / "gan"
     assert (run / "model.keras").stat().st_size > 0
     for epoch in (1, 2):
         image = (run / "samples" / f"epoch-{epoch:03d}.png").read_bytes()
         assert image.startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert config["virtual_devices"] == 2 and config["batch_size"] == 8
-    assert [line["epoch"] for line in epochs(folder, run)] == [1, 2]
-    assert {"d_loss", "g_loss", "seconds"} <= set(epochs(folder, run)[0])
+    assert [line["epoch"] for line in epochs(tmp_path, run)] == [1, 2]
+    assert {"d_loss", "g_loss", "seconds"} <= set(epochs(tmp_path, run)[0])
 
 
 @pytest.mark.parametrize(
-    "build, saved",
+    "name, saved",
     # Without get_config(), a model cannot be saved as a whole.
-    [("build", "model.weights.h5"), ("build_stock", "model.keras")],
+    [("two", "model.weights.h5"), ("stock", "model.keras")],
 )
-def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(folder, build, saved):
+def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(
+    folder, results, name, saved
+):
     """Derived from `distfit.Model`, or a `keras.Model` of any class."""
-    model = f"--model=mine:{build}"
-    result = launch_mine(folder, "--epochs=2", model)
-    check_done(result)
-    assert reported(result)["saved"] == saved
-    assert [path.name for path in (folder / "out").glob("model.*")] == [saved]
-    last = epochs(folder)[-1]
-    result = launch(folder, "evaluate", "--workdir=out", model)
-    check_done(result)
-    summary = reported(result)
+    check_done(results[name])
+    assert reported(results[name])["saved"] == saved
+    assert [path.name for path in (folder / name).glob("model.*")] == [saved]
+    last = epochs(folder, name)[-1]
+    evaluated = results[f"evaluate {name}"]
+    check_done(evaluated)
+    summary = reported(evaluated)
     assert summary["replicas"] == "2"  # as it was trained
     assert float(summary["loss"]) == pytest.approx(last["val_loss"], rel=1e-4)
 
 
-def test_two_devices_train_to_the_numbers_of_one_also_with_xla(folder):
+def test_two_devices_train_to_the_numbers_of_one_also_with_xla(folder, results):
     lines = []
-    for name, flags in (
-        ("one", ["--virtual_devices=1"]),
-        ("two", ["--virtual_devices=2"]),
-        ("compiled", ["--virtual_devices=2", "--jit_compile"]),
-    ):
-        given = (*flags, f"--workdir={name}", "--epochs=3")
-        check_done(launch_mine(folder, *given))
+    for name in ("one", "two", "compiled"):
+        check_done(results[name])
         lines.append(epochs(folder, name))
     for one, *others in zip(*lines, strict=True):
         for other in others:
@@ -232,123 +313,77 @@ def test_two_devices_train_to_the_numbers_of_one_also_with_xla(folder):
             assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
 
 
-def test_config_file_override_and_flag_reach_the_model(folder):
-    (folder / "settings.py").write_text(
-        "import ml_collections\n"
-        "def get_config():\n"
-        "    return ml_collections.ConfigDict({'hidden': 5, 'epochs': 9, 'seed': 4})\n"
-    )
-    result = launch_mine(
-        folder, "--config=settings.py", "--config.hidden=6", "--epochs=1"
-    )
-    check_done(result)
-    config = json.loads((folder / "out" / "config.json").read_text())
-    assert (config["hidden"], config["epochs"], config["seed"]) == (6, 1, 4)
-    assert len(epochs(folder)) == 1
+def test_config_file_override_and_flag_reach_the_model(folder, results):
+    check_done(results["two"])
+    config = json.loads((folder / "two" / "config.json").read_text())
+    assert (config["hidden"], config["epochs"], config["seed"]) == (6, 2, 4)
+    assert len(epochs(folder, "two")) == 2
 
 
-def test_a_tf_dataset_of_ones_own_trains_without_validation(folder):
-    result = launch_mine(folder, "--dataset=mine:dataset", "--steps_per_execution=2")
-    check_done(result)
-    assert "val_loss" not in epochs(folder)[0]
+def test_a_tf_dataset_of_ones_own_trains_without_validation(folder, results):
+    check_done(results["dataset"])
+    assert "val_loss" not in epochs(folder, "dataset")[0]
 
 
-def test_a_loss_that_is_not_a_number_fails_and_names_step_and_replica(folder):
-    result = launch_mine(folder, "--dataset=mine:not_a_number")
+def test_a_loss_that_is_not_a_number_fails_and_names_step_and_replica(folder, results):
+    result = results["not a number"]
     assert result.returncode == 1
     assert "step 3 on replica 0" in result.stderr and result.stderr.count("\n") == 1
-    assert not (folder / "out" / "model.keras").exists()
+    assert not (folder / "nan" / "model.keras").exists()
 
 
-def test_a_mistake_in_the_step_fails_with_its_traceback(folder):
-    result = launch_mine(folder, "--model=mine:build_broken")
+def test_a_mistake_in_the_step_fails_with_its_traceback(results):
+    result = results["broken"]
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "mine.py" in result.stderr
     assert "a mistake in the step" in result.stderr.splitlines()[-1]
 
 
-REFUSED = {
-    "--dataset=mine:empty": "empty",
-    "--dataset=mine:of_unequal_length": "'x' sizes: 20 'y' sizes: 19",
-    "--dataset=mine:alone": "not a pair (train, validation)",
-    "--dataset=mine:none_such": "Define none_such(config)",
-    "--model=mine:build_uncompiled": "not return a compiled keras.Model",
-}
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder, results, flag):
+    check_refused(results[flag], REFUSED[flag])
+    assert not (folder / "refused").exists()
 
 
-def test_what_shows_only_with_tensorflow_is_refused_in_one_line(folder):
-    """All in one process, which imports TensorFlow once."""
-    program = "import sys\nfrom launch.__main__ import main\n"
-    program += "own, flags = sys.argv[1:6], sys.argv[6:]\n"
-    program += "print(*[main([*own, flag]) for flag in flags])"
-    result = run_python(folder, "-c", program, *MINE, *REFUSED)
-    assert result.stdout.split() == ["2"] * len(REFUSED), result.stderr
-    lines = result.stderr.splitlines()
-    for line, expected in zip(lines, REFUSED.values(), strict=True):
-        assert line.startswith("launch: ") and expected in line
-    assert not (folder / "out").exists()
+def test_an_override_that_the_reference_model_does_not_know_is_refused(results):
+    check_refused(results["override"], "--config.latent=3", "latent_dim")
 
 
-def test_an_override_that_the_reference_model_does_not_know_is_refused(folder):
-    check_refused(
-        launch(folder, "--config.latent=3"), "--config.latent=3", "latent_dim"
-    )
-    assert not (folder / "runs").exists()
+def test_a_model_without_a_loss_cannot_be_evaluated(results):
+    check_done(results["no loss"])
+    check_refused(results["evaluate no loss"], "no test_step")
 
 
-def test_a_model_without_a_loss_cannot_be_evaluated(folder):
-    flags = ("--model=low_level_step", "--epochs=1", "--steps_per_epoch=2")
-    check_done(launch(folder, *flags))
-    check_refused(launch(folder, "evaluate", "--model=low_level_step"), "no test_step")
+def test_a_broken_data_file_is_refused(results):
+    check_refused(results["data"], "not a readable .npz archive")
 
 
-def test_a_broken_data_file_is_refused(folder):
-    (folder / "mnist.npz").write_text("no archive")
-    result = launch(folder, "--model=mnist_cnn", "--data_dir=.")
-    check_refused(result, "not a readable .npz archive")
+def test_verify_passes_a_right_model_and_writes_its_report(folder, results):
+    check_done(results["verify"])
+    expected = "OK: Custom on 1, 2, 4 replicas matches one device"
+    assert expected in results["verify"].stdout
+    assert json.loads((folder / "verified" / "report.json").read_text())["ok"]
+    assert "<svg" in (folder / "verified" / "report.html").read_text()
+    assert not (folder / "verified" / "config.json").exists()
 
 
-def verify_mine(folder, model, *arguments):
-    own = [f"--model=mine:{model}", "--dataset=mine:rows", "--batch_size=8"]
-    return launch(folder, "verify", *own, "--workdir=out", *arguments)
-
-
-@pytest.mark.parametrize(
-    "model, name",
-    pick(
-        [("build", "Custom")],
-        [("build", "Custom"), ("build_stock", "Sequential")],
-    ),
-)
-def test_verify_passes_a_right_model_and_writes_its_report(folder, model, name):
-    result = verify_mine(folder, model)
-    check_done(result)
-    assert f"OK: {name} on 1, 2, 4 replicas matches one device" in result.stdout
-    assert json.loads((folder / "out" / "report.json").read_text())["ok"]
-    assert "<svg" in (folder / "out" / "report.html").read_text()
-    assert not (folder / "out" / "config.json").exists()
-
-
-def test_verify_fails_a_model_that_asks_how_many_replicas_there_are(folder):
-    arguments = ("--dataset=mine:dataset", "--replicas=2")
-    result = verify_mine(folder, "build_asking_for_replicas", *arguments)
+def test_verify_fails_a_model_that_asks_how_many_replicas_there_are(folder, results):
+    result = results["verify wrong"]
     assert (result.returncode, result.stderr) == (1, "")
     assert "differs on 2" in result.stdout
-    assert not json.loads((folder / "out" / "report.json").read_text())["ok"]
+    assert not json.loads((folder / "wrong" / "report.json").read_text())["ok"]
 
 
-def test_verify_refuses_batches_smaller_than_the_replicas(folder):
-    result = verify_mine(folder, "build", "--batch_size=3")
-    check_refused(result, "a batch of 3 rows for 4 replicas")
-    assert not (folder / "out").exists()
+def test_verify_refuses_batches_smaller_than_the_replicas(folder, results):
+    check_refused(results["verify few"], "a batch of 3 rows for 4 replicas")
+    assert not (folder / "few").exists()
 
 
-def test_an_interrupt_ends_without_a_traceback(folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def test_an_interrupt_ends_without_a_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", *ENDLESS],
-        cwd=folder,
-        env=environment,
+        cwd=tmp_path,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -365,7 +400,7 @@ def test_an_interrupt_ends_without_a_traceback(folder):
     assert err.splitlines()[-1] == "launch: interrupted" and "Traceback" not in err
 
 
-def test_the_first_process_of_a_container_ends_when_it_is_told_to(folder):
+def test_the_first_process_of_a_container_ends_when_it_is_told_to(tmp_path):
     # It is process 1 of its namespace, where signals without a handler are ignored.
     alone = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
     try:
@@ -376,8 +411,8 @@ def test_the_first_process_of_a_container_ends_when_it_is_told_to(folder):
         pytest.skip(f"no process namespace can be made here: {tried.stderr.strip()}")
     process = subprocess.Popen(
         [*alone, sys.executable, "-m", "launch", *ENDLESS],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -393,9 +428,9 @@ def test_the_first_process_of_a_container_ends_when_it_is_told_to(folder):
     assert process.returncode == 143 and "Traceback" not in err, err
 
 
-def test_the_example_of_the_readme_runs_as_it_stands(folder):
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path):
     text = (ROOT / "README.md").read_text()
     example = text.split("```python\n")[1].split("```")[0]
-    result = run_python(folder, "-c", example)
+    result = run_python(tmp_path, "-c", example)
     assert result.returncode == 0, result.stderr
     assert "34/34" in result.stdout
