@@ -8,9 +8,14 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
+
+# For tests of what others hold by default, each in its part.
+only_exhaustive = pytest.mark.skipif(not EXHAUSTIVE, reason="an exhaustive test")
 
 
 def pick(few: Sequence[T], every: Sequence[T]) -> list[T]:

@@ -10,6 +10,7 @@ import job
 import marked
 import namespaces
 import pytest
+from breadth import pick
 
 pytestmark = pytest.mark.integration
 
@@ -115,22 +116,17 @@ def _round_trip(hosts):
 
 
 def test_workers_on_two_hosts_train_to_the_numbers_of_one_device(start, tmp_path):
-    with namespaces.hosts() as hosts:
+    """Over a slow network."""
+    with namespaces.hosts(delay=0.02) as hosts:
+        assert _round_trip(hosts) >= 0.04
         run = start(hosts)
         assert run.wait() == [0, 0], run.logs()
     assert f"2 workers, from TF_CONFIG; this is worker 0 at {WORKERS[0]}" in run.log(0)
     job.check_as_on_one_device(tmp_path)
 
 
-def test_a_slow_network_changes_no_number(start, tmp_path):
-    with namespaces.hosts(delay=0.02) as hosts:
-        assert _round_trip(hosts) >= 0.04
-        run = start(hosts)
-        assert run.wait() == [0, 0], run.logs()
-    job.check_as_on_one_device(tmp_path)
-
-
-@pytest.mark.parametrize("killed", [0, 1])
+# With the chief ends what TensorFlow coordinates the workers by.
+@pytest.mark.parametrize("killed", pick([0], [0, 1]))
 def test_a_killed_worker_ends_the_one_on_the_other_host(start, killed):
     with namespaces.hosts() as hosts:
         run = start(hosts, dataset="endless")

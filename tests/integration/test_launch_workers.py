@@ -10,6 +10,7 @@ import time
 import job
 import marked
 import pytest
+from breadth import only_exhaustive, pick
 
 pytestmark = pytest.mark.integration
 
@@ -141,6 +142,8 @@ def test_the_first_to_fail_is_named_last(folder):
     assert "mine.py" in result.stderr and "launch: failed" not in log(folder, 0)
 
 
+# The report is that of test_root_cause.py, the exit code that of test_exit_codes.py.
+@only_exhaustive
 def test_a_worker_that_ends_itself_with_a_text_is_named_with_it(folder):
     result = launch(folder, dataset="quits")
     assert result.returncode == 1
@@ -149,6 +152,8 @@ def test_a_worker_that_ends_itself_with_a_text_is_named_with_it(folder):
     assert log(folder, 1).endswith("launch: no data here\n")
 
 
+# Small scripts are killed in test_supervisor.py.
+@only_exhaustive
 def test_a_worker_that_is_killed_is_named(folder):
     result = launch(folder, dataset="dies")
     assert result.returncode == 1
@@ -170,12 +175,17 @@ def test_a_worker_that_hangs_is_named_with_its_step_and_stack(folder):
     assert re.search("most recent call first|another worker is gone", log(folder, 0))
 
 
+# Workers run the test of test_errors.py that says the same.
+@only_exhaustive
 def test_a_loss_that_is_not_a_number_names_the_replica_of_its_worker(folder):
     result = launch(folder, "--steps_per_epoch=9", dataset="not_a_number")
     assert result.returncode == 1
     assert "step 5 on replica 1" in result.stderr.splitlines()[-1], result.stderr
 
 
+# The error is that of test_workers.py; test_launch.py and test_supervisor.py have what
+# becomes of such an error in one process, and of one that all workers have.
+@only_exhaustive
 def test_workers_with_different_data_are_refused_in_one_line(folder):
     result = launch(folder, dataset="longer_on_one")
     assert result.returncode == 2
@@ -185,7 +195,11 @@ def test_workers_with_different_data_are_refused_in_one_line(folder):
     assert not (folder / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# A process alone is interrupted in test_launch.py, scripts in test_supervisor.py.
+@pytest.mark.parametrize(
+    "number, code",
+    pick([(signal.SIGTERM, 143)], [(signal.SIGINT, 130), (signal.SIGTERM, 143)]),
+)
 def test_a_signal_ends_all_workers(folder, number, code):
     command = [*job.command("--num_workers=2"), "--dataset=mine:endless"]
     with marked.environment(**job.variables()) as environ:
