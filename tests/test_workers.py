@@ -498,7 +498,7 @@ def test_callbacks_of_keras_write_on_the_chief(strategy, team, shared):
 
 @pytest.mark.parametrize(
     "of_all, steps",
-    pick([(True, None), (False, 3)], [(True, None), (False, None), (False, 3)]),
+    pick([(False, 3)], [(True, None), (False, None), (False, 3)]),
 )
 def test_a_backup_resumes_on_all_workers(
     strategy, team, shared, tmp_path, of_all, steps
@@ -634,7 +634,8 @@ class _Returns(distfit.Model):
         }
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 21])
+# With 4, the last batch has one row.
+@pytest.mark.parametrize("batch_size", pick([4], [1, 4, 7, 21]))
 def test_predict_gives_every_worker_all_rows_in_order(strategy, batch_size):
     x = np.arange(21, dtype="float32")[:, None]
     with strategy.scope():
