@@ -21,7 +21,8 @@ from keras import layers
 
 import distfit
 from distfit.callbacks import Checkpoint, states
-from distfit.training import checkpoint
+from distfit.cluster import workers
+from distfit.training import checkpoint, resuming
 from distfit.training.global_batches import GlobalBatches
 from distfit.training.passes import passes_of
 
@@ -137,8 +138,9 @@ def assert_same_bits(one, other):
     assert one[1].epoch == other[1].epoch
 
 
+# Others here go on with arrays and with datasets of a known length.
 @pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", pick(["unknown", "repeated"], list(INPUTS)))
 def test_a_stopped_training_goes_on_bit_for_bit(
     make_strategy, tmp_path, name, replicas
 ):
@@ -223,15 +225,36 @@ DAMAGES = {
 }
 
 
+@pytest.fixture
+def damaged(stopped, tmp_path):
+    """`damaged(name)`: a folder whose latest checkpoint has that damage."""
+
+    def make(name):
+        folder = tmp_path / "damaged"
+        shutil.copytree(stopped, folder)
+        *_, latest = checkpoint.steps(folder)
+        DAMAGES[name][0](folder / f"step-{latest}")
+        return folder
+
+    return make
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    make_strategy, stopped, whole, tmp_path, caplog, name
+    make_strategy, damaged, caplog, name
 ):
-    damage, message = DAMAGES[name]
-    folder = tmp_path / "damaged"
-    shutil.copytree(stopped, folder)
-    *_, latest = checkpoint.steps(folder)
-    damage(folder / f"step-{latest}")
+    folder = damaged(name)
+    *_, earlier, _ = checkpoint.steps(folder)
+    found = resuming.load(workers.of(make_strategy(1)), folder)
+    assert DAMAGES[name][1] in caplog.text
+    assert found.path == folder / f"step-{earlier}"
+
+
+@pytest.mark.parametrize("name", pick(["one bit flipped"], list(DAMAGES)))
+def test_a_training_goes_on_from_before_a_damaged_checkpoint(
+    make_strategy, damaged, whole, caplog, name
+):
+    message, folder = DAMAGES[name][1], damaged(name)
     rest = train(make_strategy(1), folder, arrays, resume_from=folder)
     assert message in caplog.text
     assert_same_bits(whole, rest)
@@ -281,7 +304,7 @@ def test_the_latest_are_kept_and_nothing_unfinished(make_strategy, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("step", [0, 5, 11])
+@pytest.mark.parametrize("step", pick([5], [0, 5, 11]))
 def test_a_training_that_is_asked_to_stop_saves_and_goes_on(
     make_strategy, whole, tmp_path, step
 ):
@@ -388,39 +411,43 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 class Fill(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if batch == 5:
-            while not pathlib.Path("ckpt/step-4").exists():
+            while not pathlib.Path(on_error, "step-4").exists():
                 time.sleep(0.01)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        print("step", batch, flush=True)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        print(on_error, "step", batch, flush=True)
 model = distfit.Sequential([keras.Input((4,)), keras.layers.Dense(300)])
 model.compile("adam", "mse")
-saves = distfit.callbacks.Checkpoint("ckpt", every="2steps", on_error=sys.argv[1])
-model.fit(np.ones((40, 4)), np.ones((40, 300)), batch_size=2, verbose=0,
-          callbacks=[saves, Fill()])
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+for on_error in ("warn", "raise"):  # The last ends the process.
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    saves = distfit.callbacks.Checkpoint(on_error, every="2steps", on_error=on_error)
+    model.fit(np.ones((40, 4)), np.ones((40, 300)), batch_size=2, verbose=0,
+              callbacks=[saves, Fill()])
+    print(on_error, "ended", flush=True)
 """
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_full_disk_stops_the_training_at_the_next_step_and_harms_nothing(
-    tmp_path, on_error
-):
+def test_a_full_disk_stops_the_training_at_the_next_step_and_harms_nothing(tmp_path):
     """The system refuses to write any file beyond 2000 bytes."""
     run = subprocess.run(
-        [sys.executable, "-c", DISK, on_error],
+        [sys.executable, "-c", DISK],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "A checkpoint could not be written: " in run.stderr
-    assert (run.returncode == 0) == (on_error == "warn")
-    assert ("step 19" in run.stdout) == (on_error == "warn")
-    found = checkpoint.steps(tmp_path / "ckpt")
-    assert found[-1] == 4 and len(found) == 2
-    for step in found:
-        checkpoint.read(tmp_path / "ckpt" / f"step-{step}")
-    assert not list((tmp_path / "ckpt").glob(".unfinished*"))
+    assert run.returncode != 0
+    assert "warn step 19" in run.stdout and "warn ended" in run.stdout
+    assert "raise step 5" in run.stdout and "raise step 19" not in run.stdout
+    warned, raised = run.stderr.split("Traceback", 1)
+    for on_error, text in (("warn", warned), ("raise", raised)):
+        assert "A checkpoint could not be written: " in text
+        found = checkpoint.steps(tmp_path / on_error)
+        assert found[-1] == 4 and len(found) == 2
+        for step in found:
+            checkpoint.read(tmp_path / on_error / f"step-{step}")
+        assert not list((tmp_path / on_error).glob(".unfinished*"))
 
 
 @pytest.mark.parametrize("every", ["", "0steps", "5", "step", "1 week"])
@@ -467,11 +494,12 @@ def divided():
     return arrays() | {"steps_per_epoch": 2}  # A pass ends with every second epoch.
 
 
-@pytest.mark.parametrize("given", [divided, arrays, unknown])
+# Arrays go on from the end of an epoch where more epochs follow.
+@pytest.mark.parametrize("given", pick([divided, unknown], [divided, arrays, unknown]))
 def test_going_on_from_the_end_of_an_epoch(make_strategy, tmp_path, given):
     """Nothing is left to read of the pass; logs of the epoch are there already."""
     whole = train(make_strategy(1), tmp_path / "whole", given)
-    for epochs in (1, 2):
+    for epochs in pick([2], [1, 2]):
         folder = tmp_path / str(epochs)
         train(make_strategy(1), folder, given, epochs=epochs)
         rest = train(make_strategy(1), folder, given, resume_from=folder)
@@ -732,15 +760,19 @@ def seen(strategy, folder, given, stop=-1, epochs=3, fused=1, **arguments):
     return found
 
 
+# The others are parts of these, or "unknown" as above.
+FEW_READ = [n for n in READ if n not in ("pydataset", "pydataset in order", "unknown")]
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("replicas", numbers_of_replicas([2], [1, 2, 3]))
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", pick(FEW_READ, list(READ)))
 def test_data_go_on_with_the_batch_after_the_last(
     make_strategy, tmp_path, name, replicas
 ):
     strategy, given = make_strategy(replicas), READ[name]
     whole = seen(strategy, tmp_path / "whole", given)
-    for stop in pick([3, 4, 7], [2, 3, 4, 6, 7]):
+    for stop in pick([4, 7], [2, 3, 4, 6, 7]):
         folder = tmp_path / str(stop)
         before = seen(strategy, folder, given, stop)
         rest = seen(strategy, folder, given, resume_from=folder)
@@ -887,7 +919,7 @@ def eagerly(strategy, folder, name, given, stop=-1, run_eagerly=True, **argument
     return model, model.fit(callbacks=callbacks, **options)
 
 
-@pytest.mark.parametrize("replicas", numbers_of_replicas([1, 3], [1, 2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
 @pytest.mark.parametrize("name", ["of Keras", "lazy"])
 def test_eager_steps_go_on_bit_for_bit(
     make_strategy, tmp_path, monkeypatch, name, replicas
@@ -905,7 +937,7 @@ def test_eager_steps_go_on_bit_for_bit(
         return eagerly(strategy, folder, name, given, stop, **arguments)
 
     whole = fit(tmp_path / "whole")
-    for stop in (4, 6):
+    for stop in pick([6], [4, 6]):
         folder = tmp_path / str(stop)
         with pytest.raises(StopsError):
             fit(folder, stop)
@@ -1001,7 +1033,7 @@ def test_kills_at_any_moment_change_no_bit(tmp_path):
     expected, process = start("whole")
     assert process.wait(120) == 0
     generator = np.random.default_rng(0)
-    for _ in range(examples(2, 5)):
+    for _ in range(examples(1, 5)):
         found, process = start("killed")
         steps = checkpoint.steps(tmp_path / "killed")
         deadline = time.monotonic() + 120

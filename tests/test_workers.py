@@ -964,7 +964,7 @@ def test_each_worker_goes_on_where_it_was(strategy, team, shared, name):
     given = test_resuming.READ[name]
     folder = shared / str(team.index)  # Those of others than the chief stay empty.
     whole = test_resuming.seen(strategy, folder / "whole", given)
-    for stop in (2, 5):
+    for stop in pick([5], [2, 5]):
         before = test_resuming.seen(strategy, folder / str(stop), given, stop)
         resume = {"resume_from": folder / str(stop)}
         rest = test_resuming.seen(strategy, folder / str(stop), given, **resume)
