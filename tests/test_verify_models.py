@@ -3,6 +3,7 @@
 import keras
 import pytest
 from breadth import pick
+from test_global_models import SMALL
 
 import distfit
 from distfit import datasets, models
@@ -11,11 +12,15 @@ pytestmark = pytest.mark.slow
 
 ROWS, BATCH = 27, 9
 
+# test_models.py and test_global_models.py compare the others with one device.
+FEW = ["mnist_cnn", "vae", "wgan_gp", "distillation"]
 
-@pytest.mark.parametrize("name", models.NAMES)
+
+@pytest.mark.parametrize("name", pick(FEW, models.NAMES))
 def test_reference_model_is_that_of_one_device(name):
     module = models.get(name)
     config = module.get_config()
+    config.update(SMALL.get(name, {}))
     load = getattr(module, "data", lambda c: datasets.load(c.dataset, c))
     train, _ = load(config)
     report = distfit.verify(
