@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
+from breadth import EXHAUSTIVE
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distfit.partition.exchanges import Replicas
@@ -36,6 +39,21 @@ class Outcome:
 def splits(max_rows: int = 7) -> st.SearchStrategy[list[int]]:
     """Row counts of 2 or 3 replicas: uneven, one and zero."""
     return st.lists(st.integers(0, max_rows), min_size=2, max_size=3).filter(any)
+
+
+def by_rows(setting: Callable) -> Callable:
+    """Gives a test `counts`, the rows of each replica.
+
+    By default of three replicas, of which one has one row and one none; in the
+    exhaustive tests random ones, as many as the setting of hypothesis says.
+    """
+
+    def of(test: Callable) -> Callable:
+        if EXHAUSTIVE:
+            return setting(given(counts=splits())(test))
+        return pytest.mark.parametrize("counts", [[4, 0, 1]], ids=["uneven"])(test)
+
+    return of
 
 
 def partitioned(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from breadth import examples, pick
-from hypothesis import given, settings
-from rules import check, splits
+from hypothesis import settings
+from rules import by_rows, check
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
@@ -49,8 +49,7 @@ MIXED = ("all rows", "as many blocks of rows", "a branch within", "a loop within
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-@few
-@given(splits())
+@by_rows(few)
 def test_branches(name, counts):
     one, other = BRANCHES[name]
 
@@ -130,8 +129,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-@few
-@given(splits())
+@by_rows(few)
 def test_loops_and_their_gradients(name, counts):
     function = both_ways(LOOPS[name])
     falls_back = None if name == "several branches within" else False
@@ -181,8 +179,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-@few
-@given(splits())
+@by_rows(few)
 def test_lists_and_their_gradients(name, counts):
     function = both_ways(LISTS[name])
     # The size of a sum over a list of unknown length cannot be told from rows.
@@ -213,8 +210,7 @@ BY_ROWS = {
 
 
 @pytest.mark.parametrize("name", BY_ROWS)
-@few
-@given(splits())
+@by_rows(few)
 def test_what_goes_through_rows_one_by_one_may_be_computed_in_full(name, counts):
     function = both_ways(BY_ROWS[name])
     check(function, [batch(counts, 3)], counts, falls_back=None, rtol=1e-4)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from breadth import examples, pick
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import by_rows, check, splits
 
 few = settings(deadline=None, max_examples=examples(2, 5))
 # For tests in which every example holds all operations of a kind.
@@ -121,8 +121,7 @@ def batch(counts, *shape, seed=0):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@broad
-@given(splits())
+@by_rows(broad)
 def test_unary_operations_equal_one_device(kind, counts):
     def every(x):
         value = LAYOUTS[kind](x)
@@ -146,8 +145,7 @@ def gradient(function, *values):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@broad
-@given(splits())
+@by_rows(broad)
 def test_gradients_of_unary_operations_equal_one_device(kind, counts):
     def every(x):
         return [gradient(lambda x, f=f: f(LAYOUTS[kind](x)), x) for f in GRADIENTS]
@@ -239,8 +237,7 @@ def test_linear_operations_keep_a_sum_a_sum(place):
     assert outcome.exchanges == 0
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_sum_times_infinity(counts):
     """On a replica that has nothing to count, the part of the sum is zero."""
     infinite = tf.constant([np.inf, 1.0, -np.inf])
@@ -268,8 +265,7 @@ def test_the_mean_by_hand_is_a_sum():
     assert outcome.exchanges == 0
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_sums_of_integers_are_not_split_where_that_changes_them(counts):
     numbers = np.random.default_rng(0).integers(-9, 9, (sum(counts), 3)).astype("int32")
 
@@ -289,8 +285,7 @@ def test_parts_beyond_the_range_of_a_smaller_dtype():
     check(lambda x: tf.cast(tf.reduce_sum(x, 0), tf.float16), [x[[0, 2, 1, 3]]], [2, 2])
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_complex_numbers(counts):
     def function(x):
         z = tf.complex(x, 1 - x)
@@ -331,8 +326,7 @@ def test_bias_add_and_its_gradient(counts, data_format):
     check(function, [x], counts)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_cross_entropies(counts):
     def function(x, labels):
         onehot = tf.one_hot(labels, 3)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import by_rows, check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
@@ -46,15 +46,13 @@ DECOMPOSITIONS = {
 
 
 @pytest.mark.parametrize("kind", DECOMPOSITIONS)
-@few
-@given(splits())
+@by_rows(few)
 def test_matrices_of_rows(kind, counts):
     function = both_ways(DECOMPOSITIONS[kind])
     check(function, [positive(counts)], counts, rtol=1e-3, atol=1e-3)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_without_gradients(counts):
     def function(x):
         lu, order = tf.linalg.lu(x)
@@ -68,8 +66,7 @@ def test_without_gradients(counts):
     check(function, [positive(counts)], counts, rtol=1e-3, atol=1e-3)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_matrices_of_rows_and_of_sums(counts):
     def function(x):
         total = tf.reduce_mean(x, 0)
@@ -101,8 +98,7 @@ PAIRS = {
 }
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_pairs_of_two_views(counts):
     """Every row has two views: the mask of the diagonal is that of one device."""
 
@@ -129,8 +125,7 @@ def test_pairs_of_two_views(counts):
     check(results, [batch(counts, 3)], counts, rtol=1e-4, atol=1e-4)
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_diagonals_that_are_set(counts):
     """In their gradient, a size comes from a branch."""
 
@@ -162,8 +157,7 @@ def test_pairs_of_a_fixed_number_of_rows(kind, counts):
     check(function, [x], counts, rtol=1e-3, atol=1e-3, rows=rows, falls_back=None)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_rows_among_the_last_dimensions_fall_back(counts):
     def function(x):
         moved = rows_at(x, 1)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import by_rows, check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
@@ -38,8 +38,7 @@ def test_matmul(counts, by_columns, transposed):
     check(both_ways(function), [batch(counts, 4)], counts, rtol=1e-4, atol=1e-4)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_batches_of_matrices(counts):
     def function(x):
         moved, last = rows_at(x, 1), rows_at(x, 2)  # [3, rows, 4], [3, 4, rows]
@@ -92,8 +91,7 @@ def test_einsum(equation, counts):
     check(both_ways(function), [batch(counts, 3, 4)], counts, rtol=1e-4, atol=1e-4)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_einsum_of_diagonals_sums_and_ones(counts):
     def function(x):
         square = tf.matmul(x, x, transpose_b=True)  # [rows, 3, 3]
@@ -110,8 +108,7 @@ def test_einsum_of_diagonals_sums_and_ones(counts):
     check(both_ways(function), [batch(counts, 3, 4)], counts, rtol=1e-4, atol=1e-4)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_diagonal_of_pairs(counts):
     def function(x):
         pairs = tf.matmul(x, x, transpose_b=True)
@@ -157,8 +154,7 @@ def test_products_with_a_fixed_number_of_rows(counts):
     )
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_integers_and_complex_numbers(counts):
     def function(x):
         numbers, z = tf.cast(x * 9, tf.int32), tf.complex(x, 1 - x)

@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import examples
+from breadth import examples, pick
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, compiled_step, partitioned, splits
+from rules import by_rows, check, compiled_step, partitioned, splits
 
 from distfit.partition.rules import random
 
@@ -191,8 +191,7 @@ def test_draws_without_rows_are_replicated(counts, seed):
     assert set(outcome.layouts) == {"replicated"}
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_seed_of_the_batch(counts):
     """A sum over rows, as a seed, is exchanged."""
 
@@ -204,8 +203,7 @@ def test_a_seed_of_the_batch(counts):
     assert outcome.layouts == ["rows"]
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_draws_with_a_seed_of_the_first_version(counts):
     x, seed = rows_like(counts, 3), [1, 2]
 
@@ -303,8 +301,7 @@ def test_categorical_of_rows(counts, classes, samples):
     assert outcome.layouts[0] == "rows"
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_categorical_of_blocks_of_rows_falls_back(counts):
     x = rows_like(counts, 3)
 
@@ -314,8 +311,7 @@ def test_categorical_of_blocks_of_rows_falls_back(counts):
     same(step, [x], counts, falls_back=True)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_shuffle(counts):
     """All rows of the batch are available; those of computed tensors are not."""
     x, shuffle = rows_like(counts, 3), tf.random.experimental.stateless_shuffle
@@ -329,8 +325,7 @@ def test_a_shuffle(counts):
 # --- Draws with a state.
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_seeded_draws_with_a_state(counts):
     x = np.abs(rows_like(counts, 3)) + 0.5
 
@@ -350,8 +345,7 @@ def test_seeded_draws_with_a_state(counts):
     assert set(outcome.layouts) == {"rows"}
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_seeded_draws_of_rows_need_them_whole(counts):
     x = rows_like(counts, 3)
 
@@ -367,8 +361,7 @@ def test_seeded_draws_of_rows_need_them_whole(counts):
     assert outcome.layouts == ["rows", "rows", "replicated"]
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_draws_without_rows_keep_their_state(counts):
     def step(x):
         a = tf.random.normal([3], seed=1)
@@ -414,8 +407,7 @@ def of_generator(generator, x):
     )
 
 
-@given(splits())
-@slow
+@by_rows(slow)
 def test_a_generator_outside_of_the_scope(counts):
     generator = tf.random.Generator.from_seed(1)
 
@@ -464,8 +456,7 @@ def noise_layers():
     ]
 
 
-@given(splits())
-@slow
+@by_rows(slow)
 def test_layers_that_draw(counts):
     layers = noise_layers()
     states = [(layer.seed_generator.state, i + 1) for i, layer in enumerate(layers)]
@@ -482,8 +473,7 @@ def test_layers_that_draw(counts):
 
 
 @pytest.mark.parametrize("kind", ["int", "generator"])
-@given(splits())
-@slow
+@by_rows(slow)
 def test_draws_of_keras(kind, counts):
     draws = keras.random
     generator = keras.random.SeedGenerator(7)
@@ -509,8 +499,7 @@ def test_draws_of_keras(kind, counts):
     assert outcome.layouts == ["rows"] * 9 + ["replicated"]
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_shuffle_of_keras(counts):
     step = lambda x: keras.random.shuffle(x * 2, seed=3)  # noqa: E731
     same(step, [rows_like(counts, 3)], counts, falls_back=None)
@@ -519,8 +508,7 @@ def test_a_shuffle_of_keras(counts):
 # --- In loops, branches, and compiled by XLA.
 
 
-@given(splits())
-@slow
+@by_rows(slow)
 def test_draws_in_loops_and_branches(counts):
     x = rows_like(counts, 3)
 
@@ -539,7 +527,8 @@ def test_draws_in_loops_and_branches(counts):
     check(step, [x], counts, eagerly=False)
 
 
-@pytest.mark.parametrize("name,dtype", DRAWS[2::3])
+# By default numbers of 16 and of 64 bits.
+@pytest.mark.parametrize("name,dtype", pick(DRAWS[5::6], DRAWS[2::3]))
 def test_a_draw_that_xla_compiles(name, dtype):
     """XLA draws other numbers than the kernels, in another order."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1", "CPU:2"])

@@ -6,7 +6,7 @@ import tensorflow as tf
 from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, partitioned, splits
+from rules import by_rows, check, partitioned, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at
 
@@ -40,8 +40,7 @@ def test_gradients_of_reductions(counts, axis, keepdims):
     check(both_ways(tf.reduce_prod), [batch(counts, 2)], counts, falls_back=None)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_blocks_inner_and_sums(counts):
     def function(x):
         both = tf.concat([x, 2 * x], 0)
@@ -110,8 +109,7 @@ def test_means_and_moments_of_half_precision_stay_in_range(dtype):
         np.testing.assert_allclose(got, want, rtol=1e-2)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_moments_far_from_zero(counts):
     x = batch(counts, 3) + 1000
     function = lambda x: [*tf.nn.moments(x, 0), tf.math.reduce_std(x)]  # noqa: E731
@@ -176,8 +174,7 @@ def test_places_of_extremes(counts, axis):
     check(function, [x], counts, falls_back=axis in (0, -3))
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_fake_quantization_and_its_limits(counts):
     def function(x):
         low, high = tf.reduce_min(x) + 0.1, tf.reduce_max(x) - 0.1
@@ -195,8 +192,7 @@ def test_infinite_and_missing_numbers(counts, axis):
     check(lambda x: [r(x, axis) for r in reductions], [x], counts)
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_a_masked_mean(counts):
     mask = np.random.default_rng(3).integers(0, 2, (sum(counts), 3)) > 0
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 from breadth import examples, pick
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import by_rows, check, splits
 from test_elementwise import batch
 
 few = settings(deadline=None, max_examples=examples(2, 4))
@@ -172,8 +172,7 @@ def _slices_of_blocks(both, inner=1):
 
 
 @pytest.mark.parametrize("kind", PARTITIONED)
-@few
-@given(splits())
+@by_rows(few)
 def test_partitioned_and_equal_to_one_device(kind, counts):
     check(both_ways(PARTITIONED[kind]), [batch(counts, 3, 4)], counts)
 
@@ -205,8 +204,7 @@ FALLEN = {
 
 
 @pytest.mark.parametrize("kind", FALLEN)
-@few
-@given(splits())
+@by_rows(few)
 def test_what_moves_rows_between_replicas_falls_back(kind, counts):
     x = batch(counts, 3, 4)
     check(both_ways(FALLEN[kind]), [x], counts, falls_back=True)
@@ -269,8 +267,7 @@ def test_layouts_of_blocks_and_heads():
     assert outcome.exchanges == 0
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_an_open_second_dimension(counts):
     """Batches [rows, time, 4] whose time is open, too."""
     x = batch(counts, 3, 4)
@@ -293,8 +290,7 @@ def test_an_open_second_dimension(counts):
     check(both_ways(function), [x], counts, open_dims=(1,))
 
 
-@given(splits())
-@few
+@by_rows(few)
 def test_top_k_and_one_hot(counts):
     x = batch(counts, 5, 4)
 

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from breadth import examples
 from hypothesis import assume, given, settings
-from rules import check, splits
+from rules import by_rows, check, splits
 from test_elementwise import batch
 
 few = settings(deadline=None, max_examples=examples(3, 5))
@@ -79,8 +79,7 @@ def test_integers_of_an_open_shape(kind):
     check(function, [batch([3, 1], 3)], [3, 1], open_dims=(1,))
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_sizes_of_what_has_rows(counts):
     def function(x):
         both = tf.concat([x, x], 0)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from breadth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import check, splits
+from rules import by_rows, check, splits
 from test_elementwise import batch
 from test_shapes import both_ways, rows_at, weighted
 
@@ -40,8 +40,7 @@ GATHERS = {
 
 
 @pytest.mark.parametrize("name", GATHERS)
-@few
-@given(splits())
+@by_rows(few)
 def test_gathers_and_their_gradients(name, counts):
     ids = places(counts, 2)
     function = both_ways(lambda x: GATHERS[name](x, tf.constant(ids)))
@@ -58,8 +57,7 @@ FROM_ALL_ROWS = {
 
 
 @pytest.mark.parametrize("name", FROM_ALL_ROWS)
-@few
-@given(splits())
+@by_rows(few)
 def test_rows_that_are_picked_from_all_rows(name, counts):
     """As a queue, a shuffle or hard negatives pick them."""
     ids = places(counts, below=sum(counts))
@@ -105,8 +103,7 @@ SCATTERS = {
 
 
 @pytest.mark.parametrize("name", SCATTERS)
-@few
-@given(splits())
+@by_rows(few)
 def test_scatters(name, counts):
     arrays = [batch(counts, 3), places(counts)]
     check(SCATTERS[name], arrays, counts)
@@ -131,8 +128,7 @@ SET_BY_ROWS = {
 
 
 @pytest.mark.parametrize("name", SET_BY_ROWS)
-@few
-@given(splits())
+@by_rows(few)
 def test_what_is_set_by_rows_may_be_computed_in_full(name, counts):
     arrays = [batch(counts, 3), places(counts)]
     check(SET_BY_ROWS[name], arrays, counts, falls_back=None)
@@ -149,8 +145,7 @@ SEGMENTS = {
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
-@few
-@given(splits())
+@by_rows(few)
 def test_segments_and_their_gradients(name, counts):
     segments = SEGMENTS[name]
 
@@ -173,8 +168,7 @@ def test_segments_and_their_gradients(name, counts):
     check(function, arrays, counts, falls_back=None, rtol=1e-4)
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_segments_by_rows_are_not_computed_in_full(counts):
     def function(x, ids):
         return [segments(x, ids, 6) for segments in SEGMENTS.values()]
@@ -182,8 +176,7 @@ def test_segments_by_rows_are_not_computed_in_full(counts):
     check(function, [batch(counts, 3), places(counts)], counts)
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_unique_values(counts):
     def function(ids):
         values, places, numbers = tf.unique_with_counts(ids)
@@ -193,8 +186,7 @@ def test_unique_values(counts):
     assert outcome.layouts[1] == outcome.layouts[-1] == "rows"
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_tables(counts):
     table = tf.lookup.StaticHashTable(
         tf.lookup.KeyValueTensorInitializer(["a", "b"], [3, 4]), default_value=-1
@@ -221,8 +213,7 @@ def test_in_top_k(counts, k):
     check(function, [tied, classes], counts)
 
 
-@few
-@given(splits())
+@by_rows(few)
 def test_reversed_sequences(counts):
     lengths = places(counts, below=4)
 
