@@ -295,7 +295,7 @@ def test_early_stopping(make_strategy, name):
     assert np.argmin(losses) < len(losses) - 1
 
 
-@pytest.mark.parametrize("row", [7, 9, 10, 12, 13, 21])
+@pytest.mark.parametrize("row", pick([9, 21], [7, 9, 10, 12, 13, 21]))
 def test_nan_in_one_row_on_any_replica_terminates_at_its_step(make_strategy, row):
     """A step with it spoils what it updates; rows looked up later are intact."""
     y = Y.copy()
@@ -473,7 +473,7 @@ class Interrupts(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("first, then", [(2, 2), (2, 3), (None, 4)])
+@pytest.mark.parametrize("first, then", pick([(2, 3)], [(2, 2), (2, 3), (None, 4)]))
 def test_backup_resumes_at_the_epoch(make_strategy, tmp_path, first, then):
     """Adam's moments and step count come back too, on any number of replicas."""
     plain = _fit(_model(None, "adam"), None, lambda notes: [])

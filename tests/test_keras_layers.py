@@ -366,6 +366,11 @@ class Around(keras.Model):
 # Layers that consist of what others test: "StackedRNNCells" and "Bidirectional" of
 # cells, and "AugMix" of the layers that change colours and places.
 _IN_OTHERS = {"LSTM", "LSTMCell", "GRUCell", "RNN", "SimpleRNN", "RandAugment"}
+# "RandomColorJitter" consists of the first, and "RandomRotation" moves pixels like the
+# next; "Add" and "Maximum" stand for what merges elements.
+_IN_OTHERS |= {"RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue"}
+_IN_OTHERS |= {"RandomShear", "RandomTranslation", "RandomZoom"}
+_IN_OTHERS |= {"Subtract", "Average", "Minimum"}
 # Rules know no number of dimensions: images stand for series and volumes.
 FEW = [n for n in CASES if "1D" not in n and "3D" not in n and n not in _IN_OTHERS]
 

@@ -44,7 +44,7 @@ def _predictions(model):
 @pytest.mark.parametrize(
     "cls, saving, loading",
     pick(
-        [(Custom, 2, 4), (distfit.Model, 2, None)],
+        [(Custom, 2, 4)],
         [
             (cls, *replicas)
             for cls in (Custom, distfit.Model)
