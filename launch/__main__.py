@@ -27,6 +27,7 @@ from launch.run import quiet
 from launch.settings import checks, configuration, flags
 from launch.settings.flags import CommandLine
 from launch.supervisor import root_cause
+from launch.supervisor.output import open_standard_files
 from launch.watchdog import signals, stall
 
 _BEGAN = time.time()
@@ -220,4 +221,5 @@ def _exit(code: int) -> None:
 
 
 if __name__ == "__main__":
+    open_standard_files()
     _exit(main(sys.argv[1:]))

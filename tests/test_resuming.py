@@ -946,7 +946,7 @@ def test_eager_steps_go_on_bit_for_bit(
 
 def test_a_folder_of_another_training_is_left_alone(make_strategy, stopped):
     before = checkpoint.steps(stopped)
-    with pytest.raises(ValueError, match="Give `resume_from` to go on"):
+    with pytest.raises(ValueError, match="Give that folder as `resume_from` to go on"):
         train(make_strategy(1), stopped, arrays)
     assert checkpoint.steps(stopped) == before
     with pytest.raises(ValueError, match="Give its parent"):
@@ -1002,6 +1002,43 @@ def test_the_state_of_callbacks_is_what_they_have_changed():
     assert other.limit == 9 and other.seen == [0.0, 1.0]
     assert list(other.best) == [0, 1] and other.best[1][1] is None
     assert other.best[1][0].tolist() == [5]
+
+
+class Holds(keras.callbacks.Callback):
+    def __init__(self, thing):
+        super().__init__()
+        self.thing = thing
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [random.Random(1), np.random.RandomState(1), np.random.default_rng(1)],
+    ids=lambda generator: type(generator).__name__,
+)
+def test_a_generator_of_a_callback_is_part_of_its_state(generator):
+    callback, arrays = Holds(generator), {}
+    before = states.snapshot([callback])
+    generator.random()
+    found = json.loads(json.dumps(states.states_of([callback], before, arrays)))
+    assert found[0]["unsaved"] == []
+    other = Holds(None)
+    states.set_states([other], found, states.snapshot([other]), arrays)
+    assert [other.thing.random() for _ in range(9)] == [
+        generator.random() for _ in range(9)
+    ]
+
+
+def test_what_changes_inside_of_a_callback_is_named_if_it_cannot_be_saved():
+    held = tf.Variable(1.0), keras.metrics.Mean(), [{1, 2}]
+    callbacks = [Holds(thing) for thing in held]
+    same = Holds(held[0])
+    before = states.snapshot([*callbacks, same])
+    found = states.states_of([*callbacks, same], before, {})
+    assert not any(entry["unsaved"] for entry in found)
+    held[2][0].add(3)
+    held[0].assign(2.0)
+    found = states.states_of([*callbacks, same], before, {})
+    assert found[0]["unsaved"] == found[2]["unsaved"] == ["thing"]
 
 
 JOB = """

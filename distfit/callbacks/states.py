@@ -5,14 +5,18 @@ Of others it is the attributes that differ from those at the start of `fit()`, a
 they are numbers, strings, arrays and lists or dicts of these.
 """
 
-import collections
 import copy
+import dataclasses
+import hashlib
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from distfit.training import randomness
 
 # What Keras gives every callback, and what is made anew when a training begins.
 _NOT_STATE = {"_model", "model", "params"}
@@ -29,12 +33,16 @@ _MADE_ANEW = {
 }
 
 
-# What may change in place, of anything.
-_CONTAINERS = (list, dict, set, collections.deque, bytearray)
-
-
 class NotPlainError(TypeError):
     """A value that a checkpoint cannot hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """A value that a checkpoint cannot hold: itself, and a digest of what is in it."""
+
+    value: Any
+    digest: str | None
 
 
 def snapshot(callbacks: Sequence[keras.callbacks.Callback]) -> list[dict[str, Any]]:
@@ -43,9 +51,20 @@ def snapshot(callbacks: Sequence[keras.callbacks.Callback]) -> list[dict[str, An
 
 
 def _kept(value: Any) -> Any:
-    if _is_plain(value):
-        return copy.deepcopy(value)
-    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    return copy.deepcopy(value) if _is_plain(value) else _Opaque(value, _digest(value))
+
+
+def _digest(value: Any) -> str | None:
+    """Changes with what is in a value; None if that cannot be told.
+
+    Functions and the model are what they are. Others tell by what they would pickle.
+    """
+    if callable(value) or isinstance(value, keras.Layer | keras.Variable):
+        return None
+    try:
+        return hashlib.sha256(pickle.dumps(value)).hexdigest()
+    except Exception:  # noqa: BLE001  # Any class may refuse in its own way.
+        return None
 
 
 def states_of(
@@ -119,12 +138,15 @@ def _own(callback: keras.callbacks.Callback) -> dict[str, Any]:
     return {k: v for k, v in vars(callback).items() if k not in _NOT_STATE}
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Any, before: Any) -> bool:
+    """Whether a value is as `_kept` has kept it."""
+    if isinstance(before, _Opaque):
+        return one is before.value and _digest(one) == before.digest
     arrays: tuple[dict, dict] = ({}, {})
     try:
-        same = encode(one, arrays[0], "") == encode(other, arrays[1], "")
+        same = encode(one, arrays[0], "") == encode(before, arrays[1], "")
     except NotPlainError:
-        return one is other or (isinstance(one, _CONTAINERS) and one == other)
+        return False
     return same and all(np.array_equal(arrays[0][k], arrays[1][k]) for k in arrays[0])
 
 
@@ -140,6 +162,8 @@ def encode(value: Any, arrays: dict[str, np.ndarray], place: str) -> Any:
     for name, comparison in _COMPARISONS.items():
         if value is comparison:
             return {"comparison": name}
+    if isinstance(value, randomness.KINDS):
+        return {"generator": [type(value).__name__, randomness.of(value)]}
     if isinstance(value, tf.Tensor):
         value = np.asarray(value)
     if isinstance(value, np.ndarray | np.generic) and (
@@ -170,6 +194,8 @@ def decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return np.array(arrays[content])[()]  # A scalar where there is no dimension.
     if kind == "comparison":
         return _COMPARISONS[content]
+    if kind == "generator":
+        return randomness.made(*content)
     if kind == "tuple":
         return tuple(decode(v, arrays) for v in content)
     return {decode(k, arrays): decode(v, arrays) for k, v in content}

@@ -57,6 +57,7 @@ class StepDriver:
         self.watch = watch
         step = watch.around(step) if watch else step
         self._latest: Any = None
+        self._before: dict = {}  # The results at a checkpoint, until a step is run.
         self.eagerly = checks.runs_eagerly(model)
         if self.eagerly:
             self._eager = EagerStep(model, step, self.replicas)
@@ -117,12 +118,16 @@ class StepDriver:
         self.model.reset_metrics()
         if self.watch is not None:
             self.watch.reset()
-        self._latest = None
+        self._latest, self._before = None, {}
+
+    def set_results(self, results: dict) -> None:
+        """Sets the results of the latest step, for an epoch that goes on after it."""
+        self._before = results
 
     def results(self) -> dict[str, float]:
         """The logs of the latest step: summed over replicas where needed."""
         if self._latest is None:
-            return {}
+            return dict(self._before)
         if self.eagerly:
             return as_numbers(self._latest)
         logs = self._read_compiled(self._latest)

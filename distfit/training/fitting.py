@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.callbacks import CallbackList
+from distfit.callbacks import CallbackList, states
 from distfit.callbacks.callback_list import has_checkpoint
 from distfit.cluster import agreement, workers
 from distfit.training import randomness, resuming, state
@@ -328,14 +328,17 @@ class Training:
         arrays = state.values_of(self._team, variables)
         callbacks = self.callbacks.states(arrays)
         places = [data.position() for data in self._data]
+        stops = self._team.tell("who stops", bool(self.model.stop_training))
+        # Where no step of the epoch may follow, its logs are those of the latest.
+        results = self._driver.results() if any(stops) and self.step else {}
         manifest = {
             "versions": resuming.versions(),
             "replicas": self.model.distribute_strategy.num_replicas_in_sync,
             "workers": self._team.count,
             "epoch": self.epoch,
             "step of the epoch": self.step,
-            # Of each worker: in an epoch, a stop of one is not yet one of all.
-            "stops": self._team.tell("who stops", bool(self.model.stop_training)),
+            "stops": stops,  # Of each: in an epoch, that of one is not yet of all.
+            "results": states.encode(results, arrays, "results"),
             "randomness at the start": self._at_start,
             # Of each worker, which may read data of its own.
             "places in the data": self._team.tell("the places in the data", places),
@@ -395,6 +398,7 @@ class Training:
             callback.skipped += [each for each in more if each not in callback.skipped]
             callback.bad_step = 0
         randomness.set_state(places[0]["randomness"])
+        self._driver.set_results(states.decode(manifest["results"], arrays))
         stops = manifest["stops"]
         self.model.stop_training = stops[min(self._team.index, len(stops) - 1)]
         if self._team.is_chief and self.callbacks.params["verbose"]:

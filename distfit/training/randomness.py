@@ -11,13 +11,13 @@ import tensorflow as tf
 
 from distfit import _keras
 
-_OWN = (random.Random, np.random.RandomState, np.random.Generator)
+KINDS = (random.Random, np.random.RandomState, np.random.Generator)
 
 
 def generators_of(thing: Any) -> dict[str, Any]:
     """The generators of Python and NumPy among the attributes of an object."""
     values = getattr(thing, "__dict__", {})
-    return {name: value for name, value in values.items() if isinstance(value, _OWN)}
+    return {name: value for name, value in values.items() if isinstance(value, KINDS)}
 
 
 def state(others: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def state(others: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "tensorflow": _keras.tensorflow_generator_state(),
     }
     for name, generator in (others or {}).items():
-        states[f"own {name}"] = _of(generator)
+        states[f"own {name}"] = of(generator)
     return states
 
 
@@ -60,7 +60,21 @@ def seed_if_unseeded() -> None:
         tf.random.set_seed(int(np.random.SeedSequence().generate_state(1)[0]))
 
 
-def _of(generator: Any) -> Any:
+def made(kind: str, state: Any) -> Any:
+    """A new generator of one of `KINDS`, with a state that `of` has returned."""
+    if kind == "Random":
+        generator: Any = random.Random()
+    elif kind == "RandomState":
+        generator = np.random.RandomState()
+    else:
+        bits = json.loads(state)["bit_generator"]
+        generator = np.random.Generator(getattr(np.random, bits)())
+    _set(generator, state)
+    return generator
+
+
+def of(generator: Any) -> Any:
+    """The state of a generator, for JSON."""
     if isinstance(generator, random.Random):
         return _of_python(generator)
     if isinstance(generator, np.random.RandomState):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import select
 import selectors
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,7 @@ class Outputs:
     """
 
     def __init__(self, workdir: pathlib.Path, indices: Sequence[int], tee: str) -> None:
-        _open_standard_files()
+        open_standard_files()
         self._screen = Screen(1)
         # If both are the same file, such as a terminal, one Screen keeps their order.
         self._errors = self._screen if os.path.sameopenfile(1, 2) else Screen(2)
@@ -175,11 +176,16 @@ def _can_read(file: int, deadline: float) -> bool:
     return bool(select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0])
 
 
-def _open_standard_files() -> None:
-    """Opens those that were closed, as by `>&-`: a pipe would get their descriptors."""
+def open_standard_files() -> None:
+    """Opens those that were closed, as by `>&-`: a pipe would get their descriptors.
+
+    Python has None for them in `sys`, which libraries do not expect.
+    """
     while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(file)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _open_logs(
