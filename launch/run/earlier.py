@@ -46,22 +46,23 @@ def set_aside(folder: pathlib.Path) -> None:
     Raises:
         UsageError: the folder cannot be written to.
     """
-    run_files.write_json(folder / _ASIDE, {"run": os.environ.get(_RUN)})
     found = [folder / name for name in _RESULTS if (folder / name).exists()]
-    if not found:
-        return
     names = (folder / f"earlier-{i}" for i in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     try:
-        aside.mkdir()
+        if found:
+            aside.mkdir()
         for path in found:
             path.rename(aside / path.name)
+        # Last: a start that is killed before it leaves the rest to the next one.
+        run_files.write_json(folder / _ASIDE, {"run": os.environ.get(_RUN)})
     except OSError as error:
         raise UsageError(
             f"The earlier run cannot be moved aside ({error.strerror}). "
             f"Received: --fresh --workdir={folder}. Give another folder."
         ) from error
-    print(f"The earlier run is in {aside} now.", flush=True)
+    if found:
+        print(f"The earlier run is in {aside} now.", flush=True)
 
 
 def was_set_aside(folder: pathlib.Path) -> bool:
@@ -70,28 +71,46 @@ def was_set_aside(folder: pathlib.Path) -> bool:
     return _RUN in os.environ and done.get("run") == os.environ[_RUN]
 
 
+def enter(folder: pathlib.Path) -> None:
+    """Makes the folder if needed, and locks it.
+
+    Raises:
+        UsageError: it cannot be made, or another run is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The working folder cannot be written to ({error.strerror}). "
+            f"Received: --workdir={folder}. Give another folder."
+        ) from error
+    lock(folder)
+
+
 def lock(folder: pathlib.Path) -> None:
     """Keeps other runs out of the working folder until this process ends.
 
-    Where the file system has no locks there is none.
+    A folder that is not there yet is not made. Where the file system has no locks
+    there is none.
 
     Raises:
         UsageError: another run is at work there.
     """
+    if folder in _held or not folder.is_dir():
+        return
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("ab")
-        _held.append(file)
+        file = _held[folder] = (folder / _LOCK).open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            _held.pop(folder).close()
             raise UsageError(
                 "Another run is at work in the working folder. "
                 f"Received: --workdir={folder}. Wait for its end, or give another one."
             ) from error
 
 
-_held: list[Any] = []  # An open file keeps its lock.
+_held: dict[pathlib.Path, Any] = {}  # an open file keeps its lock
 
 
 def check(config: ml_collections.ConfigDict) -> bool:

@@ -100,14 +100,16 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
             configuration.write(run.config)
         began.append(time.monotonic())
 
-    def set_aside(logs: Any) -> None:
+    def prepare(logs: Any) -> None:
+        if run.writes:
+            earlier.enter(run.folder)
         if fresh and run.writes:
             earlier.set_aside(run.folder)
 
     log = MetricsLog(run.folder / metrics_log.FILE if run.writes else None, non_finite)
     times = ledger.Ledger(watch.began, _LOADED, checkpoints)
     callbacks = [
-        keras.callbacks.LambdaCallback(on_train_begin=set_aside, on_epoch_begin=begin),
+        keras.callbacks.LambdaCallback(on_train_begin=prepare, on_epoch_begin=begin),
         Heartbeat(watch.watchdog),
         non_finite,
         *run.callbacks,
