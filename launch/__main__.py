@@ -29,6 +29,7 @@ from launch.settings.flags import CommandLine
 from launch.supervisor import root_cause
 from launch.supervisor.output import open_standard_files
 from launch.watchdog import signals, stall
+from launch.watchdog.watch import Watch
 
 _BEGAN = time.time()
 
@@ -173,7 +174,7 @@ def _work(
             os.environ.update(found.environment())
         with quiet.tensorflow_import():
             from launch.run import worker
-        watch = worker.Watch(watchdog, heard, _BEGAN)
+        watch = Watch(watchdog, heard, _BEGAN)
         done = worker.run(command_line, config.model, found, watch)
         return 0 if done else 1
 

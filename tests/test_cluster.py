@@ -671,7 +671,7 @@ def calls(replace):
     """Records what the worker and the supervisor are called with."""
     made = []
 
-    def worker(command_line, model, found, watchdog):
+    def worker(command_line, model, found, watch):
         made.append((model, found, os.environ["TF_CONFIG"]))
         return True
 
@@ -722,7 +722,8 @@ def test_a_number_of_workers_alone_starts_them(calls, capsys):
     arguments = ["--num_workers=3", "--tee=all", "--workdir=here/run"]
     assert main(arguments) == 7
     options = {"num_workers": 3, "tee": "all", "workdir": pathlib.Path("here/run")}
-    assert calls == [(arguments, options)]
+    alone = {"index": 0, "max_restarts": 0}
+    assert calls == [(arguments, {**options, **alone})]
     assert not pathlib.Path("here").exists()
 
 
@@ -838,7 +839,7 @@ def failure(folder, index):
 def test_what_ends_a_worker_is_recorded(
     error, code, replace, monkeypatch, folder, capsys
 ):
-    def run(command_line, model, found, watchdog):
+    def run(command_line, model, found, watch):
         raise error
 
     replace("worker", run)
@@ -859,7 +860,7 @@ def test_a_port_that_is_taken_is_recorded_too(calls, monkeypatch, folder, capsys
 
 
 def test_a_process_without_peers_records_nothing(replace, monkeypatch, folder, capsys):
-    def run(command_line, model, found, watchdog):
+    def run(command_line, model, found, watch):
         raise ValueError("mistake")
 
     replace("worker", run)
@@ -872,7 +873,7 @@ def test_a_process_without_peers_records_nothing(replace, monkeypatch, folder, c
 def test_a_worker_that_is_told_to_end_exits_with_143(replace, monkeypatch, folder):
     cleaned = []
 
-    def run(command_line, model, found, watchdog):
+    def run(command_line, model, found, watch):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:

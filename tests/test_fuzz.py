@@ -94,6 +94,8 @@ def test_any_configuration_file_is_used_or_refused(tmp_path, text):
         configuration.preview(flags.parse([f"--config={file}"]))
     except UsageError as error:
         assert "Received: " in str(error)
+    except SystemExit as end:  # It means what it means to Python.
+        assert end.code == 4
 
 
 @fuzz

@@ -168,7 +168,7 @@ def test_it_takes_a_checkpoint_and_data_that_can_be_read_again(make_strategy, tm
         fit(make_strategy(1), [NonFinite("rollback")], *rows())
     callbacks = [NonFinite("rollback"), Checkpoint(tmp_path)]
     for data in (Changes(), ((x, y) for x, y in [rows()])):
-        with pytest.raises(ValueError, match="a PyDataset that changes between epochs"):
+        with pytest.raises(ValueError, match="a PyDataset with hooks"):
             fit(make_strategy(1), callbacks, data, None, batch_size=None)
     with pytest.raises(ValueError, match="Received: action='stay'"):
         NonFinite("stay")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -32,18 +32,11 @@ from launch.run import (
 from launch.run.metrics_log import MetricsLog
 from launch.settings import configuration
 from launch.settings.flags import CommandLine
-from launch.watchdog import progress, signals, stall
+from launch.watchdog import progress, signals
 from launch.watchdog.heartbeat import Heartbeat
+from launch.watchdog.watch import Watch
 
 _LOADED = time.time()
-
-
-class Watch(NamedTuple):
-    """What looks after this process: its watchdog, and what hears its signals."""
-
-    watchdog: stall.Watchdog
-    signals: signals.Signals
-    began: float  # when this process began, in seconds of time.time()
 
 
 def run(

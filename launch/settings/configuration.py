@@ -196,7 +196,7 @@ def _load_file(config: str | None) -> Mapping[str, Any]:
         )
     try:
         loaded = runpy.run_path(path)["get_config"](*argument)
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise UsageError(
             f"The configuration file fails with {type(error).__name__}: {error} "
             f"({targets.place(error)}). Received: --config={config}. "

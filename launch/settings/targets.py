@@ -86,7 +86,7 @@ def load_function(flag: str, value: str) -> Callable:
     return function
 
 
-def place(error: BaseException) -> str:
+def place(error: Exception) -> str:
     """Returns the file and line that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"
