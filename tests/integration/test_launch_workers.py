@@ -122,8 +122,8 @@ def test_two_workers_train_and_evaluate_to_the_numbers_of_one_device(folder):
     assert result.stdout.count("Epoch 1/3") == 1
     assert "MultiWorkerMirroredStrategy" in result.stdout
     names = {path.name for path in (folder / "out").iterdir()}
-    results = {"checkpoints", "config.json", "metrics.jsonl", "model.keras"}
-    assert names == {*results, "logs"}
+    results = {"checkpoints", "config.json", "metrics.jsonl", "model.json"}
+    assert names == {*results, "model.keras", "logs", ".lock"}
     assert log(folder, 0) == result.stdout and "replicas" not in log(folder, 1)
     command = ["evaluate", "--workdir=out", "--model=mine:build", "--num_workers=2"]
     evaluated = launch(folder, *command, module="mine")
