@@ -33,6 +33,8 @@ from launch.watchdog.watch import Watch
 
 _BEGAN = time.time()
 
+Record = Callable[[BaseException], None]
+
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a command line and returns the exit code."""
@@ -73,8 +75,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _supervise(arguments, command_line, config, found)
     if found is not None:
         return _join(found, command_line, config)
-    record = _recorder(config, 0) if is_supervised else None
     unwatched = stall.Watchdog(None, 0, 1, None)
+    record = _recorder(config, 0, unwatched) if is_supervised else _unrecorded
     return _work(command_line, config, None, unwatched, record)
 
 
@@ -125,24 +127,27 @@ def _join(
     run_files.clear_worker(workdir, found.index)
     watchdog = _watchdog(found, command_line, workdir)
     stall.enable_stack_dumps()
-    record = None
+    record: Record = _unrecorded
     if found.num_workers > 1 or run_files.LOG_VARIABLE in os.environ:
-        record = _recorder(config, found.index)
+        record = _recorder(config, found.index, watchdog)
     return _work(command_line, config, found, watchdog, record)
 
 
-Record = Callable[[BaseException, int], None]
-
-
-def _recorder(config: ml_collections.ConfigDict, index: int) -> Record:
+def _recorder(
+    config: ml_collections.ConfigDict, index: int, watchdog: stall.Watchdog
+) -> Record:
     """Returns a function that records what ends this worker, and at which step."""
 
-    def record(error: BaseException, step: int) -> None:
+    def record(error: BaseException) -> None:
         if _code(error) != 0:
             workdir = pathlib.Path(config.workdir)
-            root_cause.record(workdir, index, error, _code(error), step)
+            root_cause.record(workdir, index, error, _code(error), watchdog.step)
 
     return record
+
+
+def _unrecorded(error: BaseException) -> None:
+    """For a process that nobody looks after: what it prints is enough."""
 
 
 def _watchdog(
@@ -160,13 +165,9 @@ def _work(
     config: ml_collections.ConfigDict,
     found: Cluster | None,
     watchdog: stall.Watchdog,
-    record: Record | None,
+    record: Record,
 ) -> int:
-    def record_here(error: BaseException) -> None:
-        if record is not None:
-            record(error, watchdog.step)
-
-    with _recorded(record_here), signals.raised(record_here) as heard:
+    with _recorded(record), signals.raised(record) as heard:
         if found is not None:
             if found.is_chief:
                 print(found, flush=True)

@@ -43,6 +43,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Attributes:
         paused: Seconds in which the training waited for its checkpoints.
+        saved_step: The step of `latest`, or None.
 
     Raises:
         ValueError: for an `every`, `mode` or `on_error` of another form, or a `keep`
@@ -78,7 +79,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.paused = 0.0
         self._every = [_parsed(each) for each in self.every]
         self._last_step = self._last_epoch = 0
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
         self._last_time = time.monotonic()
         self._logs: tuple[int, dict[str, float]] = (-1, {})
         self._writing: threading.Thread | None = None
@@ -102,9 +103,9 @@ class Checkpoint(keras.callbacks.Callback):
     @property
     def latest(self) -> pathlib.Path | None:
         """The last checkpoint of this training, or the one that it began from."""
-        if self._saved_step is None:
+        if self.saved_step is None:
             return None
-        return self.folder / f"step-{self._saved_step}"
+        return checkpoint.path_of(self.folder, self.saved_step)
 
     # What `fit()` calls.
 
@@ -112,11 +113,11 @@ class Checkpoint(keras.callbacks.Callback):
         """Counts from here on; `is_saved`: whether this place is a checkpoint."""
         self._last_step, self._last_epoch = step, epoch
         self._last_time = time.monotonic()
-        self._saved_step = step if is_saved else None
+        self.saved_step = step if is_saved else None
 
     def has_saved(self, step: int) -> bool:
         """Whether the latest checkpoint is one of this step."""
-        return self._saved_step == step
+        return self.saved_step == step
 
     def count_is_due(self, step: int, epoch: int, at_end_of_epoch: bool) -> bool:
         """Whether to save after so many steps and epochs."""

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def write(
         OSError: it cannot be written; nothing that was there is changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step}"
+    path = path_of(folder, step)
     unfinished = folder / f"{_UNFINISHED}{path.name}"
     _remove(unfinished)
     unfinished.mkdir()
@@ -136,6 +136,18 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def path_of(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """The folder of the checkpoint of a step, in the folder of all."""
+    return folder / f"step-{step}"
+
+
+def manifests(folder: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps and their manifests, the latest first; damaged ones are left out."""
+    for step in reversed(steps(folder)):
+        with contextlib.suppress(DamagedCheckpointError):
+            yield step, read_manifest(path_of(folder, step))
+
+
 def steps(folder: pathlib.Path) -> list[int]:
     """The steps of which a folder has checkpoints, ascending; they may be damaged."""
     if not folder.is_dir():
@@ -171,12 +183,10 @@ class Best:
     def steps(self, folder: pathlib.Path) -> list[int]:
         """The steps of the best checkpoints, the best first; of equals the earliest."""
         values = {}
-        for step in steps(folder) if self.monitor else ():
-            with contextlib.suppress(DamagedCheckpointError):
-                logs = read_manifest(folder / f"step-{step}").get("logs", {})
-                value = logs.get(self.monitor, math.nan)
-                if not math.isnan(value):
-                    values[step] = value if self.mode == "min" else -value
+        for step, manifest in manifests(folder) if self.monitor else ():
+            value = manifest.get("logs", {}).get(self.monitor, math.nan)
+            if not math.isnan(value):
+                values[step] = value if self.mode == "min" else -value
         return sorted(values, key=lambda step: (values[step], step))[: self.keep]
 
 
@@ -190,11 +200,11 @@ def prune(
     """
     for step in steps(folder):
         if step > latest:
-            _remove(folder / f"step-{step}")
+            _remove(path_of(folder, step))
     kept = set(best.steps(folder)) if best else set()
     for step in steps(folder)[: -max(keep, LEAST_KEPT)]:
         if step not in kept:
-            _remove(folder / f"step-{step}")
+            _remove(path_of(folder, step))
 
 
 def _save(prefix: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -97,7 +97,7 @@ def _first_good(
 ) -> Saved | None:
     errors = []
     for step in steps:
-        path = folder / f"step-{step}"
+        path = checkpoint.path_of(folder, step)
         try:
             saved = Saved(path, *checkpoint.read(path))
             error = is_good(saved)

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -80,10 +80,7 @@ def enter(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"The working folder cannot be written to ({error.strerror}). "
-            f"Received: --workdir={folder}. Give another folder."
-        ) from error
+        raise configuration.unwritable(folder, error) from error
     lock(folder)
 
 
@@ -159,9 +156,9 @@ def _is_complete(
     saved = run_files.read_json(folder / saving.RECORD) or {}
     if saved.get("epochs", 0) >= config.epochs:
         return True
-    ended = manifest is not None and manifest["step of the epoch"] == 0
-    stopped = ended and manifest is not None and any(manifest["stops"])
-    return stopped and manifest is not None and saved.get("step") == manifest["step"]
+    if manifest is None or manifest["step of the epoch"] > 0:
+        return False
+    return any(manifest["stops"]) and saved.get("step") == manifest["step"]
 
 
 def _check_epochs(
@@ -204,17 +201,11 @@ def _text(value: Any) -> str:
 
 def _latest_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return next(_manifests(folder / saving.CHECKPOINTS), None)
+        # `fit()` names those that are damaged, and passes them over as well.
+        found = checkpoint.manifests(folder / saving.CHECKPOINTS)
+        return next((manifest for _, manifest in found), None)
     except OSError as error:
         raise UsageError(
             f"The checkpoints cannot be read ({error.strerror}). "
             f"Received: --workdir={folder}. Give a readable folder."
         ) from error
-
-
-def _manifests(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    for step in reversed(checkpoint.steps(folder)):
-        try:
-            yield checkpoint.read_manifest(folder / f"step-{step}")
-        except checkpoint.DamagedCheckpointError:
-            continue  # `fit()` names it and passes it over

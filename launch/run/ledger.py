@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+import distfit
 from launch import run_files
 
 # In the order of a start; "rest" is callbacks, logs and what lies between.
@@ -42,7 +43,7 @@ class Ledger(keras.callbacks.Callback):
         self,
         began: float,
         loaded: float,
-        checkpoints: keras.callbacks.Callback | None,
+        checkpoints: distfit.callbacks.Checkpoint | None,
     ) -> None:
         super().__init__()
         self._checkpoints = checkpoints
@@ -103,7 +104,7 @@ class Ledger(keras.callbacks.Callback):
     def so_far(self) -> dict[str, Any]:
         """The seconds of each part, and the number of restarts."""
         seconds = dict(self._seconds)
-        paused = getattr(self._checkpoints, "paused", 0.0)
+        paused = self._checkpoints.paused if self._checkpoints else 0.0
         seconds["saving"] += paused  # which is part of what lies between steps
         seconds["rest"] = max(0.0, seconds["rest"] - paused)
         return {"seconds": seconds, "restarts": self._restarts}

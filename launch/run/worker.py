@@ -128,8 +128,7 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
     done = {"epochs": len(history.epoch), "seconds": seconds}
     last = {name: values[-1] for name, values in history.history.items()}
     watch.watchdog.note(0, "saving")
-    latest = checkpoints and checkpoints.latest
-    step = int(latest.name.removeprefix("step-")) if latest else None
+    step = checkpoints.saved_step if checkpoints else None
     with _folder_to_save_in(run) as folder:
         saved = saving.save(run.model, folder, run.config.epochs, step)
     spent = times.end()

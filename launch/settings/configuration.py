@@ -94,10 +94,15 @@ def write(config: ml_collections.ConfigDict) -> None:
     try:
         run_files.write_text(folder / FILE, config.to_json_best_effort(indent=2) + "\n")
     except OSError as error:
-        raise UsageError(
-            f"The working folder cannot be written to ({error.strerror}). "
-            f"Received: --workdir={folder}. Give another folder."
-        ) from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
+    """The error for a working folder that cannot be written to."""
+    return UsageError(
+        f"The working folder cannot be written to ({error.strerror}). "
+        f"Received: --workdir={folder}. Give another folder."
+    )
 
 
 def _stack(

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
+
+import results
 
 HERE = pathlib.Path(__file__).resolve().parent
 COMMAND = [
@@ -71,11 +72,7 @@ class Training:
         return self._process.wait(timeout=PATIENCE)
 
     def results(self) -> tuple[bytes, list[dict]]:
-        with zipfile.ZipFile(self.folder / "out" / "model.keras") as file:
-            weights = file.read("model.weights.h5")
-        lines = (self.folder / "out" / "metrics.jsonl").read_text().splitlines()
-        epochs = [json.loads(line) for line in lines]
-        return weights, [{**e, "seconds": 0} for e in epochs if "epoch" in e]
+        return results.of(self.folder / "out")
 
 
 def _children(pid: int) -> list[int]:

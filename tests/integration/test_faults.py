@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import fault_programs
 import namespaces
 import pytest
+import results
 from breadth import pick
 
 pytestmark = pytest.mark.integration
@@ -129,12 +129,7 @@ class Run:
         ]
 
     def results(self):
-        """The weights and optimizer, bit for bit, and the metrics of each epoch."""
-        with zipfile.ZipFile(self.workdir / "model.keras") as file:
-            weights = file.read("model.weights.h5")
-        lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
-        epochs = [json.loads(line) for line in lines]
-        return weights, [{**e, "seconds": 0} for e in epochs if "epoch" in e]
+        return results.of(self.workdir)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +137,14 @@ def undisturbed(tmp_path_factory):
     """`undisturbed(program, seed)`: the results of a run that was left alone."""
     found = {}
 
-    def results(program, seed=1):
+    def of(program, seed=1):
         if (program, seed) not in found:
             run = Run(tmp_path_factory.mktemp("undisturbed"), program, seed)
             assert run.start() == 0, run.out
             found[program, seed] = run.results()
         return found[program, seed]
 
-    return results
+    return of
 
 
 def matrix(faults, few):
