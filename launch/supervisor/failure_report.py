@@ -55,7 +55,7 @@ def text(
 def _tells_of_stall(failure: Failure, shown: str) -> bool:
     """Whether the chief has just reported the stall that another worker recorded first.
 
-    All that wait report it, each as it has seen the others.
+    Both had looked before either had recorded it, and saw the same.
     """
     last = shown.rstrip("\n").rpartition("\n")[2]
     return failure.type == "StallError" and last.startswith("launch: No progress for ")

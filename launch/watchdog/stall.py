@@ -208,6 +208,10 @@ class Watchdog:
         """Dumps the stacks, and reports and records why this worker ends."""
         with open(_STDERR, "wb", closefd=False) as stderr:
             stderr.write(_stacks())
+        # The supervisor resumes a stopped worker once one has recorded the stall: what
+        # the others see from then on is no longer what it was.
+        if forced_exit.within(_FOLDER_ANSWERS, self._is_told_of):
+            return
         error = StallError(self._message(noted))
         print(f"launch: {error}", file=sys.stderr, flush=True)
         if self._workdir is not None:
@@ -230,6 +234,17 @@ class Watchdog:
         return (
             f"No progress for {self._timeout:g} s. Received: {where}. "
             f"See the stacks in {_where_stacks_are()}: {may}."
+        )
+
+    def _is_told_of(self) -> bool:
+        """Whether the supervisor of this host reports what another worker has seen."""
+        if self._workdir is None or run_files.LOG_VARIABLE not in os.environ:
+            return False
+        others = set(range(self._num_workers)) - {self._index}
+        found = [root_cause.read(self._workdir, i) for i in others]
+        return any(
+            f is not None and f.type == "StallError" and f.time > self._made
+            for f in found
         )
 
     def _places_of_others(self) -> dict[int, progress.Progress]:
