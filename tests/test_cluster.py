@@ -655,6 +655,8 @@ PACKAGES = {"worker": "launch.run", "supervisor": "launch.supervisor"}
 def replace(monkeypatch):
     """Replaces run() of the worker, or of the supervisor, by a function."""
     monkeypatch.setenv("TF_CONFIG", "")  # so that it is restored after each test
+    # The stacks of a crash, in any later test, go where pytest wants them.
+    monkeypatch.setattr("launch.watchdog.stall.enable_stack_dumps", lambda: None)
 
     def replace(name, run):
         package = importlib.import_module(PACKAGES[name])

@@ -24,6 +24,14 @@ def test_every_exported_name_is_there():
         assert hasattr(_keras, name), name
 
 
+def test_the_tensors_of_a_dataset_are_found():
+    held = tf.data.Dataset.from_tensor_slices((np.zeros((6, 5), "int16"), [0.0] * 6))
+    other = tf.data.Dataset.from_tensors(np.zeros(50, "uint8"))
+    joined = tf.data.Dataset.zip(held.shuffle(3), other.repeat()).batch(2).prefetch(1)
+    assert _keras.held_bytes(joined) == 60 + 24 + 50
+    assert _keras.held_bytes(tf.data.Dataset.range(9).map(lambda x: x)) == 0
+
+
 def test_a_compilation_is_another_after_compile():
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse")

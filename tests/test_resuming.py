@@ -22,7 +22,7 @@ from keras import layers
 import distfit
 from distfit.callbacks import Checkpoint, states
 from distfit.cluster import workers
-from distfit.training import checkpoint, resuming
+from distfit.training import checkpoint, global_batches, passes, resuming
 from distfit.training.global_batches import GlobalBatches
 from distfit.training.passes import passes_of
 
@@ -860,6 +860,74 @@ def test_only_what_is_needed_is_read_again(make_strategy, tmp_path):
     calls.clear()
     rest = seen(make_strategy(1), tmp_path, given, resume_from=tmp_path, epochs=3)
     assert len(rest) == 16 and calls == [0, 1, 0, 1, *range(44, 60)]
+
+
+def _lines(paths):
+    """Shuffled rows of text files, which are read one after the other, endlessly."""
+
+    def row(line):
+        x = tf.strings.to_number(line)
+        return tf.stack([x, x + 1]), x[None]
+
+    files = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
+    rows = files.interleave(tf.data.TextLineDataset, cycle_length=1).map(row)
+    batches = rows.repeat().shuffle(3, seed=1).batch(4).prefetch(2)
+    return {"x": batches, "steps_per_epoch": 3}
+
+
+def test_a_dataset_is_not_read_up_to_its_place(
+    make_strategy, tmp_path, caplog, monkeypatch
+):
+    """It goes on though a file that it has read is gone."""
+    paths = [tmp_path / f"{n}.txt" for n in range(3)]
+    for number, path in enumerate(paths):
+        path.write_text("".join(f"{number * 10 + row}\n" for row in range(10)))
+    strategy, given, folder = (
+        make_strategy(2),
+        lambda: _lines(paths),
+        tmp_path / "stopped",
+    )
+    whole = seen(strategy, tmp_path / "whole", given)
+    before = seen(strategy, folder, given, 4)
+    shutil.copytree(folder, tmp_path / "copy")
+    paths[1].rename(tmp_path / "away")
+    rest = seen(strategy, folder, given, resume_from=folder, epochs=2)
+    assert whole[: len(before + rest)] == before + rest and not caplog.records
+    monkeypatch.setattr(GlobalBatches, "_went_to", lambda *_: False)
+    with pytest.raises(tf.errors.NotFoundError):
+        seen(strategy, folder, given, resume_from=tmp_path / "copy", epochs=2)
+
+
+def test_buffers_that_are_too_large_are_read_again(
+    make_strategy, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(global_batches, "_LARGEST_PLACE", ROWS * 5 * 4)
+    strategy, given = make_strategy(2), shuffled
+    whole = seen(strategy, tmp_path / "whole", given)
+    assert "buffers of the data are too large" in caplog.text
+    before = seen(strategy, tmp_path / "stopped", given, 4)
+    stopped = seen(
+        strategy, tmp_path / "stopped", given, resume_from=tmp_path / "stopped"
+    )
+    assert before + stopped == whole
+
+
+def test_the_place_of_another_pipeline_is_read_up_to(make_strategy, tmp_path, caplog):
+    def in_other_parts():
+        return {"x": shuffled()["x"].map(lambda x, y: (x + 0, y))}
+
+    strategy, folder = make_strategy(2), tmp_path / "stopped"
+    whole = seen(strategy, tmp_path / "whole", shuffled)
+    before = seen(strategy, folder, shuffled, 7)
+    rest = seen(strategy, folder, in_other_parts, resume_from=folder)
+    assert before + rest == whole
+    assert "the checkpoint has that of another pipeline" in caplog.text
+
+
+def test_large_tensors_are_not_written_out(monkeypatch):
+    """To find out how passes are related: it would take longer than to read them."""
+    monkeypatch.setattr(passes, "_LARGEST_GRAPH", 10)
+    assert passes_of(INDEPENDENT["plain"]()) == passes.Passes(False, False, False)
 
 
 def test_notes_of_batches_are_few(make_strategy, tmp_path):

@@ -12,6 +12,8 @@ the code around the steps; `graphs`, `optimizers` and `generators` serve tracing
 data frames, torch loaders: Keras checks each and turns it into a `tf.data.Dataset` |
 | `PyDatasetAdapter`, `GeneratorDataAdapter`, `OrderedEnqueuer` | how Keras reads the \
 batches of Python code, which distfit lets it read an epoch at a time |
+| `Dataset._inputs`, `_tensors` | how much memory the tensors of a `tf.data.Dataset` \
+take: to write out its graph takes seconds for each gigabyte |
 | `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
 `class_weight`, as Keras defines them |
 | `CompileMetrics` | holds the metrics passed to `compile()` |
@@ -86,6 +88,16 @@ def without_own_threads(adapter: Any) -> None:
     """Leaves reading to who reads: the hooks of an epoch then start no threads."""
     if isinstance(adapter, PyDatasetAdapter):
         adapter.enqueuer = None
+
+
+def held_bytes(dataset: tf.data.Dataset) -> int:
+    """How many bytes the tensors have that a dataset was made from.
+
+    Tensors that a function captures do not count.
+    """
+    tensors = tf.nest.flatten(getattr(dataset, "_tensors", []), expand_composites=True)
+    own = sum(tf.size(each).numpy() * each.dtype.size for each in tensors)
+    return own + sum(held_bytes(each) for each in dataset._inputs())
 
 
 # --- Models: the methods that stock `fit()` and `evaluate()` use.

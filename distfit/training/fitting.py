@@ -328,6 +328,7 @@ class Training:
         arrays = state.values_of(self._team, variables)
         callbacks = self.callbacks.states(arrays)
         places = [data.position() for data in self._data]
+        self._add_iterators(arrays)
         stops = self._team.tell("who stops", bool(self.model.stop_training))
         # Where no step of the epoch may follow, its logs are those of the latest.
         results = self._driver.results() if any(stops) and self.step else {}
@@ -347,6 +348,16 @@ class Training:
             "facts of the model": self._facts_of_model(variables),
         }
         return manifest, arrays
+
+    def _add_iterators(self, arrays: dict[str, np.ndarray]) -> None:
+        """Adds the places of the iterators: that of the chief, if all read the same."""
+        for index, data in enumerate(self._data):
+            tells = self._team.is_chief or data.others_may_have_rows
+            own = data.iterator_place() if tells else b""
+            for worker, place in enumerate(self._team.gather("the iterators", own)):
+                if place:
+                    name = _iterator_name(index, worker)
+                    arrays[name] = np.frombuffer(place, "uint8")
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same of data and callbacks where this training goes on."""
@@ -378,8 +389,10 @@ class Training:
         # Those that read the same data are in the same place, however many there are.
         places = of_workers[min(self._team.index, len(of_workers) - 1)]
         try:
-            for data, place in zip(self._data, places, strict=True):
-                data.move_to(place)
+            for index, (data, place) in enumerate(zip(self._data, places, strict=True)):
+                worker = self._team.index if data.others_may_have_rows else 0
+                of_iterator = arrays.get(_iterator_name(index, worker))
+                data.move_to(place, b"" if of_iterator is None else bytes(of_iterator))
         except ValueError as problem:
             error = str(problem)
         errors = self._team.tell("the place in the data", error)
@@ -426,6 +439,10 @@ class Training:
             variables = state.variables_of(self.model, self._drivers)
             if before - self._facts_of_model(variables).keys():
                 driver.try_on(data.sample.get_value())
+
+
+def _iterator_name(data: int, worker: int) -> str:
+    return f"iterators/{data}/{worker}"
 
 
 def _as_read(facts: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from distfit import _keras
-from distfit.training import randomness
+from distfit.training import iterators, randomness
 from distfit.training.batch import fingerprint
 from distfit.training.inputs import (
     check_element_spec,
@@ -34,6 +34,7 @@ from distfit.training.reading import Reader, reader_of
 from distfit.training.shares import Layout
 
 _LOGGER = logging.getLogger("distfit")
+_LARGEST_PLACE = 64 << 20  # Bytes: each checkpoint would have them.
 
 
 class GlobalBatches:
@@ -264,11 +265,33 @@ class GlobalBatches:
             "last length": self._last_length,
         }
 
-    def move_to(self, position: dict[str, Any]) -> None:
+    def iterator_place(self) -> bytes:
+        """The place of the iterator, which saves reading up to it; b"" if unknown.
+
+        It has the buffers of the pipeline. They can be large, such as one that shuffles
+        whole images: then the data are read.
+        """
+        if not self._tells_place or self._iterator is None:
+            return b""
+        try:
+            place = iterators.place_of(self._iterator, self._next)
+        except tf.errors.OpError:
+            place, self._tells_place = b"", False
+        if len(place) > _LARGEST_PLACE:
+            _LOGGER.warning(
+                "The buffers of the data are too large for a checkpoint, %d MiB: a "
+                "training that goes on reads the data again up to its place.",
+                len(place) >> 20,
+            )
+            place, self._tells_place = b"", False
+        return place
+
+    def move_to(self, position: dict[str, Any], iterator_place: bytes = b"") -> None:
         """Moves new data to where others stood: does the same, and reads as much.
 
         Args:
             position: What `position()` has returned.
+            iterator_place: What `iterator_place()` has returned: spares the reading.
 
         Raises:
             ValueError: they are not the same data, or come in another order.
@@ -290,9 +313,10 @@ class GlobalBatches:
             if event in "ic" and index >= latest:
                 if self._reader is not None:
                     self._read_part_again(self._reader, position, limit)
-                else:  # A batch of a pass that has ended is enough to compare.
+                else:
                     has_ended = "r" in kinds[latest:]
-                    self._read(1 if has_ended else position["batches of the pass"])
+                    batches = 1 if has_ended else position["batches of the pass"]
+                    self._read_up_to(batches, b"" if has_ended else iterator_place)
         found = json.loads(
             json.dumps(self._fingerprints(position["batches of the pass"]))
         )
@@ -327,6 +351,35 @@ class GlobalBatches:
             reader.limit = end
             self._next = self._iterator.get_next_as_optional()
 
+    def _read_up_to(self, batches: int, place: bytes) -> None:
+        """Reads so many batches of a new iterator, or one if it can go to its place."""
+        start = iterators.place_of(self._iterator, None) if place else b""
+        self._read(min(batches, 1))  # To compare.
+        if not (place and self._went_to(place, start)):
+            self._read(max(batches - 1, 0))
+
+    def _went_to(self, place: bytes, start: bytes) -> bool:
+        """Moves the iterator to a place, unless its pipeline does not know that."""
+        spec = self._spec_of_next
+        try:
+            self._next = iterators.go_to(self._iterator, place, spec)
+        except tf.errors.OpError:  # Another version of TensorFlow fuses other parts.
+            _LOGGER.warning(
+                "The data are read again up to their place: the checkpoint has that of "
+                "another pipeline."
+            )
+            return False
+        finally:
+            # A shuffle that has read all of its input draws the seed of the next pass
+            # as it goes to a place (2.21). Going to the start sets the seeds right.
+            iterators.go_to(iter(self.dataset), start, spec)
+        return True
+
+    @property
+    def _spec_of_next(self) -> Any:
+        """The specs of what `take_next()` returns."""
+        return tf.OptionalSpec(self._iterator.element_spec)
+
     def _read(self, batches: int) -> None:
         for _ in range(batches * self.elements_of_batch):
             self.sample = self._iterator.get_next_as_optional()
@@ -335,6 +388,14 @@ class GlobalBatches:
                     "The data are shorter than before. Received: fewer batches than "
                     "the checkpoint has seen. Give the same data, or start anew."
                 )
+
+    @functools.cached_property
+    def _tells_place(self) -> bool:
+        x = self._arrays[0]
+        if not isinstance(x, tf.data.Dataset) or _keras.held_bytes(x) > _LARGEST_PLACE:
+            return False  # To find out would take long, too.
+        passes = self._passes
+        return passes is not None and passes.tellable and passes.independent
 
     @functools.cached_property
     def _passes(self) -> Passes | None:

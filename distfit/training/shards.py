@@ -67,6 +67,13 @@ class Shards(GlobalBatches):
         """Whether any replica has rows for the next step."""
         return bool(np.any(self.take_next()[1]))
 
+    @property
+    def _spec_of_next(self) -> Any:
+        replicas = replicas_of(self.strategy)
+        batch, _ = self._iterator.element_spec
+        rows = tf.TensorSpec([replicas.num_replicas], tf.int32)
+        return tf.OptionalSpec((batch,) * replicas.count), rows
+
     def take_next(self) -> tuple:
         """`(batches of this worker's replicas, rows of all replicas)`, for a step."""
         if self._next is None:
