@@ -73,6 +73,12 @@ def make_strategy():
     return _strategy
 
 
+def pytest_itemcollected(item):
+    """Gives all tests of processes to one xdist worker, other files to any."""
+    alone = item.get_closest_marker("integration")
+    item.add_marker(pytest.mark.xdist_group("integration" if alone else str(item.path)))
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out tests that workers cannot run, or would only repeat."""
     if CLUSTER is None:
@@ -81,7 +87,9 @@ def pytest_collection_modifyitems(config, items):
         numbers = (None, CLUSTER.num_replicas_in_sync)
         unwanted = [item for item in items if _replicas_of(item) not in numbers]
     config.hook.pytest_deselected(items=unwanted)
-    items[:] = [item for item in items if item not in unwanted]
+    left = [item for item in items if item not in unwanted]
+    # What waits for processes comes first: others use the cores meanwhile.
+    items[:] = sorted(left, key=lambda item: not item.get_closest_marker("integration"))
 
 
 def _replicas_of(item) -> int | None:

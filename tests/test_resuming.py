@@ -260,6 +260,21 @@ def test_a_training_goes_on_from_before_a_damaged_checkpoint(
     assert_same_bits(whole, rest)
 
 
+@pytest.mark.parametrize("later", [0, 3], ids=["at this step", "later"])
+def test_a_checkpoint_of_another_version_is_put_aside(tmp_path, later):
+    for step in (1, 2, 2 + later):
+        checkpoint.write(tmp_path, step, {"a": np.ones(2)}, {})
+    theirs = checkpoint.path_of(tmp_path, 2 + later)
+    _change(theirs, format=2)
+    content = (theirs / "manifest.json").read_bytes()
+    checkpoint.write(tmp_path, 2, {"a": np.ones(2)}, {})
+    checkpoint.prune(tmp_path, 2, latest=2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    aside = tmp_path / f"step-{2 + later}.0.of-another-version"
+    assert (aside / "manifest.json").read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_folders_of_damaged_checkpoints_alone_are_refused(
     make_strategy, stopped, tmp_path
 ):

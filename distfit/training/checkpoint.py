@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ LEAST_KEPT = 2
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint that cannot be used. The message says which and why, in a line."""
+
+
+class OtherFormatError(DamagedCheckpointError):
+    """A checkpoint that another version of distfit can read."""
 
 
 def write(
@@ -109,7 +114,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise DamagedCheckpointError(f"{file} is not a manifest of distfit.")
     if content["format"] != FORMAT:
-        raise DamagedCheckpointError(
+        raise OtherFormatError(
             f"{file} has the format {content['format']!r}; this distfit reads {FORMAT}."
         )
     if content.pop("sha256", None) != _sha256_of(content):
@@ -195,12 +200,12 @@ def prune(
 ) -> None:
     """Removes all but the latest `keep` checkpoints, at least two, and the best.
 
-    Call it once the latest has been read back. Later ones are damaged: the training
-    has gone on from one before them.
+    Call it once the latest has been read back. Later ones are damaged, or of another
+    version of distfit: the training has gone on from one before them.
     """
     for step in steps(folder):
         if step > latest:
-            _remove(path_of(folder, step))
+            _discard(path_of(folder, step))
     kept = set(best.steps(folder)) if best else set()
     for step in steps(folder)[: -max(keep, LEAST_KEPT)]:
         if step not in kept:
@@ -249,7 +254,7 @@ def _replace(source: pathlib.Path, target: pathlib.Path) -> None:
         _remove(old)
         target.rename(old)
         source.rename(target)
-        _remove(old)
+        _discard(old)
     else:
         source.rename(target)
 
@@ -260,6 +265,26 @@ def _sync(folder: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _discard(path: pathlib.Path) -> None:
+    """Removes a checkpoint; one of another version of distfit is put aside."""
+    if not _is_of_another_version(path):
+        _remove(path)
+        return
+    name = path.name.removeprefix(f"{_UNFINISHED}old-")
+    asides = (path.with_name(f"{name}.{n}.of-another-version") for n in count())
+    path.rename(next(aside for aside in asides if not aside.exists()))
+
+
+def _is_of_another_version(path: pathlib.Path) -> bool:
+    try:
+        read_manifest(path)
+    except OtherFormatError:
+        return True
+    except DamagedCheckpointError:
+        return False
+    return False
 
 
 def _remove(folder: pathlib.Path) -> None:
