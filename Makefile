@@ -38,9 +38,9 @@ train: $(READY)
 	$(BIN)/python -m launch --strategy=mirrored --virtual_devices=2 \
 		--workdir=runs/gan $(ARGS)
 
-test: test-fast
-	$(BIN)/python -m pytest -m slow -n auto
-	$(BIN)/python -m pytest -m integration -n 2 --dist loadfile
+# One more process than cores: tests that start others wait for them.
+test: $(READY)
+	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile

@@ -13,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 import contextlib
 import functools
 import gc
+import pathlib
 
 import hypothesis
 import keras
@@ -73,12 +74,6 @@ def make_strategy():
     return _strategy
 
 
-def pytest_itemcollected(item):
-    """Gives all tests of processes to one xdist worker, other files to any."""
-    alone = item.get_closest_marker("integration")
-    item.add_marker(pytest.mark.xdist_group("integration" if alone else str(item.path)))
-
-
 def pytest_collection_modifyitems(config, items):
     """Leaves out tests that workers cannot run, or would only repeat."""
     if CLUSTER is None:
@@ -87,9 +82,25 @@ def pytest_collection_modifyitems(config, items):
         numbers = (None, CLUSTER.num_replicas_in_sync)
         unwanted = [item for item in items if _replicas_of(item) not in numbers]
     config.hook.pytest_deselected(items=unwanted)
-    left = [item for item in items if item not in unwanted]
-    # What waits for processes comes first: others use the cores meanwhile.
-    items[:] = sorted(left, key=lambda item: not item.get_closest_marker("integration"))
+    items[:] = _spread([item for item in items if item not in unwanted])
+
+
+def _spread(items):
+    """Spreads the files that start processes over the run, so that few run at a time.
+
+    Others use the cores while these wait. Long files come early, and those of the
+    partition, which are short, at the end: no core is idle there.
+    """
+    files: dict[pathlib.Path, list] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    groups: tuple[list, list] = [], []
+    for file in reversed(files.values()):
+        groups[file[0].get_closest_marker("integration") is None].append(file)
+    placed = [
+        (i / len(group), file) for group in groups for i, file in enumerate(group)
+    ]
+    return [item for _, file in sorted(placed, key=lambda p: p[0]) for item in file]
 
 
 def _replicas_of(item) -> int | None:

@@ -363,9 +363,17 @@ class Around(keras.Model):
         return tf.reduce_mean(output * tf.reshape(y, [-1, *ones]))
 
 
-# Layers that consist of what others test: "StackedRNNCells" and "Bidirectional" of
-# cells, and "AugMix" of the layers that change colours and places.
-_IN_OTHERS = {"LSTM", "LSTMCell", "GRUCell", "RNN", "SimpleRNN", "RandAugment"}
+# Layers that consist of what others test: "Bidirectional" of cells, and "AugMix" of the
+# layers that change colours and places.
+_IN_OTHERS = {
+    "StackedRNNCells",
+    "LSTM",
+    "LSTMCell",
+    "GRUCell",
+    "RNN",
+    "SimpleRNN",
+    "RandAugment",
+}
 # "RandomColorJitter" consists of the first, and "RandomRotation" moves pixels like the
 # next; "Add" and "Maximum" stand for what merges elements.
 _IN_OTHERS |= {"RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue"}

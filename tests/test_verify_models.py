@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 
 ROWS, BATCH = 27, 9
 
-# test_models.py and test_global_models.py compare the others with one device.
-FEW = ["mnist_cnn", "vae", "wgan_gp", "distillation"]
+# test_models.py, test_global_models.py and tests/programs have what the others do.
+FEW = ["mnist_cnn", "distillation"]
 
 
 @pytest.mark.parametrize("name", pick(FEW, models.NAMES))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from breadth import pick
+from breadth import only_exhaustive, pick
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +68,7 @@ FILES = (
     "test_state.py",
 )
 FEW = [
-    *("test_workers", "fused_and_eager", "all_skip", "overflow and adam"),
+    *("test_workers", "fused_and_eager", "all_skip"),
     *("eager_branch", "flag_as_state", "table_beside"),
     *("bring", "scalar_beside and open", "eagerly and unknown", "unknown_length"),
     *("not_finite", "batches_without_rows and 2-unknown", "normalization and float64"),
@@ -90,10 +90,8 @@ def test_two_workers_agree_and_equal_one_device(tmp_path, files):
     assert passed[0] == passed[1] > pick([70], [40])[0]
 
 
-@pytest.mark.parametrize(
-    "num_workers, classes",
-    pick([(3, "CustomEval")], [(2, "Step or Eval"), (3, "Custom")]),
-)
+@only_exhaustive
+@pytest.mark.parametrize("num_workers, classes", [(2, "Step or Eval"), (3, "Custom")])
 def test_the_classes_of_the_guide_equal_one_device(tmp_path, num_workers, classes):
     """Uneven batches, some with fewer rows than workers; 1 and 4 fused steps."""
     arguments = ("tests/test_guide_classes.py", "-k", classes)

@@ -6,6 +6,7 @@ import job
 import namespaces
 import pytest
 import slurm_cluster
+from breadth import only_exhaustive
 
 pytestmark = pytest.mark.integration
 
@@ -25,6 +26,7 @@ def folder(tmp_path):
     return job.write_module(tmp_path)
 
 
+@only_exhaustive  # Those of two nodes train by the same steps.
 def test_tasks_of_a_node_train_to_the_numbers_of_one_device(slurm, folder):
     command = ("srun", "-n2", *job.command())
     result = slurm.run(*command, cwd=folder, timeout=job.SECONDS)
