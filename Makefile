@@ -40,7 +40,7 @@ train: $(READY)
 
 # One more process than cores: tests that start others wait for them.
 test: $(READY)
-	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not slow" -n auto --dist loadfile

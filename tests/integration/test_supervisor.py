@@ -598,9 +598,16 @@ def test_a_screen_that_is_read_late_shows_all(launch):
 
 
 def test_the_last_line_stands_alone_below_what_the_chief_has_begun(launch):
-    script = "print(' 5/10 loss: 1.0', end='', flush=True)\nif index: os._exit(7)\n"
-    files = (subprocess.PIPE, subprocess.STDOUT)
-    run = launch(script + "time.sleep(60)", files=files)
+    script = """
+print(' 5/10 loss: 1.0', end='', flush=True)
+pathlib.Path(f'begun-{index}').touch()
+while index and not pathlib.Path('begun-0').exists():
+    time.sleep(0.01)
+if index:
+    os._exit(7)
+time.sleep(60)
+"""
+    run = launch(script, files=(subprocess.PIPE, subprocess.STDOUT))
     assert run.wait() == 1
     lines = run.out.splitlines()
     assert lines[0] == " 5/10 loss: 1.0"
