@@ -75,8 +75,9 @@ def trained(name, strategy):
     return comparing.run(strategy, lambda: models.get(name).build(config), fit, then)
 
 
-# The others differ from these in nothing that `verify` does not compare.
-@pytest.mark.parametrize("name", pick(["contrastive", "masked_lm"], NAMES))
+# The others differ from it in nothing that `verify` does not compare, and
+# tests/programs has their losses by hand.
+@pytest.mark.parametrize("name", pick(["masked_lm"], NAMES))
 def test_four_replicas_equal_one(name, make_strategy):
     one = trained(name, make_strategy(1))
     comparing.assert_same(one, trained(name, make_strategy(4)))

@@ -500,11 +500,12 @@ def _segments(x):
     return ops.arange(ops.shape(x)[0]) % 3
 
 
-# Each has a twin that is the same to a rule, such as "max", "quantile" or "nanstd".
+# Each has a twin that is the same to a rule, such as "sum", "quantile" or "nanstd".
 _TWINS = {
     *("amax", "amin", "min", "argmin", "argsort", "var", "percentile", "segment_min"),
     *("cumprod", "nancumsum", "nancumprod", "nanargmax", "nanargmin"),
-    *("nansum", "nanmean", "nanmax", "nanmin", "nanprod", "nanvar"),
+    *("nansum", "nanmean", "nanmax", "nanmin", "nanprod", "nanvar", "std"),
+    *("any", "average", "ptp", "segment_prod", "max", "prod", "count_nonzero"),
 }
 _FEW_REDUCTIONS = [name for name in REDUCTIONS if name not in _TWINS]
 

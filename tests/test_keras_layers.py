@@ -379,6 +379,9 @@ _IN_OTHERS = {
 _IN_OTHERS |= {"RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue"}
 _IN_OTHERS |= {"RandomShear", "RandomTranslation", "RandomZoom"}
 _IN_OTHERS |= {"Subtract", "Average", "Minimum"}
+# Parts of "AugMix", and activations, which test_keras_functions.py has.
+_IN_OTHERS |= {"AutoContrast", "Equalization", "RandomPosterization", "Solarization"}
+_IN_OTHERS |= {"RandomRotation", "ReLU", "LeakyReLU", "ELU"}
 # Rules know no number of dimensions: images stand for series and volumes.
 FEW = [n for n in CASES if "1D" not in n and "3D" not in n and n not in _IN_OTHERS]
 

@@ -440,7 +440,7 @@ class Positions(layers.Layer):
         return x + self.places(tf.range(tf.shape(x)[1]))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("optimizer", pick(["adagrad"], ["adam", "rmsprop", "adagrad"]))
 def test_learned_positions(make_strategy, optimizer):
     """Every replica uses the same positions, and each position counts once."""
 
@@ -512,7 +512,7 @@ def test_unreduced_loss_in_a_batch_of_few_rows(make_strategy, replicas):
     comparing.assert_same(run(make_strategy(1)), run(make_strategy(replicas)))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", pick([3], [1, 3, 9]))
 def test_all_rows_for_each_row(make_strategy, rows):
     """Also in batches with fewer rows than replicas."""
 
@@ -577,7 +577,7 @@ class Reads(distfit.Model):
 
 READ: list = []
 WAYS = ("gradient", "scaled gradient", "condition", "weight", "variable", "metric")
-FEW_WAYS = ["", "scaled gradient", "condition", "variable", "weighted", "log"]
+FEW_WAYS = ["", "condition", "variable", "log"]
 
 
 @pytest.mark.parametrize(

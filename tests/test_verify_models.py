@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 ROWS, BATCH = 27, 9
 
 # test_models.py, test_global_models.py and tests/programs have what the others do.
-FEW = ["mnist_cnn", "distillation"]
+FEW = ["distillation"]
 
 
 @pytest.mark.parametrize("name", pick(FEW, models.NAMES))
