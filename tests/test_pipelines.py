@@ -17,7 +17,7 @@ STAGES = st.one_of(
     st.tuples(st.just("shuffle"), st.integers(1, 30), seeds),
     st.tuples(st.just("shuffle once"), st.integers(1, 30), seeds),
     st.tuples(st.just("repeat"), st.integers(1, 3)),
-    st.tuples(st.sampled_from(["take", "skip", "prefetch", "window"]), sizes),
+    st.tuples(st.sampled_from(["take", "skip", "shard", "prefetch", "window"]), sizes),
     st.tuples(st.sampled_from(["map", "parallel map", "filter", "cache", "zip"])),
     st.tuples(st.sampled_from(["flat_map", "interleave", "rebatch", "concatenate"])),
 )
@@ -31,6 +31,8 @@ def _with(dataset, stage):
             return dataset.shuffle(size, seed=seed, reshuffle_each_iteration=False)
         case "repeat" | "take" | "skip" | "prefetch" as name, number:
             return getattr(dataset, name)(number)
+        case "shard", number:
+            return dataset.shard(number, number - 1)
         case "window", size:
             return dataset.window(size).flat_map(lambda rows: rows)
         case ("map",):

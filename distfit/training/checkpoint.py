@@ -168,7 +168,7 @@ def recover(folder: pathlib.Path) -> None:
         if old != path.name and not (folder / old).exists():
             path.rename(folder / old)
         else:
-            _remove(path)
+            _discard(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,10 +280,8 @@ def _discard(path: pathlib.Path) -> None:
 def _is_of_another_version(path: pathlib.Path) -> bool:
     try:
         read_manifest(path)
-    except OtherFormatError:
-        return True
-    except DamagedCheckpointError:
-        return False
+    except DamagedCheckpointError as error:
+        return isinstance(error, OtherFormatError)
     return False
 
 

@@ -44,6 +44,7 @@ _TELLABLE = _MADE_AT_ONCE | {
     "ParallelInterleaveDatasetV4",
     "RangeDataset",
     "RepeatDataset",
+    "ShardDataset",
     "TFRecordDatasetV2",
     "TensorDataset",
     "TensorSliceDataset",
