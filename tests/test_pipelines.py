@@ -1,11 +1,12 @@
 """Data go on from any place of any pipeline with the batches that were left."""
 
 import json
+import re
 
 import pytest
 import tensorflow as tf
 from breadth import examples
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from distfit.training.global_batches import GlobalBatches
@@ -60,15 +61,10 @@ def _with(dataset, stage):
     raise AssertionError(stage)
 
 
-def _dataset(stages):
+def _made(stages, endless, steps):
     dataset = tf.data.Dataset.range(11)
     for stage in stages:
         dataset = _with(dataset, stage)
-    return dataset
-
-
-def _made(stages, endless, steps):
-    dataset = _dataset(stages)
     if endless:
         dataset = dataset.repeat()
     data = GlobalBatches(dataset.batch(4), steps_per_epoch=steps)
@@ -109,11 +105,13 @@ def test_data_go_on_from_any_place(stages, endless, draw):
         draw.draw(st.integers(1, 4)) if endless or draw.draw(st.booleans()) else None
     )
     places = {}
-    if next(iter(_dataset(stages)), None) is None:
-        return  # Nothing to read, endlessly or not.
     data = _made(stages, endless, steps)
     data.restart()
-    whole = _read(data, 0, 0, places)
+    try:
+        whole = _read(data, 0, 0, places)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        assert re.search("no batch at all|does not have a value", str(error))
+        reject()  # A pass has no rows, or would go on endlessly without any.
     place = draw.draw(st.sampled_from(sorted(places)))
     data = _made(stages, endless, steps)
     data.move_to(*places[place])
