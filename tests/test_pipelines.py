@@ -105,9 +105,9 @@ def test_data_go_on_from_any_place(stages, endless, draw):
         draw.draw(st.integers(1, 4)) if endless or draw.draw(st.booleans()) else None
     )
     places = {}
-    data = _made(stages, endless, steps)
-    data.restart()
     try:
+        data = _made(stages, endless, steps)
+        data.restart()
         whole = _read(data, 0, 0, places)
     except (ValueError, tf.errors.InvalidArgumentError) as error:
         assert re.search("no batch at all|does not have a value", str(error))
