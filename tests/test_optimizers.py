@@ -105,13 +105,9 @@ SETTINGS = {
     "callable": lambda: keras.optimizers.SGD(lambda: 0.05),
 }
 FEW_SETTINGS = [
-    "muon",
-    "excluded",
-    "global_clipnorm",
-    "loss_scale_factor",
-    "ema_overwrite",
+    *("muon", "excluded", "global_clipnorm"),
+    *("loss_scale_factor", "ema_overwrite", "schedule"),
 ]
-FEW_SETTINGS += ["schedule"]
 
 
 @functools.cache

@@ -80,12 +80,12 @@ def passes_of(dataset: tf.data.Dataset) -> Passes:
         text = tf.raw_ops.DatasetToGraphV2(
             input_dataset=tf.data.experimental.to_variant(dataset),
             external_state_policy=_FAIL_AT_EXTERNAL_STATE,
-        )
+        ).numpy()
     except tf.errors.OpError:  # It has variables, draws numbers or calls Python.
         return unknown
-    if not text.numpy():  # Functions with large tensors.
+    if not text:  # Functions with large tensors.
         return unknown
-    graph = tf.compat.v1.GraphDef.FromString(text.numpy())
+    graph = tf.compat.v1.GraphDef.FromString(text)
     nodes = {node.name: node for node in graph.node}
 
     def inputs_of(node: Any) -> list[Any]:
