@@ -109,6 +109,71 @@ def test_they_are_left_out_in_the_middle_of_an_epoch(make_strategy, tmp_path):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def _shuffled(bad, seed, spent=0):
+    x, y = rows()
+    x[bad] = np.nan
+    data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(8, seed).batch(BATCH)
+    for _ in range(spent):  # Each draws a seed.
+        iter(data)
+    return data.map(lambda x, y: (x, y)).prefetch(2)
+
+
+@pytest.mark.parametrize(
+    "seed, every, end", [(5, "2steps", None), (None, "1epoch", None), (5, "4steps", 4)]
+)
+def test_shuffled_datasets_go_back_to_their_order(
+    make_strategy, tmp_path, seed, every, end
+):
+    """Also one that was read before, and one that goes on in the next epoch."""
+
+    class Notes(distfit.Model):
+        def train_step(self, batch):
+            seen.append(tf.nest.map_structure(np.array, batch))
+            return {"loss": 0.0}
+
+    def data():
+        keras.utils.set_random_seed(3)
+        dataset = _shuffled([5, 17], seed, spent=2)
+        return dataset if end is None else dataset.repeat()
+
+    seen, epochs = [], {"epochs": EPOCHS, "steps_per_epoch": end, "verbose": 0}
+    notes = Notes()
+    notes.compile(run_eagerly=True)
+    notes.fit(data(), **epochs)
+    good = [np.isfinite(x).all() for x, _ in seen]
+
+    guard = NonFinite(action="rollback")
+    saves = Checkpoint(tmp_path, every=every)
+    dataset = data()
+    epochs |= {"shuffle": False, "batch_size": None}
+    model, _ = fit(make_strategy(2), [guard, saves], dataset, None, **epochs)
+    in_epoch = end or STEPS
+    places = [
+        [i // in_epoch + 1, i % in_epoch + 1] for i, g in enumerate(good) if not g
+    ]
+    assert guard.skipped == places and len(places) >= EPOCHS
+
+    keras.utils.set_random_seed(3)
+    expected = build()
+    for (x, y), is_good in zip(seen, good, strict=True):
+        if is_good:
+            expected.train_on_batch(x, y)
+    for one, other in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dataset_that_cannot_go_back_is_refused(make_strategy, tmp_path):
+    callbacks = [NonFinite("rollback"), Checkpoint(tmp_path)]
+    for data in (
+        _shuffled([], 5).cache(),
+        _shuffled([], 5).map(lambda x, y: (x + tf.random.normal([3]), y)),
+    ):
+        with pytest.raises(
+            ValueError, match="draws numbers or caches what it shuffles"
+        ):
+            fit(make_strategy(1), callbacks, data, None, batch_size=None)
+
+
 def test_a_training_that_goes_on_keeps_leaving_them_out(make_strategy, tmp_path):
     def callbacks(asks=False):
         saves = Checkpoint(tmp_path / str(asks), every="1epoch")
@@ -153,6 +218,30 @@ def test_it_goes_back_to_finite_weights(make_strategy, tmp_path):
     model, _ = fit(make_strategy(1), [Breaks(), guard, saves], *rows())
     assert guard.skipped == [[1, 4]]
     assert all(np.isfinite(each).all() for each in model.get_weights())
+
+
+def test_eager_steps_go_back_once_they_have_a_checkpoint(make_strategy, tmp_path):
+    """Before the first step they have not made all variables."""
+
+    def callbacks(name):
+        return [NonFinite("rollback"), Checkpoint(tmp_path / name, every="1steps")]
+
+    def fit_eagerly(name, bad):
+        keras.utils.set_random_seed(3)
+        with make_strategy(2).scope():
+            model = build()
+        model.run_eagerly = True
+        x, y = rows(bad)
+        options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False}
+        model.fit(x, y, callbacks=callbacks(name), verbose=0, **options)
+        return model.get_weights()
+
+    for one, other in zip(
+        fit_eagerly("back", [3]), without([3]).get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        fit_eagerly("at once", [0])
 
 
 def test_it_gives_up_where_every_batch_is_bad(make_strategy, tmp_path):

@@ -22,7 +22,8 @@ class NonFinite(keras.callbacks.Callback):
     Args:
         action: "stop", or "rollback": `fit()` goes back to the last checkpoint with
             finite weights, and on from there without the batch of that step. It takes a
-            `Checkpoint`. After ten such batches it stops.
+            `Checkpoint`. After ten such batches it stops, and where eager steps have
+            no checkpoint yet.
 
     Attributes:
         skipped: The batches that were left out, as pairs of epoch and step from 1.

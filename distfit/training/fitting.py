@@ -187,6 +187,8 @@ class Training:
             self._at_start,
         )
         training.take_notes()
+        for data, before in zip(training._data, self._data, strict=True):
+            data.begin_as(before)
         return training
 
     def before_bad_step(self) -> resuming.Saved:
@@ -250,8 +252,9 @@ class Training:
             self._go_on(saved)
         resumed = None if saved is None else saved.path.parent
         self._saving.begin(self.steps, self.epoch, resumed)
-        if callbacks.rolls_back and saved is None:
-            self._saving.end(self.steps, self.epoch)  # There is a way back at once.
+        if callbacks.rolls_back and saved is None and not self._driver.eagerly:
+            # There is a way back at once. Eager steps have yet to make variables.
+            self._saving.end(self.steps, self.epoch)
         if callbacks.checkpoints:
             self._warn_of_counted_draws()
         logs, has_ended = None, False
@@ -465,9 +468,12 @@ def _check_rollback(callbacks: CallbackList, *data: GlobalBatches) -> None:
         raise ValueError(
             "A rollback reads the data from their beginning again. Received: NonFinite("
             'action="rollback") with data that change as they are read: a generator, a '
-            "PyDataset with hooks, a tf.data.Dataset that shuffles or draws. Give "
-            "arrays, which fit() shuffles, or data that are the same each time."
+            "PyDataset with hooks, a tf.data.Dataset that draws numbers or caches what "
+            "it shuffles. Give arrays, which fit() shuffles, a dataset that shuffles "
+            "and does no more of that, or data that are the same each time."
         )
+    for each in data:
+        each.keep_beginning()
 
 
 def _shuffle_of(x: Any, shuffle: bool | str) -> bool | str:

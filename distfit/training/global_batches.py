@@ -105,6 +105,8 @@ class GlobalBatches:
         self._seen = 0  # The batches of the pass in earlier epochs.
         self._step = 0  # Those in this epoch.
         self._takes_notes = False
+        self._keeps_beginning = False
+        self._beginning = b""  # The place at which the first pass begins.
         self._has_warned = False
         self._events: list = []  # What has moved the data, see `_move`.
         self._arrays = (x, y, sample_weight)
@@ -166,6 +168,19 @@ class GlobalBatches:
                 "`tf.data.Dataset`, a PyDataset or a generator."
             )
         self.note_first_batch()
+
+    def keep_beginning(self) -> None:
+        """Keeps the place at which the first pass begins, for `begin_as`."""
+        self._keeps_beginning = self._passes is not None and not self._passes.alike
+
+    def begin_as(self, other: "GlobalBatches") -> None:
+        """Makes the passes those of `other`, which has read the same dataset.
+
+        Iterators draw the seeds of shuffles one after another. The place of the first
+        one, where `other` has kept it, sets the seeds back.
+        """
+        self._beginning = other._beginning
+        self._keeps_beginning = bool(other._beginning)
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
@@ -241,6 +256,16 @@ class GlobalBatches:
             if is_new:
                 self._reader.begin()
         self._read_on()
+        if self._keeps_beginning and is_new:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Keeps the beginning of the first pass, or goes to one that was kept."""
+        self._keeps_beginning = False
+        if self._beginning:
+            iterators.go_to(self._iterator, self._beginning, self._spec_of_next)
+        else:
+            self._beginning = iterators.place_of(self._iterator, None)
 
     def _read_on(self) -> None:
         self.release()
@@ -493,7 +518,7 @@ class GlobalBatches:
     def can_start_again(self) -> bool:
         """Whether the data can be read from their beginning again, in this process."""
         if self._passes is not None:
-            return self._passes.alike
+            return self._passes.alike or self._passes.tellable
         return self._reader is None or self._reader.can_start_again
 
     def end_epoch(self, steps: int) -> None:
