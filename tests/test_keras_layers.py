@@ -375,13 +375,20 @@ _IN_OTHERS = {
     "RandAugment",
 }
 # "RandomColorJitter" consists of the first, and "RandomRotation" moves pixels like the
-# next; "Add" and "Maximum" stand for what merges elements.
+# next; "Add" stands for what merges elements.
 _IN_OTHERS |= {"RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue"}
 _IN_OTHERS |= {"RandomShear", "RandomTranslation", "RandomZoom"}
 _IN_OTHERS |= {"Subtract", "Average", "Minimum"}
 # Parts of "AugMix", and activations, which test_keras_functions.py has.
 _IN_OTHERS |= {"AutoContrast", "Equalization", "RandomPosterization", "Solarization"}
 _IN_OTHERS |= {"RandomRotation", "ReLU", "LeakyReLU", "ELU"}
+# The same operations as "GRU", "MultiHeadAttention", "Dropout", "RandomPerspective",
+# "RandomGrayscale", "Add", or as pooling and lookups of the other kind.
+_IN_OTHERS |= {"SimpleRNNCell", "ConvLSTM2D", "GroupedQueryAttention"}
+_IN_OTHERS |= {"GaussianDropout", "SpatialDropout2D", "AlphaDropout"}
+_IN_OTHERS |= {"AugMix", "RandomElasticTransform", "RandomColorJitter"}
+_IN_OTHERS |= {"RandomInvert", "RandomColorDegeneration", "RandomSharpness"}
+_IN_OTHERS |= {"Multiply", "Maximum", "AdaptiveMaxPooling2D", "HashedCrossing"}
 # Rules know no number of dimensions: images stand for series and volumes.
 FEW = [n for n in CASES if "1D" not in n and "3D" not in n and n not in _IN_OTHERS]
 

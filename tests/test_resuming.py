@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import examples, numbers_of_replicas, pick
+from breadth import examples, numbers_of_replicas, only_exhaustive, pick
 from keras import layers
 
 import distfit
@@ -510,7 +510,7 @@ def divided():
 
 
 # Arrays go on from the end of an epoch where more epochs follow.
-@pytest.mark.parametrize("given", pick([divided, unknown], [divided, arrays, unknown]))
+@pytest.mark.parametrize("given", pick([unknown], [divided, arrays, unknown]))
 def test_going_on_from_the_end_of_an_epoch(make_strategy, tmp_path, given):
     """Nothing is left to read of the pass; logs of the epoch are there already."""
     whole = train(make_strategy(1), tmp_path / "whole", given)
@@ -777,8 +777,8 @@ def seen(strategy, folder, given, stop=-1, epochs=3, fused=1, **arguments):
 
 # The others are parts of these, or pipelines, which test_pipelines.py goes through.
 FEW_READ = [
-    *("pydataset in parts", "threads", "generator", "shards in parts"),
-    *("augmented by a layer", "validated by a part", "validated by shards"),
+    *("pydataset in parts", "threads", "generator"),
+    *("augmented by a layer", "validated by shards"),
 ]
 
 
@@ -1008,6 +1008,7 @@ def eagerly(strategy, folder, name, given, stop=-1, run_eagerly=True, **argument
 
 
 @pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
+@only_exhaustive  # test_workers.py has one by default.
 @pytest.mark.parametrize("name", pick(["lazy"], ["of Keras", "lazy"]))
 def test_eager_steps_go_on_bit_for_bit(
     make_strategy, tmp_path, monkeypatch, name, replicas
@@ -1143,6 +1144,7 @@ tests.np.savez(sys.argv[2], *state, history.history["loss"])
 
 
 @pytest.mark.integration
+@only_exhaustive  # tests/integration/test_faults.py has one by default.
 def test_kills_at_any_moment_change_no_bit(tmp_path):
     """Each after a random time, be it in a step, in a save or in the start."""
 

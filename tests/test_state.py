@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from breadth import numbers_of_replicas
+from breadth import numbers_of_replicas, pick
 from keras import layers
 
 import distfit
@@ -38,7 +38,9 @@ def _evaluated(model):
 
 
 @pytest.mark.parametrize("replicas", numbers_of_replicas([3], [2, 3, 4]))
-@pytest.mark.parametrize("dtype, rows", [("float32", 40), ("float64", ROWS)])
+@pytest.mark.parametrize(
+    "dtype, rows", pick([("float32", 40)], [("float32", 40), ("float64", ROWS)])
+)
 def test_batch_normalization_equals_one_device(make_strategy, dtype, rows, replicas):
     """The last batch has 12 rows, or 2: fewer than there are 3 or 4 replicas.
 
@@ -247,7 +249,7 @@ class ReadsSlots(keras.Model):
         return {"loss": loss, "slots": tf.add_n(slots) if slots else tf.constant(0.0)}
 
 
-@pytest.mark.parametrize("replicas", numbers_of_replicas([1, 3], [1, 2, 3]))
+@pytest.mark.parametrize("replicas", numbers_of_replicas([3], [1, 2, 3]))
 @pytest.mark.parametrize("Base", [AverageMadeInStep, ReadsSlots])
 def test_what_the_first_step_makes_is_used_by_all(make_strategy, Base, replicas):
     x, y = comparing.regression_data(40)

@@ -241,7 +241,7 @@ RIGHT = {
     "metric of the module": mistakes.build(Tracked),
     "XLA and weights": mistakes.build(distfit.Model, jit_compile=True),
 }
-FEW_RIGHT = ["eager", "text and seeded draws", "bfloat16"]
+FEW_RIGHT = ["text and seeded draws", "bfloat16"]
 
 
 @pytest.mark.parametrize("name", pick(FEW_RIGHT, list(RIGHT)))

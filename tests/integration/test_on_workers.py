@@ -68,9 +68,9 @@ FILES = (
     "test_state.py",
 )
 FEW = [
-    *("test_workers", "fused_and_eager", "all_skip"),
+    *("test_workers", "all_skip"),
     *("eager_branch", "table_beside"),
-    *("bring", "scalar_beside and open", "eagerly and unknown", "unknown_length"),
+    *("bring", "scalar_beside and open", "unknown_length"),
     *("not_finite", "batches_without_rows and 2-unknown", "state_from_rows"),
     *("counts_are_exact", "scope_is_counted"),
 ]
