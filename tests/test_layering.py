@@ -15,6 +15,7 @@ LAYERS = [
     ("training.checkpoint", "training.randomness", "training.shares"),
     (
         "training.compiling",
+        "training.data_clock",
         "training.finite",
         "training.iterators",
         "training.passes",

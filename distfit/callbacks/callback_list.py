@@ -20,6 +20,7 @@ from distfit.callbacks import states
 from distfit.callbacks.checkpoint import Checkpoint
 from distfit.callbacks.chief_files import move_paths, packed_backups, unpack_backups
 from distfit.callbacks.chief_only import ChiefOnly
+from distfit.callbacks.data_wait import DataWait
 from distfit.callbacks.hooks import BATCH_HOOKS, listens
 from distfit.callbacks.lazy_logs import LazyLogs
 from distfit.callbacks.non_finite import NonFinite
@@ -27,6 +28,7 @@ from distfit.callbacks.progress_bar import ProgressBar, SharedProgressBar
 from distfit.cluster import workers
 from distfit.cluster.workers import Workers
 from distfit.training import checks
+from distfit.training.data_clock import DataClock
 from distfit.training.finite import FiniteWatch
 
 
@@ -79,6 +81,7 @@ class CallbackList(keras.callbacks.CallbackList):
             self._moved = moved.pop_all()
         self.checkpoints = [c for c in self.callbacks if isinstance(c, Checkpoint)]
         self.non_finite = [c for c in self.callbacks if isinstance(c, NonFinite)]
+        self.data_waits = [c for c in self.callbacks if isinstance(c, DataWait)]
         self.stateful = list(_with_state(self.callbacks))
         self._before: list[dict[str, Any]] = []
         self._has_warned = False
@@ -111,6 +114,12 @@ class CallbackList(keras.callbacks.CallbackList):
         """Gives callbacks the watch of losses that is part of the compiled steps."""
         for callback in self.non_finite:
             callback.watch = watch
+
+    def use_clock(self, clock: DataClock | None) -> None:
+        """Gives callbacks the clock of data that is part of the compiled steps."""
+        if clock is not None:
+            for callback in self.data_waits:
+                callback.use(clock)
 
     def note_states(self) -> None:
         """Remembers the callbacks as they are, to tell later what has changed."""

@@ -1,7 +1,7 @@
 """The compiled step driver: k steps of all replicas in one call."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ from distfit.training.compiling import (
     naming_lines,
     partitioned,
 )
+from distfit.training.data_clock import DataClock
 from distfit.training.eager import EagerStep
 from distfit.training.finite import FiniteWatch
 from distfit.training.global_batches import GlobalBatches
@@ -40,6 +41,7 @@ class StepDriver:
         layout: The specs of a global batch, and which of its tensors have rows.
         sharded: Whether each replica brings its own rows.
         watch: Watches for non-finite losses; None to skip that.
+        clock: Measures the wait for data; None to skip that.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class StepDriver:
         layout: Layout,
         sharded: bool,
         watch: FiniteWatch | None = None,
+        clock: DataClock | None = None,
     ):
         self.model = model
         self.strategy = model.distribute_strategy
         self.workers = workers.of(self.strategy)
         self.replicas = replicas_of(self.strategy)
         self.watch = watch
+        self.clock = clock
         step = watch.around(step) if watch else step
         self._latest: Any = None
         self._before: dict = {}  # The results at a checkpoint, until a step is run.
@@ -182,11 +186,17 @@ class StepDriver:
     # Compiled methods.
 
     def _run_next(self, iterator):
-        return self._run_batch(next(iterator))
+        return self._run_batch(self._next_of(iterator))
+
+    def _next_of(self, iterator) -> Any:
+        return self._timed(lambda: next(iterator))
+
+    def _timed(self, read: Callable, after: Sequence[tf.Tensor] = ()) -> Any:
+        return self.clock.timed(read, after) if self.clock else read()
 
     def _run_many(self, iterator, steps):
         def body(step, *latest):
-            return step + 1, *self._flat(self._run_batch(next(iterator)))
+            return step + 1, *self._flat(self._run_batch(self._next_of(iterator)))
 
         def more(step, *latest):
             return step < steps
@@ -209,8 +219,9 @@ class StepDriver:
         """
 
         def body(step, ahead, *latest):
-            placed = self.step.place(self._share_of(ahead), few_rows)
-            return step + 1, self._read_ahead(iterator), *self._flat(placed)
+            outputs = self._flat(self.step.place(self._share_of(ahead), few_rows))
+            ahead = self._timed(lambda: self._read_ahead(iterator), after=outputs)
+            return step + 1, ahead, *outputs
 
         def more(step, ahead, *latest):
             return tf.logical_and(step < steps, self._is_next(ahead, few_rows))
@@ -308,7 +319,7 @@ class StepDriver:
                     "run_eagerly=True. Pass a dataset of global batches."
                 )
             if batches.length_is_known:
-                batch = next(batches.iterator())
+                batch = self._next_of(batches.iterator())
             else:
                 batch = batches.take_next().get_value()
                 batches.put_next(None)

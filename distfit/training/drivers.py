@@ -10,6 +10,7 @@ from keras import tree
 
 from distfit import _keras
 from distfit.training import checks
+from distfit.training.data_clock import DataClock
 from distfit.training.driver import StepDriver
 from distfit.training.finite import FiniteWatch
 from distfit.training.global_batches import GlobalBatches
@@ -22,7 +23,11 @@ _KINDS = ("train", "test", "predict")
 
 
 def step_driver(
-    model, kind: str, batches: GlobalBatches, watched: bool = False
+    model,
+    kind: str,
+    batches: GlobalBatches,
+    watched: bool = False,
+    timed: bool = False,
 ) -> StepDriver:
     """The compiled steps of a kind for some data, built if there are none yet.
 
@@ -31,9 +36,10 @@ def step_driver(
         kind: `"train"` or `"test"`.
         batches: The data.
         watched: Whether the steps watch for non-finite losses.
+        timed: Whether they measure how long they wait for data.
     """
     sharded = isinstance(batches, Shards)
-    return cached_driver(model, kind, batches.layout, sharded, watched)
+    return cached_driver(model, kind, batches.layout, sharded, watched, timed)
 
 
 # The attribute that holds a model's compiled steps. They refer to the model: a table of
@@ -58,15 +64,21 @@ def drivers_of(model, kind: str) -> dict[tuple, Any]:
 
 
 def cached_driver(
-    model, kind: str, layout: Layout, sharded: bool = False, watched: bool = False
+    model,
+    kind: str,
+    layout: Layout,
+    sharded: bool = False,
+    watched: bool = False,
+    timed: bool = False,
 ) -> StepDriver:
     """The compiled steps of a kind for batches of a layout, built if there are none."""
     drivers = drivers_of(model, kind)
-    key = (_signature(layout), sharded, watched, checks.runs_eagerly(model))
+    key = (_signature(layout), sharded, watched, timed, checks.runs_eagerly(model))
     if key not in drivers:
         step = getattr(model, f"{kind}_step")
         watch = FiniteWatch() if watched else None
-        drivers[key] = StepDriver(model, step, layout, sharded, watch)
+        clock = DataClock() if timed else None
+        drivers[key] = StepDriver(model, step, layout, sharded, watch, clock)
     return drivers[key]
 
 

@@ -147,8 +147,16 @@ class Training:
         self._has_warned = False
         self._validation_freq = validation_freq
         self._at_start = at_start
-        self._driver = step_driver(model, "train", batches, callbacks.watch_losses)
+        self._driver = step_driver(
+            model,
+            "train",
+            batches,
+            watched=callbacks.watch_losses,
+            timed=bool(callbacks.data_waits),
+        )
         callbacks.use_watch(self._driver.watch)
+        callbacks.use_clock(self._driver.clock)
+        batches.clock = self._driver.clock
         self._drivers, self._data = [self._driver], [batches]
         self._saving = Saving(self._team, callbacks.checkpoints, self.frozen)
         if validation is not None:

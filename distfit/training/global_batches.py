@@ -21,6 +21,7 @@ import tensorflow as tf
 from distfit import _keras
 from distfit.training import iterators, randomness
 from distfit.training.batch import fingerprint
+from distfit.training.data_clock import DataClock
 from distfit.training.inputs import (
     check_element_spec,
     check_not_distributed,
@@ -54,6 +55,7 @@ class GlobalBatches:
             `note_first_batch()` was called; else None.
         sample: After `move_to()`, a batch that they have passed, as an optional.
         elements_of_batch: How many elements of the dataset a step takes.
+        clock: Measures the wait for data, once set.
 
     Raises:
         ValueError: if there are no data, or they are not batches of tensors or of
@@ -64,6 +66,7 @@ class GlobalBatches:
     first_batch: list | None = None
     sample: Any = None
     elements_of_batch = 1
+    clock: DataClock | None = None
 
     def __init__(
         self,
@@ -502,8 +505,12 @@ class GlobalBatches:
     def take_next(self) -> tf.experimental.Optional:
         """The batch that comes next, for data of unknown length."""
         if self._next is None:
-            self._next = self._iterator.get_next_as_optional()
+            read = self._read_next
+            self._next = self.clock.timed(read) if self.clock else read()
         return self._next
+
+    def _read_next(self) -> Any:
+        return self._iterator.get_next_as_optional()
 
     def put_next(self, batch: tf.experimental.Optional) -> None:
         """Keeps a batch that was read but not yet trained on."""

@@ -74,11 +74,9 @@ class Shards(GlobalBatches):
         rows = tf.TensorSpec([replicas.num_replicas], tf.int32)
         return tf.OptionalSpec((batch,) * replicas.count), rows
 
-    def take_next(self) -> tuple:
+    def _read_next(self) -> tuple:
         """`(batches of this worker's replicas, rows of all replicas)`, for a step."""
-        if self._next is None:
-            self._next = _first_shards(self._iterator, replicas_of(self.strategy))
-        return self._next
+        return _first_shards(self._iterator, replicas_of(self.strategy))
 
 
 def shard(dataset_fn, strategy) -> tf.data.Dataset:

@@ -5,8 +5,6 @@ import os
 import time
 from typing import Any
 
-import keras
-
 import distfit
 from launch import run_files
 
@@ -18,7 +16,8 @@ PARTS = (
     "building",  # the data, the model and its steps
     "restoring",  # the state of a checkpoint
     "first step",  # compiling it, too
-    "steps",  # with the data that they wait for
+    "data",  # that steps have waited for
+    "steps",
     "validation",
     "saving",
     "lost",  # trained after the checkpoint that a start went on from
@@ -26,7 +25,7 @@ PARTS = (
 )
 
 
-class Ledger(keras.callbacks.Callback):
+class Ledger(distfit.callbacks.DataWait):
     """Adds up seconds by purpose, as this worker sees them.
 
     Its state is part of checkpoints, so that a run that goes on adds to what was there.
@@ -36,8 +35,6 @@ class Ledger(keras.callbacks.Callback):
         loaded: when the program was loaded.
         checkpoints: the callback that saves, or None.
     """
-
-    in_step_with_others = True  # it neither reads logs nor stops anything
 
     def __init__(
         self,
@@ -51,6 +48,7 @@ class Ledger(keras.callbacks.Callback):
         self._restarts = 0
         self._began = began
         self._steps_ran = False
+        self._waited = 0.0
         self._mark = loaded
         self._add("starting", loaded - began)
         self._note_restart()
@@ -74,7 +72,7 @@ class Ledger(keras.callbacks.Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         for part in PARTS:
-            self._seconds[part] += state["seconds"][part]
+            self._seconds[part] += state["seconds"].get(part, 0.0)
         self._restarts += state["restarts"]
         if self._failed is not None:
             self._add("lost", self._failed - state["time"])
@@ -96,10 +94,12 @@ class Ledger(keras.callbacks.Callback):
         self._pass("validation")
 
     def _pass(self, part: str) -> None:
-        """Adds the time since the last call."""
-        now = time.time()
-        self._add(part, now - self._mark)
-        self._mark = now
+        """Adds the time since the last call, of which some has waited for data."""
+        now, waited = time.time(), self.seconds_waited
+        data = waited - self._waited
+        self._add("data", data)
+        self._add(part, now - self._mark - data)
+        self._mark, self._waited = now, waited
 
     def so_far(self) -> dict[str, Any]:
         """The seconds of each part, and the number of restarts."""

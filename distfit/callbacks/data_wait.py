@@ -1,0 +1,30 @@
+"""Measures how long training waits for its data."""
+
+import keras
+
+from distfit.training.data_clock import DataClock
+
+
+class DataWait(keras.callbacks.Callback):
+    """Measures how long the steps of `fit()` wait for their data, on this worker.
+
+    What is read beside a step, ahead of its use, counts only as far as it takes longer.
+    With a `dataset_fn` it is also the wait for the rows of other workers.
+    """
+
+    in_step_with_others = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock: DataClock | None = None
+        self._counted = 0.0  # By clocks before, less what this one had counted before.
+
+    @property
+    def seconds_waited(self) -> float:
+        """The seconds in all calls of `fit()` so far."""
+        return self._counted + (self._clock.seconds if self._clock else 0.0)
+
+    def use(self, clock: DataClock) -> None:
+        """Takes the clock of compiled steps; called by `fit()`."""
+        counted = self.seconds_waited
+        self._clock, self._counted = clock, counted - clock.seconds
