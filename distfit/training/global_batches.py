@@ -183,7 +183,7 @@ class GlobalBatches:
         one, where `other` has kept it, sets the seeds back.
         """
         self._beginning = other._beginning
-        self._keeps_beginning = bool(other._beginning)
+        self._keeps_beginning = other._keeps_beginning or bool(other._beginning)
 
     def start_epoch(self) -> int | None:
         """Starts an epoch and returns how many steps it has, None if unknown.
