@@ -109,6 +109,14 @@ class Run:
                 process.kill()
         return process.returncode
 
+    def wait_for_workers(self):
+        """Waits until all processes of the command have ended, not only its first."""
+        own = f"FAULT_DONE={self.environment['FAULT_DONE']}".encode()
+        deadline = time.monotonic() + SECONDS
+        while any(own in _environment(p) for p in pathlib.Path("/proc").glob("[0-9]*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     @property
     def was_disturbed(self):
         return (self.folder / "done").exists()
@@ -145,6 +153,13 @@ def undisturbed(tmp_path_factory):
         return found[program, seed]
 
     return of
+
+
+def _environment(process):
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:  # It has ended.
+        return b""
 
 
 def matrix(faults, few):
@@ -198,9 +213,10 @@ def test_the_same_command_goes_on(tmp_path, undisturbed, name, program, moment):
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path, undisturbed, name, program, moment
 ):
-    fault = f"kill supervisor:0:{MOMENTS[moment]}"
-    run = Run(tmp_path, program, fault=fault)
+    place = {**MOMENTS, "boundary": -2}[moment]  # There is one to go back to.
+    run = Run(tmp_path, program, fault=f"kill supervisor:0:{place}")
     assert run.start() == -signal.SIGKILL, run.out
+    run.wait_for_workers()  # Which may still save.
     newest = run.checkpoints()[-1]
     DAMAGES[name](newest)
     assert run.start() == 0, run.out
