@@ -32,6 +32,15 @@ def test_the_tensors_of_a_dataset_are_found():
     assert _keras.held_bytes(tf.data.Dataset.range(9).map(lambda x: x)) == 0
 
 
+def test_the_parts_that_two_datasets_share_are_found():
+    one, base = tf.data.Dataset.range(5), tf.data.Dataset.range(9).shuffle(9)
+    joined = tf.data.Dataset.zip(base.take(3), one).batch(2)
+    (part,) = _keras.shared_parts(joined, base.skip(3))
+    assert part is base
+    assert _keras.shared_parts(joined, joined) == [joined]
+    assert _keras.shared_parts(joined, tf.data.Dataset.range(5)) == []
+
+
 def test_a_compilation_is_another_after_compile():
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse")

@@ -109,10 +109,11 @@ def test_they_are_left_out_in_the_middle_of_an_epoch(make_strategy, tmp_path):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def _shuffled(bad, seed, spent=0):
+def _shuffled(bad, seed, spent=0, repeats=1):
     x, y = rows()
     x[bad] = np.nan
-    data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(8, seed).batch(BATCH)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).repeat(repeats)
+    data = data.shuffle(8, seed).batch(BATCH)
     for _ in range(spent):  # Each draws a seed.
         iter(data)
     return data.map(lambda x, y: (x, y)).prefetch(2)
@@ -133,8 +134,7 @@ def test_shuffled_datasets_go_back_to_their_order(
 
     def data():
         keras.utils.set_random_seed(3)
-        dataset = _shuffled([5, 17], seed, spent=2)
-        return dataset if end is None else dataset.repeat()
+        return _shuffled([5, 17], seed, spent=2, repeats=1 if end is None else -1)
 
     seen, epochs = [], {"epochs": EPOCHS, "steps_per_epoch": end, "verbose": 0}
     notes = Notes()
@@ -162,16 +162,52 @@ def test_shuffled_datasets_go_back_to_their_order(
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shuffled_validation_goes_back_as_well(make_strategy, tmp_path):
+    """Also before it has begun."""
+    seen = []
+
+    class Notes(distfit.Model):
+        def train_step(self, batch):
+            return {"loss": 0.0}
+
+        def test_step(self, batch):
+            seen.append(tf.nest.map_structure(np.array, batch))
+            return {"loss": 0.0}
+
+    notes = Notes()
+    notes.compile(run_eagerly=True)
+    held_out = _shuffled([], 9).take(1)
+    notes.fit(*rows(), epochs=EPOCHS, validation_data=held_out, verbose=0)
+
+    guard, saves = NonFinite("rollback"), Checkpoint(tmp_path, every="2steps")
+    options = {"batch_size": None, "validation_data": _shuffled([], 9).take(1)}
+    data = _shuffled([5, 17], 5)
+    model, history = fit(make_strategy(2), [guard, saves], data, None, **options)
+    assert len(guard.skipped) >= EPOCHS and len(seen) == EPOCHS
+    losses = [model.evaluate(*batch, verbose=0) for batch in seen]
+    assert history.history["val_loss"][-1] == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[-1] != pytest.approx(losses[-2], rel=1e-3)
+
+
 def test_a_dataset_that_cannot_go_back_is_refused(make_strategy, tmp_path):
     callbacks = [NonFinite("rollback"), Checkpoint(tmp_path)]
+    good, shuffled = _shuffled([], 4), _shuffled([], 5)
     for data in (
-        _shuffled([], 5).cache(),
-        _shuffled([], 5).map(lambda x, y: (x + tf.random.normal([3]), y)),
+        shuffled.cache(),
+        shuffled.repeat(),
+        shuffled.shuffle(3, 6),
+        shuffled.take(2).concatenate(_shuffled([], 6)),
+        shuffled.map(lambda x, y: (x + tf.random.normal([3]), y)),
     ):
-        with pytest.raises(
-            ValueError, match="draws numbers or caches what it shuffles"
-        ):
-            fit(make_strategy(1), callbacks, data, None, batch_size=None)
+        options = {"batch_size": None, "steps_per_epoch": 3}
+        with pytest.raises(ValueError, match="shuffle is not the last part"):
+            fit(make_strategy(1), callbacks, data, None, **options)
+        options = {"batch_size": None, "validation_data": data, "validation_steps": 1}
+        with pytest.raises(ValueError, match="shuffle is not the last part"):
+            fit(make_strategy(1), callbacks, good, None, **options)
+    options = {"batch_size": None, "validation_data": shuffled.take(1)}
+    with pytest.raises(ValueError, match="Shuffle each by itself"):
+        fit(make_strategy(1), callbacks, shuffled.skip(1), None, **options)
 
 
 def test_a_training_that_goes_on_keeps_leaving_them_out(make_strategy, tmp_path):

@@ -13,7 +13,7 @@ data frames, torch loaders: Keras checks each and turns it into a `tf.data.Datas
 | `PyDatasetAdapter`, `GeneratorDataAdapter`, `OrderedEnqueuer` | how Keras reads the \
 batches of Python code, which distfit lets it read an epoch at a time |
 | `Dataset._inputs`, `_tensors` | how much memory the tensors of a `tf.data.Dataset` \
-take: to write out its graph takes seconds for each gigabyte |
+take: to write out its graph takes seconds for each gigabyte; whether two share a part |
 | `train_validation_split`, `class_weight_to_sample_weights` | `validation_split` and \
 `class_weight`, as Keras defines them |
 | `CompileMetrics` | holds the metrics passed to `compile()` |
@@ -98,6 +98,26 @@ def held_bytes(dataset: tf.data.Dataset) -> int:
     tensors = tf.nest.flatten(getattr(dataset, "_tensors", []), expand_composites=True)
     own = sum(tf.size(each).numpy() * each.dtype.size for each in tensors)
     return own + sum(held_bytes(each) for each in dataset._inputs())
+
+
+def shared_parts(one: tf.data.Dataset, other: tf.data.Dataset) -> list[tf.data.Dataset]:
+    """The last datasets in a pipeline that another one is made from too."""
+    known = {id(each) for each in _pipeline(other)}
+
+    def look(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
+        if id(dataset) in known:
+            yield dataset
+        else:
+            for each in dataset._inputs():
+                yield from look(each)
+
+    return list(look(one))
+
+
+def _pipeline(dataset: tf.data.Dataset) -> Iterator[tf.data.Dataset]:
+    yield dataset
+    for each in dataset._inputs():
+        yield from _pipeline(each)
 
 
 # --- Models: the methods that stock `fit()` and `evaluate()` use.

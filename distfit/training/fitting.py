@@ -81,7 +81,7 @@ def fit(
         )
         if callbacks.checkpoints or saved is not None:
             training.prepare()
-        _check_rollback(callbacks, *filter(None, (batches, validation)))
+        _check_rollback(callbacks, batches, validation)
         agreement.check_same_program(
             model,
             "fit()",
@@ -105,7 +105,9 @@ def fit(
     return model.history
 
 
-def _check_rollback(callbacks: CallbackList, *data: GlobalBatches) -> None:
+def _check_rollback(
+    callbacks: CallbackList, batches: GlobalBatches, validation: GlobalBatches | None
+) -> None:
     if not callbacks.rolls_back:
         return
     if not callbacks.checkpoints:
@@ -113,13 +115,21 @@ def _check_rollback(callbacks: CallbackList, *data: GlobalBatches) -> None:
             "A rollback goes back to a checkpoint. Received: NonFinite("
             'action="rollback") without a Checkpoint. Add one to the callbacks.'
         )
+    data = [batches] if validation is None else [batches, validation]
     if not all(each.can_start_again for each in data):
         raise ValueError(
             "A rollback reads the data from their beginning again. Received: NonFinite("
             'action="rollback") with data that change as they are read: a generator, a '
-            "PyDataset with hooks, a tf.data.Dataset that draws numbers or caches what "
-            "it shuffles. Give arrays, which fit() shuffles, a dataset that shuffles "
-            "and does no more of that, or data that are the same each time."
+            "PyDataset with hooks, a tf.data.Dataset that draws numbers, or whose "
+            "shuffle is not the last part that chooses rows. Give arrays, which fit() "
+            "shuffles, a dataset with one shuffle behind cache, repeat, interleave and "
+            "concatenate, or data that are the same each time."
+        )
+    if validation is not None and batches.shares_a_shuffle_with(validation):
+        raise ValueError(
+            "A rollback cannot restore a shuffle that the data and the validation data "
+            'share. Received: NonFinite(action="rollback") with two datasets made of '
+            "one that shuffles. Shuffle each by itself."
         )
     for each in data:
         each.keep_beginning()

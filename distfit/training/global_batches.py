@@ -423,7 +423,7 @@ class GlobalBatches:
         if not isinstance(x, tf.data.Dataset) or _keras.held_bytes(x) > _LARGEST_PLACE:
             return False  # To find out would take long, too.
         passes = self._passes
-        return passes is not None and passes.tellable and passes.independent
+        return passes is not None and passes.tellable
 
     @functools.cached_property
     def _passes(self) -> Passes | None:
@@ -520,6 +520,13 @@ class GlobalBatches:
         """Leaves out the batch that comes next, which counts as a step."""
         self.take_next()
         self.put_next(None)
+
+    def shares_a_shuffle_with(self, other: "GlobalBatches") -> bool:
+        """Whether passes of both draw the seeds of one shuffle."""
+        x, y = self._arrays[0], other._arrays[0]
+        if not (isinstance(x, tf.data.Dataset) and isinstance(y, tf.data.Dataset)):
+            return False
+        return any(not passes_of(part).alike for part in _keras.shared_parts(x, y))
 
     @property
     def can_start_again(self) -> bool:

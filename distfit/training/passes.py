@@ -63,7 +63,7 @@ class Passes:
         independent: Whether a pass is known not to depend on how far the passes before
             it were read, but at most on how many there were.
         tellable: Whether an iterator is known to go on exactly from a place that
-            another one has told.
+            another one has told, and passes after it as well.
     """
 
     alike: bool
@@ -99,13 +99,11 @@ def passes_of(dataset: tf.data.Dataset) -> Passes:
     # In functions, such as those of `interleave`, it would be external state.
     drawing = [node for node in graph.node if _draws(node.op)]
     above = [n for n in graph.node if any(is_shuffled(i.name) for i in inputs_of(n))]
-    return Passes(
-        alike=not drawing,
-        independent=all(node.op == _SHUFFLE for node in drawing)
-        and all(node.op in _MADE_AT_ONCE for node in above),
-        tellable={node.op for node in _all_nodes(graph) if _reads(node.op)}
-        <= _TELLABLE,
+    independent = all(node.op == _SHUFFLE for node in drawing) and all(
+        node.op in _MADE_AT_ONCE for node in above
     )
+    reading = {node.op for node in _all_nodes(graph) if _reads(node.op)}
+    return Passes(not drawing, independent, independent and reading <= _TELLABLE)
 
 
 def _all_nodes(graph: tf.compat.v1.GraphDef) -> Iterator[tf.compat.v1.NodeDef]:
