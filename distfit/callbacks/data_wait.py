@@ -1,5 +1,7 @@
 """Measures how long training waits for its data."""
 
+from typing import Any
+
 import keras
 
 from distfit.training.data_clock import DataClock
@@ -23,6 +25,12 @@ class DataWait(keras.callbacks.Callback):
     def seconds_waited(self) -> float:
         """The seconds in all calls of `fit()` so far."""
         return self._counted + (self._clock.seconds if self._clock else 0.0)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"seconds": self.seconds_waited}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._counted += state["seconds"] - self.seconds_waited
 
     def use(self, clock: DataClock) -> None:
         """Takes the clock of compiled steps; called by `fit()`."""

@@ -60,6 +60,20 @@ def check_in_scope(model: keras.Model) -> None:
         )
 
 
+def check_outside_of_scope(model: keras.Model, method: str) -> None:
+    """Raises a `ValueError` for a call within the scope of a strategy with replicas.
+
+    There, variables of a strategy act as all their copies, also in a step.
+    """
+    if not tf.distribute.has_strategy() or not tf.distribute.in_cross_replica_context():
+        return
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            f"Call `{method}()` outside of `strategy.scope()`. Received: a call within "
+            "the scope. Only making and compiling the model belong there."
+        )
+
+
 _STEPS = (
     *("train_step", "test_step", "predict_step"),
     *("compute_loss", "compute_metrics", "get_metrics_result"),
