@@ -95,9 +95,9 @@ def held_bytes(dataset: tf.data.Dataset) -> int:
 
     Tensors that a function captures do not count.
     """
-    tensors = tf.nest.flatten(getattr(dataset, "_tensors", []), expand_composites=True)
-    own = sum(tf.size(each).numpy() * each.dtype.size for each in tensors)
-    return own + sum(held_bytes(each) for each in dataset._inputs())
+    held = [getattr(part, "_tensors", []) for part in _pipeline(dataset)]
+    tensors = tf.nest.flatten(held, expand_composites=True)
+    return sum(tf.size(each).numpy() * each.dtype.size for each in tensors)
 
 
 def shared_parts(one: tf.data.Dataset, other: tf.data.Dataset) -> list[tf.data.Dataset]:

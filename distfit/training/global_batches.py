@@ -523,10 +523,10 @@ class GlobalBatches:
 
     def shares_a_shuffle_with(self, other: "GlobalBatches") -> bool:
         """Whether passes of both draw the seeds of one shuffle."""
-        x, y = self._arrays[0], other._arrays[0]
-        if not (isinstance(x, tf.data.Dataset) and isinstance(y, tf.data.Dataset)):
-            return False
-        return any(not passes_of(part).alike for part in _keras.shared_parts(x, y))
+        if any(each is None or each.alike for each in (self._passes, other._passes)):
+            return False  # A part that shuffles makes all that is made of it differ.
+        parts = _keras.shared_parts(self._arrays[0], other._arrays[0])
+        return any(not passes_of(part).alike for part in parts)
 
     @property
     def can_start_again(self) -> bool:
