@@ -127,6 +127,23 @@ def test_a_trace_sees_one_replica_and_its_copies(make_strategy):
         graphs.copies_of(second.handle, strategy, 2)
 
 
+def test_a_block_leaves_the_scopes_of_strategies(make_strategy):
+    strategy = make_strategy(2)
+
+    with strategy.scope():
+        with _keras.outside_of_scopes():
+            assert tf.executing_eagerly() and not tf.distribute.has_strategy()
+            has_strategy = tf.function(tf.distribute.has_strategy)()
+            alone = tf.Variable(1.0)
+            with make_strategy(3).scope():
+                inner = tf.Variable(1.0)
+        assert tf.distribute.get_strategy() is strategy
+        several = tf.Variable(1.0)
+    assert not has_strategy
+    sizes = [len(_keras.local_copies(each)) for each in (alone, inner, several)]
+    assert sizes == [1, 3, 2]
+
+
 def test_generators_draw_as_on_one_device_in_one_thread_and_block(make_strategy):
     expected = tf.random.Generator.from_seed(5).normal((3,)).numpy()
     with make_strategy(2).scope():

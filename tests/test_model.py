@@ -1,5 +1,6 @@
 """Sequential, functional and subclassed models live together; stock behaviour stays."""
 
+import contextlib
 import gc
 import weakref
 
@@ -399,3 +400,41 @@ def test_nothing_keeps_a_model_that_was_trained(make_strategy, replicas):
     keras.backend.clear_session()
     gc.collect()
     assert held() is None
+
+
+def test_calls_within_a_scope_do_what_they_do_outside(make_strategy):
+    x = np.random.default_rng(0).normal(size=(44, 5)).astype("float32")
+    y = x.sum(1, keepdims=True)
+
+    def everything(strategy, scope) -> list:
+        keras.utils.set_random_seed(3)
+        with strategy.scope():
+            model = distfit.Sequential(
+                [
+                    layers.Dense(8, activation="relu"),
+                    layers.Dropout(0.3),
+                    layers.BatchNormalization(),
+                    layers.Dense(1),
+                ]
+            )
+            momentum = keras.optimizers.SGD(0.1, momentum=0.9)
+            model.compile(momentum, "mse", metrics=["mae"])
+        quiet = {"batch_size": 16, "verbose": 0}
+        with scope:
+            history = model.fit(x, y, epochs=3, validation_data=(x, y), **quiet).history
+            found = [
+                *(history[name] for name in sorted(history)),
+                model.evaluate(x, y, **quiet),
+                model.predict(x, **quiet),
+                model.train_on_batch(x, y),
+                model.test_on_batch(x, y),
+                model.predict_on_batch(x),
+            ]
+        comparing.check_replicas_agree(strategy, model)
+        return [*found, *model.get_weights()]
+
+    strategy = make_strategy(2)
+    expected = everything(strategy, contextlib.nullcontext())
+    for scope in (strategy.scope(), make_strategy(1).scope()):
+        for one, other in zip(everything(strategy, scope), expected, strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -20,7 +20,8 @@ take: to write out its graph takes seconds for each gigabyte; whether two share 
 | `Functional` | the class of `Model(inputs, outputs)` |
 | `global_state`, `GLOBAL_SEED_GENERATOR` | name counters and seeds of each thread |
 | `join_batches` | predictions of batches, joined; ragged ones, too |
-| `tf_context` | the seed of TensorFlow's random operations, compared across workers |
+| `tf_context` | the seed of TensorFlow's random operations, compared across workers; \
+eager execution within a graph of its own, which no scope of a strategy reaches |
 """
 
 import contextlib
@@ -213,6 +214,21 @@ def global_seed_generator(generator: Any) -> contextlib.AbstractContextManager:
     Keras keeps one per thread and creates it on first use.
     """
     return _with_global(GLOBAL_SEED_GENERATOR, generator)
+
+
+# --- Scopes of strategies.
+
+
+@contextlib.contextmanager
+def outside_of_scopes() -> Iterator[None]:
+    """Runs a block as outside of `strategy.scope()`.
+
+    Within it, variables of a strategy act as all their copies, and new ones are made
+    for all replicas, also while a step is traced for one device. TensorFlow keeps a
+    scope with the current graph; so the block gets one of its own, and runs eagerly.
+    """
+    with tf.Graph().as_default(), tf_context.eager_mode(), tf.device(None):
+        yield
 
 
 # --- Workers: TensorFlow's implicit exchanges and hidden state.

@@ -1,6 +1,9 @@
 """Checks of a model before its steps are compiled."""
 
+import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -43,6 +46,26 @@ def check_runs_steps(model: keras.Model, kind: str) -> None:
         )
 
 
+def outside_of_scopes(method: Callable) -> Callable:
+    """Lets a method run as outside of `strategy.scope()`, where it is called within.
+
+    Raises:
+        ValueError: when called with a model made outside of the scope.
+    """
+
+    @functools.wraps(method)
+    def run(model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if not tf.distribute.in_cross_replica_context():
+            return method(model, *args, **kwargs)
+        strategy = model.distribute_strategy
+        with _keras.outside_of_scopes():
+            if model.distribute_strategy is not strategy:
+                raise _outside(model, strategy, "a call within the scope")
+            return method(model, *args, **kwargs)
+
+    return run
+
+
 def check_in_scope(model: keras.Model) -> None:
     """Raises a `ValueError` if a model was built outside the scope of its strategy.
 
@@ -52,26 +75,18 @@ def check_in_scope(model: keras.Model) -> None:
     values = [_keras.underlying(variable) for variable in model.variables]
     created = strategy.extended.variable_created_in_scope
     if values and not any(created(value) for value in values):
-        raise ValueError(
-            f"The model {model.name!r} was built outside the scope of the strategy. "
-            f"Received: variable {model.variables[0].path!r} and strategy "
-            f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} "
-            "replica(s). Create it inside `with strategy.scope():`."
-        )
+        raise _outside(model, strategy, f"variable {model.variables[0].path!r}")
 
 
-def check_outside_of_scope(model: keras.Model, method: str) -> None:
-    """Raises a `ValueError` for a call within the scope of a strategy with replicas.
-
-    There, variables of a strategy act as all their copies, also in a step.
-    """
-    if not tf.distribute.has_strategy() or not tf.distribute.in_cross_replica_context():
-        return
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            f"Call `{method}()` outside of `strategy.scope()`. Received: a call within "
-            "the scope. Only making and compiling the model belong there."
-        )
+def _outside(
+    model: keras.Model, strategy: tf.distribute.Strategy, received: str
+) -> ValueError:
+    return ValueError(
+        f"The model {model.name!r} was built outside the scope of the strategy. "
+        f"Received: {received} and strategy {type(strategy).__name__} with "
+        f"{strategy.num_replicas_in_sync} replica(s). Create it inside "
+        "`with strategy.scope():`."
+    )
 
 
 _STEPS = (

@@ -17,7 +17,6 @@ def check_ready(model, method: str) -> None:
     """Raises a `ValueError` unless `method` can run the steps of a model."""
     checks.check_compiled(model, method)
     checks.check_in_scope(model)
-    checks.check_outside_of_scope(model, method)
     check_positive("steps_per_execution", model.steps_per_execution)
 
 

@@ -12,6 +12,7 @@ from distfit.callbacks import CallbackList
 from distfit.callbacks.callback_list import has_checkpoint
 from distfit.cluster import agreement, workers
 from distfit.training import randomness, resuming
+from distfit.training.checks import outside_of_scopes
 from distfit.training.data import make_batches
 from distfit.training.epochs import callback_list, check_ready
 from distfit.training.global_batches import GlobalBatches
@@ -19,6 +20,7 @@ from distfit.training.inputs import check_positive
 from distfit.training.training import Training
 
 
+@outside_of_scopes
 def fit(
     model,
     *,
@@ -145,7 +147,7 @@ def _capped_epochs(epochs: int) -> int:
     most = keras.config.max_epochs()
     if not most or most >= epochs:
         return epochs
-    warnings.warn(f"Limiting epochs to {most}", stacklevel=4)
+    warnings.warn(f"Limiting epochs to {most}", stacklevel=5)
     return most
 
 

@@ -568,7 +568,7 @@ def _capped_steps(steps: int | None) -> int | None:
     most = keras.config.max_steps_per_epoch()
     if not most or (steps and most >= steps):
         return steps
-    warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=5)
+    warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=6)
     return most
 
 

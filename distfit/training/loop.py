@@ -9,6 +9,7 @@ from keras import tree
 from distfit.cluster import agreement, workers
 from distfit.training import predictions
 from distfit.training.batch import fingerprint, num_rows
+from distfit.training.checks import outside_of_scopes
 from distfit.training.data import make_batches
 from distfit.training.drivers import (
     cached_driver,
@@ -23,6 +24,7 @@ from distfit.training.inputs import check_positive
 from distfit.training.shards import Shards
 
 
+@outside_of_scopes
 def evaluate(
     model, *, x, y, batch_size, verbose, sample_weight, steps, callbacks
 ) -> dict[str, float]:
@@ -42,6 +44,7 @@ def evaluate(
         return run_test(model, batches, callbacks)
 
 
+@outside_of_scopes
 def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     """See `Model.predict`."""
     strategy = model.distribute_strategy
@@ -69,18 +72,21 @@ def predict(model, x, *, batch_size, verbose, steps, callbacks) -> Any:
     return predictions.join(team, [batch for some in outputs for batch in some])
 
 
+@outside_of_scopes
 def train_on_batch(model, batch) -> dict[str, float]:
     """See `Model.train_on_batch`. Returns the logs."""
     check_ready(model, "train_on_batch")
     return _run_on_batch(model, "train", batch)
 
 
+@outside_of_scopes
 def test_on_batch(model, batch) -> dict[str, float]:
     """See `Model.test_on_batch`. Returns the logs."""
     check_ready(model, "test_on_batch")
     return _run_on_batch(model, "test", batch)
 
 
+@outside_of_scopes
 def predict_on_batch(model, x) -> Any:
     """See `Model.predict_on_batch`."""
     batch = (tree.map_structure(tf.convert_to_tensor, x),)
