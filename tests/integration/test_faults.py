@@ -5,6 +5,7 @@ supervisor mends itself (--max_restarts), after others the same command is given
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -25,6 +26,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 240  # a hard limit for a command; each takes some 20 on an idle machine
 SECRET = b"of-nobody-elses-concern"
 STEPS = fault_programs.STEPS
+SEEDS = (1, 2)
+PROGRAMS_AND_SEEDS = list(itertools.product(fault_programs.PROGRAMS, SEEDS))
 # After a step in the middle of an epoch, at the end of an epoch, after the last step.
 MOMENTS = {"mid-epoch": STEPS + 2, "boundary": -1, "last": 3 * STEPS}
 
@@ -66,7 +69,7 @@ def _flip(file):
 class Run:
     """The same command, again and again, in a folder of its own."""
 
-    def __init__(self, folder, program, seed=1, fault="none:0:0"):
+    def __init__(self, folder, program, seed, fault="none:0:0"):
         build, data = fault_programs.PROGRAMS[program]
         self.folder = folder
         self.workdir = folder / "out"
@@ -145,7 +148,7 @@ def undisturbed(tmp_path_factory):
     """`undisturbed(program, seed)`: the results of a run that was left alone."""
     found = {}
 
-    def of(program, seed=1):
+    def of(program, seed):
         if (program, seed) not in found:
             run = Run(tmp_path_factory.mktemp("undisturbed"), program, seed)
             assert run.start() == 0, run.out
@@ -163,65 +166,63 @@ def _environment(process):
 
 
 def matrix(faults, few):
-    """Every fault with every program and moment, or a few of these."""
-    every = [
-        (f, p, m) for f in faults for p in fault_programs.PROGRAMS for m in MOMENTS
-    ]
+    """Every fault with every program, moment and seed, or a few of these."""
+    every = list(itertools.product(faults, fault_programs.PROGRAMS, MOMENTS, SEEDS))
     assert set(few) <= set(every)
     return pick(few, every)
 
 
 @pytest.mark.parametrize(
-    "name, program, moment",
+    "name, program, moment, seed",
     matrix(
         MENDED,
-        [("SIGKILL of the chief", "cnn", "mid-epoch")],
+        [("SIGKILL of the chief", "cnn", "mid-epoch", 1)],
     ),
 )
-def test_the_supervisor_mends_it(tmp_path, undisturbed, name, program, moment):
+def test_the_supervisor_mends_it(tmp_path, undisturbed, name, program, moment, seed):
     kind, worker = MENDED[name]
-    run = Run(tmp_path, program, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
+    run = Run(tmp_path, program, seed, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
     assert run.start() == 0, run.out
     assert run.was_disturbed
     again = "launch: starting again in 1 s: 1 of 2" in run.out
     # After the last step, the last save may have been written before it can be killed.
     assert again or (kind == "kill in save" and moment == "last"), run.out
-    assert run.results() == undisturbed(program), run.out
+    assert run.results() == undisturbed(program, seed), run.out
     assert run.ledger()["restarts"] == again
     assert run.what_others_may_not_have() == []
 
 
 @pytest.mark.parametrize(
-    "name, program, moment",
+    "name, program, moment, seed",
     # That of the supervisor is also what precedes a damage below.
     matrix(BY_HAND, []),
 )
-def test_the_same_command_goes_on(tmp_path, undisturbed, name, program, moment):
+def test_the_same_command_goes_on(tmp_path, undisturbed, name, program, moment, seed):
     kind, worker, code = BY_HAND[name]
-    run = Run(tmp_path, program, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
+    run = Run(tmp_path, program, seed, fault=f"{kind}:{worker}:{MOMENTS[moment]}")
     run.command.remove("--max_restarts=2")
     assert run.start() == code, run.out
     assert run.was_disturbed
     assert run.start() == 0, run.out
-    assert run.results() == undisturbed(program), run.out
+    assert run.results() == undisturbed(program, seed), run.out
 
 
 @pytest.mark.parametrize(
-    "name, program, moment",
+    "name, program, moment, seed",
     matrix(DAMAGES, []),
 )
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path, undisturbed, name, program, moment
+    tmp_path, undisturbed, name, program, moment, seed
 ):
     place = {**MOMENTS, "boundary": -2}[moment]  # There is one to go back to.
-    run = Run(tmp_path, program, fault=f"kill supervisor:0:{place}")
+    run = Run(tmp_path, program, seed, fault=f"kill supervisor:0:{place}")
     assert run.start() == -signal.SIGKILL, run.out
     run.wait_for_workers()  # Which may still save.
     newest = run.checkpoints()[-1]
     DAMAGES[name](newest)
     assert run.start() == 0, run.out
     assert f"A checkpoint is passed over: {newest.relative_to(run.folder)}" in run.out
-    assert run.results() == undisturbed(program), run.out
+    assert run.results() == undisturbed(program, seed), run.out
 
 
 @contextlib.contextmanager
@@ -242,12 +243,12 @@ def small_disk(folder, kilobytes):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("program", pick([], list(fault_programs.PROGRAMS)))
+@pytest.mark.parametrize("program, seed", pick([], PROGRAMS_AND_SEEDS))
 @pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
 def test_a_disk_that_was_full_or_read_only_can_be_mended(
-    tmp_path, undisturbed, program, full
+    tmp_path, undisturbed, program, seed, full
 ):
-    run = Run(tmp_path, program, fault="kill supervisor:0:8")
+    run = Run(tmp_path, program, seed, fault="kill supervisor:0:8")
     run.command.remove("--max_restarts=2")
     with small_disk(run.workdir / "checkpoints", 150 if full else 10_000) as remount:
         if full:
@@ -262,13 +263,13 @@ def test_a_disk_that_was_full_or_read_only_can_be_mended(
             assert "Read-only file system" in run.out and "Traceback" not in run.out
         remount("rw,size=10m")
         assert run.start() == 0, run.out
-        assert run.results() == undisturbed(program), run.out
+        assert run.results() == undisturbed(program, seed), run.out
 
 
-@pytest.mark.parametrize("program", pick([], list(fault_programs.PROGRAMS)))
-def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program):
+@pytest.mark.parametrize("program, seed", pick([], PROGRAMS_AND_SEEDS))
+def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program, seed):
     """Each `launch` starts its worker again, which waits for the other."""
-    run = Run(tmp_path, program, fault=f"pause:0:{MOMENTS['mid-epoch']}")
+    run = Run(tmp_path, program, seed, fault=f"pause:0:{MOMENTS['mid-epoch']}")
     run.command.remove("--num_workers=2")
     workers = [f"{address}:2222" for address in namespaces.ADDRESSES]
     with namespaces.hosts() as hosts, contextlib.ExitStack() as stack:
@@ -298,4 +299,4 @@ def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program):
     shown = "\n".join((tmp_path / f"screen-{i}").read_text() for i in range(2))
     assert codes == [0, 0], shown
     assert shown.count("starting again") >= 2
-    assert run.results() == undisturbed(program), shown
+    assert run.results() == undisturbed(program, seed), shown
