@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import comparing
 import keras
@@ -221,7 +222,10 @@ DAMAGES = {
     "not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
     "foreign": (lambda p: (p / "manifest.json").write_text("[]"), "not a manifest"),
     "manifest changed": (lambda p: _change(p, epoch=9), "manifest.json was changed"),
-    "newer format": (lambda p: _change(p, format=2), "the format 2; this distfit"),
+    "newer format": (
+        lambda p: _change(p, format=checkpoint.FORMAT + 1),
+        "the format 2; this distfit",
+    ),
 }
 
 
@@ -265,7 +269,7 @@ def test_a_checkpoint_of_another_version_is_put_aside(tmp_path, later):
     for step in (1, 2, 2 + later):
         checkpoint.write(tmp_path, step, {"a": np.ones(2)}, {})
     theirs = checkpoint.path_of(tmp_path, 2 + later)
-    _change(theirs, format=2)
+    _change(theirs, format=checkpoint.FORMAT + 1)
     content = (theirs / "manifest.json").read_bytes()
     checkpoint.write(tmp_path, 2, {"a": np.ones(2)}, {})
     checkpoint.prune(tmp_path, 2, latest=2)
@@ -298,6 +302,76 @@ def test_a_checkpoint_of_another_training_is_refused(
     arguments, message = OTHERS[name]
     with pytest.raises(ValueError, match=f"of another training. Received: .*{message}"):
         train(make_strategy(1), tmp_path, arrays, resume_from=stopped, **arguments)
+
+
+class Halves(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that does not tell its settings."""
+
+    def __call__(self, step):
+        return 0.1 / (1.0 + tf.cast(step, tf.float32))
+
+
+def cosine(rate):
+    return keras.optimizers.schedules.CosineDecay(rate, 9)
+
+
+@pytest.mark.parametrize(
+    "one, other, message",
+    [
+        ((Halves(),), (cosine(0.1),), "'schedule': "),
+        ((cosine(0.1),), (cosine(0.2),), "learning_rate': 0.2"),
+        ((cosine(0.1),), (0.1,), "'schedule': "),
+        ((0.1,), (0.1, 0.5), "'momentum': 0.5"),
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_checkpoint_of_another_schedule_is_refused(
+    make_strategy, tmp_path, one, other, message, inner
+):
+    def fit(settings):
+        with make_strategy(1).scope():
+            model = distfit.Sequential([keras.Input((4,)), layers.Dense(1)])
+            sgd = keras.optimizers.SGD(*settings)
+            scaled = keras.optimizers.LossScaleOptimizer(sgd) if inner else sgd
+            model.compile(scaled, "mse")
+        callbacks = [Checkpoint(tmp_path)]
+        model.fit(*data(), verbose=0, callbacks=callbacks, resume_from=tmp_path)
+
+    fit(one)
+    with pytest.raises(ValueError, match=f"of another training. .*{message}"):
+        fit(other)
+
+
+def test_a_learning_rate_that_is_not_used_is_named(make_strategy, tmp_path):
+    def fit(model, **arguments):
+        callbacks = [
+            Checkpoint(tmp_path),
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.fit(
+                *data(),
+                verbose=0,
+                callbacks=callbacks,
+                resume_from=tmp_path,
+                **arguments,
+            )
+
+    def made(rate):
+        with make_strategy(2).scope():
+            model = distfit.Sequential([keras.Input((4,)), layers.Dense(1)])
+            model.compile(keras.optimizers.SGD(rate), "mse")
+        return model
+
+    model = made(0.5)
+    fit(model)  # 0.25
+    fit(model, epochs=2)  # 0.125
+    fit(made(0.5), epochs=3)  # As at the start.
+    model = made(0.4)
+    message = "is that of the checkpoint: 0.0625. Received: a model with 0.4"
+    with pytest.raises(UserWarning, match=message):
+        fit(model, epochs=4)
 
 
 def test_data_in_another_order_are_refused(make_strategy, tmp_path):

@@ -86,21 +86,13 @@ def settle(model: keras.Model, kind: str, place: str) -> None:
     if team.count == 1:
         return
     flag = STOP_FLAGS[kind]
-    rates = _learning_rates(model)
+    rates = checks.learning_rates(model)
     values = [float(rate) for rate in rates]
     told = team.tell(f"{place} in {kind}", (bool(getattr(model, flag)), values))
     setattr(model, flag, any(stop for stop, _ in told))
     for rate, value, chiefs in zip(rates, values, told[0][1], strict=True):
         if value != chiefs:
             rate.assign(chiefs)
-
-
-def _learning_rates(model: keras.Model) -> list[keras.Variable]:
-    """The learning rates that can be set: a schedule is the same everywhere."""
-    optimizers = checks.optimizers_of(model)
-    parts = [part for optimizer in optimizers for part in _keras.with_inner(optimizer)]
-    rates = (getattr(part, "learning_rate", None) for part in parts)
-    return list({id(r): r for r in rates if isinstance(r, keras.Variable)}.values())
 
 
 def facts_of_model(model: keras.Model) -> dict[str, Any]:
@@ -112,7 +104,7 @@ def facts_of_model(model: keras.Model) -> dict[str, Any]:
     kinds = [
         f"{type(m).__name__} {[tuple(v.shape) for v in m.variables]}" for m in watched
     ]
-    optimizers = [_settings_of(o) for o in checks.optimizers_of(model)]
+    optimizers = [_settings_of(o) for o in checks.optimizers_of(model, inner=True)]
     return {
         "class of the model": type(model).__qualname__,
         **{name: getattr(model, name) for name in _SETTINGS},
@@ -130,25 +122,41 @@ def _numbered(name: str, facts: list) -> dict[str, Any]:
 
 
 def _settings_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The settings that must be the same: the learning rate is the chief's."""
-    settings = _plain_settings(optimizer)
-    settings.pop("name")  # Keras counts the optimizers that a process has made.
+    """The settings that must be the same.
+
+    Not its learning rate, if that is a variable: it has the chief's, or a checkpoint's.
+    """
+    config = _config_of(optimizer)
+    settings = _plain(config)
+    settings.pop("name", None)  # Keras counts the optimizers that a process has made.
     settings.pop("learning_rate", None)
+    if isinstance(schedule := config.get("learning_rate"), dict):
+        inner = schedule["config"]  # A function has its name there.
+        inner = _plain(inner) if isinstance(inner, dict) else inner
+        settings["schedule"] = [schedule["class_name"], inner]
     return settings
 
 
 def _described(loss: Any) -> Any:
     """A loss as a value that is the same in every process."""
     if isinstance(loss, keras.losses.Loss):
-        settings = _plain_settings(loss)
+        settings = _plain(_config_of(loss))
         settings.pop("name", None)  # Counted, too.
         return settings
     return getattr(loss, "__qualname__", loss if isinstance(loss, str) else type(loss))
 
 
-def _plain_settings(thing: Any) -> dict[str, Any]:
-    """The class of an object and those of its settings that are plain values."""
-    config = {"class": thing.__class__.__name__, **thing.get_config()}
+def _config_of(thing: Any) -> dict[str, Any]:
+    """The class of an object and its settings, if it tells them."""
+    try:
+        config = thing.get_config()
+    except NotImplementedError:  # Such as that of a schedule of the user's own.
+        config = {}
+    return {"class": thing.__class__.__name__, **config}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of some settings that are plain values."""
     plain = bool | int | float | str | None
     return {k: v for k, v in sorted(config.items()) if isinstance(v, plain)}
 

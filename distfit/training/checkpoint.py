@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _TENSORS = "tensors"
 _NAME = re.compile(r"step-(\d+)")

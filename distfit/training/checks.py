@@ -11,15 +11,25 @@ import tensorflow as tf
 from distfit import _keras
 
 
-def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
-    """The optimizers that are attributes of a model."""
+def optimizers_of(
+    model: keras.Model, inner: bool = False
+) -> list[keras.optimizers.Optimizer]:
+    """The optimizers that are attributes of a model, and on request those in them."""
     found: dict[int, keras.optimizers.Optimizer] = {}
     for value in vars(model).values():
         items = value.values() if isinstance(value, dict) else [value]
         for item in value if isinstance(value, list | tuple) else items:
             if isinstance(item, keras.optimizers.Optimizer):
                 found[id(item)] = item
-    return list(found.values())
+    outer = list(found.values())
+    return [o for each in outer for o in _keras.with_inner(each)] if inner else outer
+
+
+def learning_rates(model: keras.Model) -> list[keras.Variable]:
+    """The learning rates that can be set: a schedule is the same everywhere."""
+    optimizers = optimizers_of(model, inner=True)
+    rates = (getattr(each, "learning_rate", None) for each in optimizers)
+    return list({id(r): r for r in rates if isinstance(r, keras.Variable)}.values())
 
 
 def runs_eagerly(model: keras.Model) -> bool:

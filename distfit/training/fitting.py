@@ -11,7 +11,7 @@ from distfit import _keras
 from distfit.callbacks import CallbackList
 from distfit.callbacks.callback_list import has_checkpoint
 from distfit.cluster import agreement, workers
-from distfit.training import randomness, resuming
+from distfit.training import randomness, resuming, state
 from distfit.training.checks import outside_of_scopes
 from distfit.training.data import make_batches
 from distfit.training.epochs import callback_list, check_ready
@@ -52,8 +52,13 @@ def fit(
     if has_checkpoint(callbacks):
         randomness.seed_if_unseeded()
     if saved is not None:
-        randomness.set_state(saved.manifest["randomness at the start"])
-    at_start = randomness.state()
+        randomness.set_state(saved.manifest["at the start"]["randomness"])
+    at_start: dict[str, Any] = {
+        "randomness": randomness.state(),
+        "learning rates": state.learning_rates_of(model),
+    }
+    if saved is not None:
+        at_start["learning rates"] = saved.manifest["at the start"]["learning rates"]
 
     def data() -> tuple[GlobalBatches, GlobalBatches | None]:
         given, held_out = (x, y, sample_weight), validation_data
@@ -102,7 +107,7 @@ def fit(
         )
         while not training.run(initial_epoch, saved):
             saved = training.before_bad_step()
-            randomness.set_state(at_start)
+            randomness.set_state(at_start["randomness"])
             training = training.again(*data())
     return model.history
 

@@ -38,6 +38,11 @@ def variables_of_model(model: keras.Model) -> dict[str, Any]:
     return _named([("model", model.variables)])
 
 
+def learning_rates_of(model: keras.Model) -> list[float]:
+    """The values of the learning rates that can be set."""
+    return [float(_keras.local_value(each)) for each in checks.learning_rates(model)]
+
+
 def _named(owners: Iterable[tuple[str, Iterable[Any]]]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     known: set[int] = set()

@@ -29,7 +29,7 @@ class Training:
         validation_freq: After how many or, as a list, after which epochs.
         callbacks: The callbacks.
         epochs: The epoch to end before.
-        at_start: The state of the random generators before data were made.
+        at_start: The random generators before data were made, and the learning rates.
 
     Attributes:
         epoch: The current epoch, from 0.
@@ -239,6 +239,20 @@ class Training:
                 stacklevel=2,
             )
 
+    def _warn_of_other_rates(self, given: list[float]) -> None:
+        """Warns of learning rates that were set for this training, and are not used."""
+        taken = state.learning_rates_of(self.model)
+        if (
+            given not in (self._at_start["learning rates"], taken)
+            and self._team.is_chief
+        ):
+            warnings.warn(
+                f"The learning rate is that of the checkpoint: {_listed(taken)}. "
+                f"Received: a model with {_listed(given)}. Let a callback change "
+                "it, or start anew in another folder.",
+                stacklevel=2,
+            )
+
     def frozen(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """All that the rest depends on, as it is now: for JSON, and arrays by name.
 
@@ -261,7 +275,7 @@ class Training:
             "step of the epoch": self.step,
             "stops": stops,  # Of each: in an epoch, that of one is not yet of all.
             "results": states.encode(results, arrays, "results"),
-            "randomness at the start": self._at_start,
+            "at the start": self._at_start,
             # Of each worker, which may read data of its own.
             "places in the data": self._team.tell("the places in the data", places),
             "callbacks": callbacks,
@@ -325,7 +339,9 @@ class Training:
             self._make_variables(saved)
             self._check_model(saved)
         variables = state.variables_of(self.model, self._drivers)
+        given = state.learning_rates_of(self.model)
         state.set_values(self._team, variables, arrays)
+        self._warn_of_other_rates(given)
         skipped = [list(each.skipped) for each in self.callbacks.non_finite]
         self.callbacks.set_states(manifest["callbacks"], arrays)
         for callback, more in zip(self.callbacks.non_finite, skipped, strict=True):
@@ -364,6 +380,10 @@ class Training:
 
 def _iterator_name(data: int, worker: int) -> str:
     return f"iterators/{data}/{worker}"
+
+
+def _listed(rates: list[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _as_read(facts: dict[str, Any]) -> dict[str, Any]:
