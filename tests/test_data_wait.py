@@ -70,6 +70,9 @@ def test_data_that_are_there_are_not_waited_for(make_strategy):
     assert first < 0.5 * EPOCHS * STEPS * PAUSE
     model.fit(_slow(True), verbose=0, callbacks=[waits])  # It adds up.
     assert waits.seconds_waited - first > 0.5 * STEPS * PAUSE
+    both, other = waits.seconds_waited, DataWait()
+    model.fit(_slow(True), verbose=0, callbacks=[other])
+    assert waits.seconds_waited == both and other.seconds_waited > 0
     again = DataWait()
     again.set_state(waits.get_state())  # Of a checkpoint.
     assert again.seconds_waited == waits.seconds_waited

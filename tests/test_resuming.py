@@ -224,7 +224,7 @@ DAMAGES = {
     "manifest changed": (lambda p: _change(p, epoch=9), "manifest.json was changed"),
     "newer format": (
         lambda p: _change(p, format=checkpoint.FORMAT + 1),
-        "the format 2; this distfit",
+        f"the format {checkpoint.FORMAT + 1}; this distfit",
     ),
 }
 
@@ -410,6 +410,77 @@ def test_a_training_that_is_asked_to_stop_saves_and_goes_on(
         make_strategy(1), None, arrays, callbacks=callbacks, resume_from=tmp_path
     )
     assert_same_bits(resumed, whole)
+
+
+class AsksInValidation(StopsAt):
+    """Acts before a step of the validation of the second epoch."""
+
+    def __init__(self, act=None):
+        super().__init__(-1)
+        self.act, self.epoch = act, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if self.act and (self.epoch, batch) == (1, 2):
+            self.act()
+
+
+def in_validation(strategy, folder, given, act=None, every="1000steps", **arguments):
+    checkpoints = Checkpoint(folder, every=every)
+    acts = AsksInValidation(act and (lambda: act(checkpoints)))
+    callbacks = [acts, *arguments.pop("more", []), checkpoints]
+    held_out = {"validation_data": data(), "validation_batch_size": 4}
+    arguments = held_out | arguments
+    return train(strategy, None, given, callbacks=callbacks, **arguments)
+
+
+def later(checkpoints):
+    """So that what is due by the time is due."""
+    checkpoints._last_time -= 100
+
+
+@pytest.mark.parametrize("replicas", numbers_of_replicas([2], [1, 2, 3]))
+@pytest.mark.parametrize("name", pick(["unknown"], list(INPUTS)))
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_training_that_is_asked_to_stop_in_validation_goes_on_before_it(
+    make_strategy, tmp_path, name, replicas, stops
+):
+    """Metrics and draws of the validation are those of one from its beginning."""
+    strategy, given = make_strategy(replicas), INPUTS[name]
+
+    def run(name, act=None, stop=6, **arguments):
+        more = [Stops(stop)] if stops else []
+        folder = tmp_path / name
+        return in_validation(strategy, folder, given, act, more=more, **arguments)
+
+    whole = run("whole")
+    with pytest.raises(SystemExit):
+        run("stopped", Checkpoint.request_stop)
+    folder = tmp_path / "stopped"
+    (step,) = checkpoint.steps(folder)
+    assert step == (6 if stops or name == "repeated" else 8)
+    assert_same_bits(run("stopped", stop=-1, resume_from=folder), whole)
+
+
+def test_a_save_that_is_due_in_validation_is_not_the_end_of_the_epoch(
+    make_strategy, tmp_path
+):
+    strategy = make_strategy(2)
+
+    def fails(checkpoints):
+        later(checkpoints)
+        steps.append(checkpoints.saved_step)
+
+    steps: list[int | None] = []
+    arguments = {"every": "90s", "epochs": 2}
+    whole = in_validation(strategy, tmp_path, arrays, fails, **arguments)
+    assert steps == [None] and checkpoint.steps(tmp_path) == [8]
+    manifest = checkpoint.read_manifest(tmp_path / "step-8")
+    assert (manifest["epoch"], manifest["step of the epoch"]) == (2, 0)
+    more = in_validation(strategy, tmp_path, arrays, epochs=3, resume_from=tmp_path)
+    assert more[1].history["val_loss"][:2] == whole[1].history["val_loss"]
 
 
 def test_the_end_is_saved_so_that_more_epochs_can_follow(
@@ -1131,6 +1202,24 @@ def test_what_a_kill_leaves_unfinished_is_removed_or_put_back(tmp_path):
     checkpoint.recover(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert checkpoint.read(tmp_path / "step-1")[1]["a"].tolist() == [1, 1]
+
+
+def test_who_only_reads_leaves_a_training_at_work_alone(make_strategy, tmp_path):
+    team = workers.of(make_strategy(1))
+    checkpoint.write(tmp_path, 1, {"a": np.ones(2)}, {})
+    (tmp_path / ".unfinished-step-2").mkdir()
+    assert resuming.load(team, tmp_path).manifest["step"] == 1
+    assert resuming.load(team, tmp_path, owned=[tmp_path / "other"]) is not None
+    assert (tmp_path / ".unfinished-step-2").is_dir()
+    resuming.load(team, tmp_path, owned=[tmp_path])
+    assert not (tmp_path / ".unfinished-step-2").exists()
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_error(tmp_path, caplog):
+    checkpoint.write(tmp_path, 2, {"a": np.ones(2)}, {})
+    looks = iter([[1], [2], [2]])  # The first was removed when 2 was saved.
+    found = resuming._first_good(tmp_path, lambda: next(looks))
+    assert found.manifest["step"] == 2 and not caplog.text
 
 
 class Counts(keras.callbacks.Callback):

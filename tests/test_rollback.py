@@ -256,6 +256,47 @@ def test_it_goes_back_to_finite_weights(make_strategy, tmp_path):
     assert all(np.isfinite(each).all() for each in model.get_weights())
 
 
+class Masked(layers.Layer):
+    """Has a weight that is not finite."""
+
+    def build(self, shape):
+        mask = keras.initializers.Constant([0, 0, -np.inf])
+        self.mask = self.add_weight(shape=(3,), initializer=mask, trainable=False)
+
+    def call(self, x):
+        return keras.ops.softmax(x + self.mask)
+
+
+def test_a_weight_may_be_infinite_from_the_start(make_strategy, tmp_path):
+    keras.utils.set_random_seed(3)
+    with make_strategy(2).scope():
+        model = distfit.Sequential([keras.Input((3,)), Masked(), layers.Dense(1)])
+        model.compile("sgd", "mse")
+    guard = NonFinite(action="rollback")
+    model.fit(
+        *rows([2, 3]),
+        batch_size=BATCH,
+        shuffle=False,
+        verbose=0,
+        callbacks=[guard, Checkpoint(tmp_path)],
+    )
+    assert guard.skipped == [[1, 3], [1, 4]]
+
+
+def test_a_loss_is_named_where_no_checkpoint_can_be_gone_back_to(
+    make_strategy, tmp_path
+):
+    class Damages(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            for file in tmp_path.glob("step-*/manifest.json"):
+                file.write_text("{")
+
+    saves = Checkpoint(tmp_path, every="1000steps")
+    callbacks = [Damages(), NonFinite(action="rollback"), saves]
+    with pytest.raises(FloatingPointError, match="step 3 .*No checkpoint can be gone"):
+        fit(make_strategy(2), callbacks, *rows([2]))
+
+
 def test_eager_steps_go_back_once_they_have_a_checkpoint(make_strategy, tmp_path):
     """Before the first step they have not made all variables."""
 

@@ -117,9 +117,8 @@ class CallbackList(keras.callbacks.CallbackList):
 
     def use_clock(self, clock: DataClock | None) -> None:
         """Gives callbacks the clock of data that is part of the compiled steps."""
-        if clock is not None:
-            for callback in self.data_waits:
-                callback.use(clock)
+        for callback in self.data_waits:
+            callback.use(clock)
 
     def note_states(self) -> None:
         """Remembers the callbacks as they are, to tell later what has changed."""
@@ -165,6 +164,7 @@ class CallbackList(keras.callbacks.CallbackList):
     def __exit__(self, *exc_info) -> None:
         for checkpoints in self.checkpoints:
             checkpoints.join()  # Also after an error: what was begun is finished.
+        self.use_clock(None)  # Other calls of `fit()` go on with it.
         self._moved.close()
 
     def batch_begin(self, kind: str, step: int) -> None:
@@ -183,11 +183,12 @@ class CallbackList(keras.callbacks.CallbackList):
             logs.read()
 
 
-def has_checkpoint(callbacks: Any) -> bool:
-    """Whether there is a Checkpoint in what `fit()` takes as callbacks."""
+def checkpoints_among(callbacks: Any) -> list[Checkpoint]:
+    """Those in what `fit()` takes as callbacks."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
-    return any(isinstance(c, Checkpoint) for c in keras.tree.flatten(callbacks or []))
+    found = keras.tree.flatten(callbacks or [])
+    return [each for each in found if isinstance(each, Checkpoint)]
 
 
 def _with_state(callbacks: list) -> Iterator[keras.callbacks.Callback]:

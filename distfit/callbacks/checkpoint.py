@@ -115,9 +115,9 @@ class Checkpoint(keras.callbacks.Callback):
         self._last_time = time.monotonic()
         self.saved_step = step if is_saved else None
 
-    def has_saved(self, step: int) -> bool:
-        """Whether the latest checkpoint is one of this step."""
-        return self.saved_step == step
+    def has_saved(self, step: int, epoch: int) -> bool:
+        """Whether the latest checkpoint is one of this place."""
+        return self.saved_step == step and self._last_epoch == epoch
 
     def count_is_due(self, step: int, epoch: int, at_end_of_epoch: bool) -> bool:
         """Whether to save after so many steps and epochs."""

@@ -32,7 +32,8 @@ class DataWait(keras.callbacks.Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         self._counted += state["seconds"] - self.seconds_waited
 
-    def use(self, clock: DataClock) -> None:
-        """Takes the clock of compiled steps; called by `fit()`."""
+    def use(self, clock: DataClock | None) -> None:
+        """Takes the clock of compiled steps, until `fit()` ends; called by `fit()`."""
         counted = self.seconds_waited
-        self._clock, self._counted = clock, counted - clock.seconds
+        self._clock = clock
+        self._counted = counted - (clock.seconds if clock else 0.0)

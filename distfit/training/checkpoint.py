@@ -93,9 +93,12 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{found['sha256'][:8]}..., and had {facts['size']} with "
                 f"{facts['sha256'][:8]}...."
             )
-    reader = tf.train.load_checkpoint(str(path / _TENSORS))
-    names = reader.get_variable_to_shape_map()
-    return manifest, {name: reader.get_tensor(name) for name in names}
+    try:
+        reader = tf.train.load_checkpoint(str(path / _TENSORS))
+        names = reader.get_variable_to_shape_map()
+        return manifest, {name: reader.get_tensor(name) for name in names}
+    except (tf.errors.OpError, ValueError) as error:  # It was removed just now.
+        raise DamagedCheckpointError(f"{path}: {error}") from error
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -162,7 +165,10 @@ def steps(folder: pathlib.Path) -> list[int]:
 
 
 def recover(folder: pathlib.Path) -> None:
-    """Ends what a killed process had begun: nothing unfinished stays."""
+    """Ends what a killed process had begun: nothing unfinished stays.
+
+    Only for who saves there: what another process is writing would be lost.
+    """
     for path in folder.glob(f"{_UNFINISHED}*"):
         old = path.name.removeprefix(f"{_UNFINISHED}old-")
         if old != path.name and not (folder / old).exists():

@@ -42,13 +42,18 @@ def callback_list(model, callbacks, verbose, epochs, steps, add_history=False):
     )
 
 
-def run_test(model, batches: GlobalBatches, callbacks: CallbackList) -> dict:
+def run_test(
+    model,
+    batches: GlobalBatches,
+    callbacks: CallbackList,
+    after: Callable[[int, bool], None] = lambda step, more: None,
+) -> dict:
     """Evaluates a model on all data, with its hooks, and returns the logs."""
     driver = step_driver(model, "test", batches)
     batches.restart()
     model.stop_evaluating = False
     callbacks.on_test_begin()
-    logs = run_epoch(model, "test", driver, batches, callbacks)
+    logs = run_epoch(model, "test", driver, batches, callbacks, after=after)
     callbacks.on_test_end(logs)
     return logs
 
@@ -72,8 +77,8 @@ def run_epoch(
         batches: The data.
         callbacks: The callbacks.
         step: How many steps of it were run already, by a training that goes on here.
-        after: Called after each execution with the number of steps run, and whether the
-            data have more.
+        after: Called with the number of steps run, and whether the data have more:
+            after each execution if they have, and once after the last one.
         skipped: The steps, from 0, whose batches are left out.
     """
     if step == 0:
@@ -125,7 +130,8 @@ def run_steps(
             batches.skip_next()
             step += 1
             batches.ran(step)
-            after(step, has_more(step))
+            if has_more(step):
+                after(step, True)
             continue
         steps = model.steps_per_execution
         if total is not None:
@@ -137,8 +143,10 @@ def run_steps(
         callbacks.batch_end(kind, step - 1, read)
         if callbacks.may_stop_alone[kind]:
             agreement.settle(model, kind, "the end of an execution")
-        after(step, has_more(step))
+        if has_more(step):
+            after(step, True)
         if has_stopped():
             break
+    after(step, False)
     batches.end_epoch(step)
     agreement.check_same_batches(model, kind, batches)

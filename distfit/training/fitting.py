@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from distfit import _keras
 from distfit.callbacks import CallbackList
-from distfit.callbacks.callback_list import has_checkpoint
+from distfit.callbacks.callback_list import checkpoints_among
 from distfit.cluster import agreement, workers
 from distfit.training import randomness, resuming, state
 from distfit.training.checks import outside_of_scopes
@@ -47,9 +47,10 @@ def fit(
     _check_validation_freq(validation_freq)
     team = workers.of(model.distribute_strategy)
     epochs = _capped_epochs(epochs)
-    saved = resuming.load(team, resume_from)
+    checkpoints = checkpoints_among(callbacks)
+    saved = resuming.load(team, resume_from, owned=[c.folder for c in checkpoints])
     workers.agree_on_randomness(team, "fit()")  # Before data are shuffled.
-    if has_checkpoint(callbacks):
+    if checkpoints:
         randomness.seed_if_unseeded()
     if saved is not None:
         randomness.set_state(saved.manifest["at the start"]["randomness"])

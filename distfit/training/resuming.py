@@ -6,7 +6,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -40,7 +40,10 @@ Usable = Callable[[Saved], str]
 
 
 def load(
-    team: Workers, folder: Any, is_good: Usable = lambda saved: ""
+    team: Workers,
+    folder: Any,
+    is_good: Usable = lambda saved: "",
+    owned: Sequence[pathlib.Path] = (),
 ) -> Saved | None:
     """The latest good checkpoint of a folder, as the chief reads it, on all workers.
 
@@ -50,6 +53,8 @@ def load(
         team: The workers; all of them call this at the same place.
         folder: A folder of checkpoints, or None.
         is_good: Says why a checkpoint that is not damaged cannot be used, or "".
+        owned: The folders that this training saves to. What a kill has left unfinished
+            there is tidied up; in others, a training may be at work.
 
     Returns:
         None if no folder is given or nothing was saved yet.
@@ -63,7 +68,10 @@ def load(
     own, error = b"", ""
     if team.is_chief:
         try:
-            own = _packed(_latest(pathlib.Path(folder), is_good))
+            path = pathlib.Path(folder)
+            if path.resolve() in [each.resolve() for each in owned]:
+                checkpoint.recover(path)
+            own = _packed(_latest(path, is_good))
         except (OSError, TypeError, ValueError) as problem:
             error = str(problem)
     error = team.from_chief("the checkpoint", error)
@@ -72,13 +80,15 @@ def load(
     return _unpacked(team.gather("the checkpoint", own)[0])
 
 
-def non_finite(saved: Saved) -> str:
-    """Which of its weights or optimizer's variables is not finite, or ""."""
-    for name, value in saved.arrays.items():
-        if name.startswith(("model/", "optimizer")) and value.dtype.kind in "fV":
-            if not np.isfinite(value.astype("float64")).all():
-                return f"{saved.path}: {name} is not finite."
-    return ""
+def non_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The weights and optimizers' variables, among arrays, that are not finite."""
+    return [
+        name
+        for name, value in arrays.items()
+        if name.startswith(("model/", "optimizer"))
+        and value.dtype.kind in "fV"
+        and not np.isfinite(value.astype("float64")).all()
+    ]
 
 
 def _latest(folder: pathlib.Path, is_good: Usable = lambda saved: "") -> Saved | None:
@@ -87,16 +97,17 @@ def _latest(folder: pathlib.Path, is_good: Usable = lambda saved: "") -> Saved |
             "`resume_from` is the folder of all checkpoints; the latest good one is "
             f"taken. Received: resume_from={str(folder)!r}. Give its parent."
         )
-    if folder.is_dir():
-        checkpoint.recover(folder)
-    return _first_good(folder, reversed(checkpoint.steps(folder)), is_good)
+    return _first_good(folder, lambda: checkpoint.steps(folder)[::-1], is_good)
 
 
 def _first_good(
-    folder: pathlib.Path, steps: Iterable[int], is_good: Usable
+    folder: pathlib.Path,
+    find: Callable[[], list[int]],
+    is_good: Usable = lambda saved: "",
 ) -> Saved | None:
+    """The first checkpoint that can be used, of the steps that `find()` returns."""
     errors = []
-    for step in steps:
+    for step in (steps := find()):
         path = checkpoint.path_of(folder, step)
         try:
             saved = Saved(path, *checkpoint.read(path))
@@ -105,8 +116,11 @@ def _first_good(
             error = str(problem)
         if not error:
             return saved
-        _LOGGER.warning("A checkpoint is passed over: %s", error)
+        if path.exists():
+            _LOGGER.warning("A checkpoint is passed over: %s", error)
         errors.append(error)
+    if errors and find() != steps:  # A training at work has saved, and removed these.
+        return _first_good(folder, find, is_good)
     if errors:
         raise checkpoint.DamagedCheckpointError(
             f"No checkpoint can be used. Received: {' '.join(errors)} Start anew in "
@@ -141,8 +155,8 @@ def load_weights(
     if monitor is None:
         saved = _latest(folder)
     else:
-        best = checkpoint.Best(monitor, mode, sys.maxsize).steps(folder)
-        saved = _first_good(folder, best, lambda saved: "")
+        best = checkpoint.Best(monitor, mode, sys.maxsize)
+        saved = _first_good(folder, lambda: best.steps(folder))
     if saved is None:
         raise FileNotFoundError(f"There is no checkpoint with {monitor}: {folder}")
     variables = state.variables_of_model(model)

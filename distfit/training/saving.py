@@ -14,7 +14,7 @@ from distfit.training import checkpoint
 
 _BETWEEN_TALKS = 0.5  # Seconds, about: an exchange takes less than a millisecond.
 
-Freeze = Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]
+Frozen = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 class Saving:
@@ -31,11 +31,16 @@ class Saving:
     """
 
     def __init__(
-        self, team: Workers, checkpoints: Sequence[Checkpoint], freeze: Freeze
+        self,
+        team: Workers,
+        checkpoints: Sequence[Checkpoint],
+        freeze: Callable[[], Frozen],
     ):
         self._team = team
         self._checkpoints = checkpoints
         self._freeze = freeze
+        self._held: Frozen | None = None
+        self._held_at = (0, 0)
         self._next_talk = 0
         self._last_talk = (0, 0.0)
 
@@ -67,16 +72,31 @@ class Saving:
 
     def after_steps(self, step: int, epoch: int) -> None:
         """Saves where that is due, after an execution of steps within an epoch."""
-        if self._checkpoints and (self._team.count == 1 or step >= self._next_talk):
-            self._look(step, epoch, at_end_of_epoch=False)
+        if self._is_time_to_talk(step):
+            self._look(step, step, epoch, at_end_of_epoch=False)
         else:
             by_time = [False] * len(self._checkpoints)
             self._save_what_is_due(step, epoch, False, by_time)
 
+    def hold(self, step: int, epoch: int) -> None:
+        """Freezes this moment: it is what validation, which follows, saves.
+
+        Validation changes metrics and random generators, and may take long.
+        """
+        if self._checkpoints:
+            self._held, self._held_at = self._freeze(), (step, epoch)
+            self._plan_next_talk(0, pace=0.0)
+
+    def after_test_steps(self, step: int, more: bool) -> None:
+        """Saves where that is due, after steps of a validation."""
+        if more and self._is_time_to_talk(step):
+            self._look(step, *self._held_at, at_end_of_epoch=False)
+
     def after_epoch(self, step: int, epoch: int) -> None:
         """Saves where that is due, after an epoch."""
+        self._held = None
         if self._checkpoints:
-            self._look(step, epoch, at_end_of_epoch=True)
+            self._look(step, step, epoch, at_end_of_epoch=True)
 
     def end(self, step: int, epoch: int) -> None:
         """Saves the end of the training, if it is not yet saved, and waits for that.
@@ -85,25 +105,35 @@ class Saving:
             SaveError: on all workers, if the chief could not write.
         """
         for each in self._checkpoints:
-            if not each.has_saved(step):
+            if not each.has_saved(step, epoch):
                 self._save(each, step, epoch)
             began = time.monotonic()
             self._check_written(each)
             each.paused += time.monotonic() - began
 
-    def _look(self, step: int, epoch: int, at_end_of_epoch: bool) -> None:
-        """Tells the others what only this worker knows, and does what follows."""
+    def _is_time_to_talk(self, step: int) -> bool:
+        is_planned = self._team.count == 1 or step >= self._next_talk
+        return bool(self._checkpoints) and is_planned
+
+    def _look(self, count: int, step: int, epoch: int, at_end_of_epoch: bool) -> None:
+        """Tells the others what only this worker knows, and does what follows.
+
+        Args:
+            count: How many steps were run, of training or of this validation.
+            step, epoch: The place to save.
+            at_end_of_epoch: Whether it is one.
+        """
         then, when = self._last_talk
         now = time.monotonic()
         own = {
             "code": max((each.asked for each in self._checkpoints), default=0),
             "due": [each.time_is_due() for each in self._checkpoints],
             "failures": [each.failure_so_far() for each in self._checkpoints],
-            "pace": (now - when) / (step - then) if step > then else 0.0,
+            "pace": (now - when) / (count - then) if count > then else 0.0,
         }
         told = self._team.tell("what is to be saved", own)
         chief, code = told[0], max(each["code"] for each in told)
-        self._plan_next_talk(step, max(each["pace"] for each in told))
+        self._plan_next_talk(count, max(each["pace"] for each in told))
         for each, failure in zip(self._checkpoints, chief["failures"], strict=True):
             self._report(each, failure)
         self._save_what_is_due(step, epoch, at_end_of_epoch, chief["due"])
@@ -132,7 +162,7 @@ class Saving:
     def _save(self, each: Checkpoint, step: int, epoch: int) -> None:
         began = time.monotonic()
         self._check_written(each)
-        manifest, arrays = self._freeze()
+        manifest, arrays = self._held or self._freeze()
         manifest["logs"] = (
             each.logs_at(epoch) if manifest["step of the epoch"] == 0 else {}
         )

@@ -53,6 +53,9 @@ class Training:
         self.callbacks = callbacks
         self.epochs = epochs
         self.epoch = self.step = self.steps = 0
+        self._more = True  # Whether steps of this epoch may follow.
+        # Weights that are not finite from the start: a mask of -inf, say.
+        self._never_finite: set[str] = set()
         self._team = workers.of(model.distribute_strategy)
         self._has_warned = False
         self._validation_freq = validation_freq
@@ -121,7 +124,16 @@ class Training:
         if len(self.callbacks.non_finite[0].skipped) >= _MOST_SKIPPED:
             raise error
         folder = self.callbacks.checkpoints[0].folder
-        saved = resuming.load(self._team, folder, resuming.non_finite)
+
+        def why_not(saved: resuming.Saved) -> str:
+            bad = set(resuming.non_finite(saved.arrays)) - self._never_finite
+            return f"{saved.path}: {min(bad)} is not finite." if bad else ""
+
+        try:
+            saved = resuming.load(self._team, folder, why_not)
+        except ValueError:  # Each was named as it was passed over.
+            text = f"{error} No checkpoint can be gone back to: {folder}."
+            raise FloatingPointError(text) from error
         if saved is None:
             raise error
         if self._team.is_chief:
@@ -168,6 +180,10 @@ class Training:
         self.epoch = agreement.first_epoch(model, initial_epoch)
         if saved is not None:
             self._go_on(saved)
+        if callbacks.rolls_back:
+            variables = state.variables_of(model, self._drivers)
+            values = state.values_of(self._team, variables)
+            self._never_finite = set(resuming.non_finite(values))
         resumed = None if saved is None else saved.path.parent
         self._saving.begin(self.steps, self.epoch, resumed)
         if callbacks.rolls_back and saved is None and not self._driver.eagerly:
@@ -201,8 +217,10 @@ class Training:
             self._after,
             self._skipped(),
         )
-        if self.validation is not None and _is_due(self.epoch, self._validation_freq):
-            found = run_test(model, self.validation, callbacks)
+        if (validation := self._next_validation()) is not None:
+            found = run_test(
+                model, validation, callbacks, self._saving.after_test_steps
+            )
             logs |= {f"val_{name}": value for name, value in found.items()}
         callbacks.on_epoch_end(self.epoch, logs)
         agreement.settle(model, "train", "the end of an epoch")
@@ -222,9 +240,15 @@ class Training:
     def _after(self, step: int, more: bool) -> None:
         """Notes that steps were run."""
         self.steps += step - self.step
-        self.step = step
+        self.step, self._more = step, more
         if more:  # Else the end of the epoch, with its logs, is what to save.
             self._saving.after_steps(self.steps, self.epoch)
+        elif self._next_validation() is not None:
+            self._saving.hold(self.steps, self.epoch)
+
+    def _next_validation(self) -> GlobalBatches | None:
+        """The data to validate with after this epoch, if it is due."""
+        return self.validation if _is_due(self.epoch, self._validation_freq) else None
 
     # Checkpoints.
 
@@ -266,7 +290,8 @@ class Training:
         self._add_iterators(arrays)
         stops = self._team.tell("who stops", bool(self.model.stop_training))
         # Where no step of the epoch may follow, its logs are those of the latest.
-        results = self._driver.results() if any(stops) and self.step else {}
+        is_last = self.step and (any(stops) or not self._more)
+        results = self._driver.results() if is_last else {}
         manifest = {
             "versions": resuming.versions(),
             "replicas": self.model.distribute_strategy.num_replicas_in_sync,
