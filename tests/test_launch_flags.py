@@ -11,10 +11,11 @@ import ml_collections
 import pytest
 from ml_collections import config_dict
 
+import distfit
 from launch.__main__ import main
 from launch.errors import UsageError
 from launch.run import quiet, summary
-from launch.settings import configuration, flags, targets
+from launch.settings import checks, configuration, flags, targets
 from launch.settings.flags import CommandLine
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,6 +45,20 @@ BAD_COMMAND_LINES = {
     "learning rate": ("--learning_rate=nan", "learning_rate=nan"),
     "policy": ("--mixed_precision=half", "mixed_bfloat16"),
     "verbosity": ("--verbose=3", "verbose=3"),
+    "unit of time": (
+        "--checkpoint_every=5m",
+        "or never alone. Received: --checkpoint_every=5m. Give e.g. 100steps",
+    ),
+    "never and more": ("--checkpoint_every=never,1epoch", "every=never,1epoch. Give"),
+    "no time to save": ("--checkpoint_every=1epoch,0min", "every=1epoch,0min"),
+    "one checkpoint": ("--keep=1", "keep must be at least 2. Received: keep=1"),
+    "mode": ("--mode=mean", "--mode=mean. Choose one of min, max"),
+    "error of a save": ("--on_save_error=warm", "--on_save_error=warm. Did you mean"),
+    "non-finite loss": ("--on_non_finite=skip", "--on_non_finite=skip. Choose one of"),
+    "config value of saving": (
+        "--config.checkpoint_every=None",
+        "--checkpoint_every=None",
+    ),
     "data": ("--data_dir=nowhere", "--data_dir=nowhere"),
     "file as folder": ("--workdir=file/run", "--workdir=file/run"),
     "config file": ("--config=none.py", "--config=none.py"),
@@ -300,9 +315,23 @@ def test_the_written_settings_are_json():
 def test_names_are_read_from_the_sources_as_they_are_when_imported():
     from distfit import datasets, models, strategy
 
-    assert targets.declared_names("models/__init__.py") == models.NAMES
-    assert targets.declared_names("datasets/__init__.py") == datasets.NAMES
-    assert targets.declared_names("strategy.py") == strategy.NAMES
+    assert targets.declared("models/__init__.py") == models.NAMES
+    assert targets.declared("datasets/__init__.py") == datasets.NAMES
+    assert targets.declared("strategy.py") == strategy.NAMES
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("never", []),
+        ("100steps, 2 epochs,10min,30s", ["100steps", "2 epochs", "10min", "30s"]),
+    ],
+)
+def test_what_checkpoint_every_takes_a_checkpoint_takes(text, expected, tmp_path):
+    line = flags.parse([f"--checkpoint_every={text}"])
+    every = checks.moments(configuration.preview(line))
+    assert every == expected
+    distfit.callbacks.Checkpoint(tmp_path, every)
 
 
 def test_a_module_in_the_current_folder_is_found_without_importing_it(folder):

@@ -13,7 +13,10 @@ import numpy as np
 
 from distfit.training import checkpoint
 
-_EVERY = re.compile(r"(\d+)\s*(steps?|epochs?|min|s)")
+# `python -m launch` reads these from this file, to check its flags without TensorFlow.
+EVERY = r"(0*[1-9][0-9]*)\s*(steps?|epochs?|min|s)"
+MODES = ("min", "max")
+ON_ERROR = ("raise", "warn")
 
 
 class SaveError(OSError):
@@ -67,8 +70,8 @@ class Checkpoint(keras.callbacks.Callback):
                 "Fewer than two checkpoints are not safe: the latest may be damaged. "
                 f"Received: keep={keep}. Give at least {checkpoint.LEAST_KEPT}."
             )
-        _check_choice("mode", mode, ("min", "max"))
-        _check_choice("on_error", on_error, ("raise", "warn"))
+        _check_choice("mode", mode, MODES)
+        _check_choice("on_error", on_error, ON_ERROR)
         self.folder = pathlib.Path(folder)
         self.keep = keep
         self.monitor = monitor
@@ -194,8 +197,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _parsed(every: str) -> tuple[int, str]:
-    match = _EVERY.fullmatch(every)
-    if match is None or int(match[1]) < 1:
+    match = re.fullmatch(EVERY, every)
+    if match is None:
         raise ValueError(
             "`every` must be a number with a unit, as 100steps, 1epoch, 10min or 30s. "
             f"Received: every={every!r}."

@@ -12,25 +12,22 @@ import distfit
 from distfit.training import checkpoint
 from launch import run_files
 from launch.errors import RunError, UsageError
+from launch.settings import checks
 
 MODEL_FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 RECORD = "model.json"  # which epochs and step the file is of
 CHECKPOINTS = run_files.CHECKPOINTS
-_NEVER = "never"
 
 
 def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
-    """The callback that saves as `--checkpoint_every` says; None if never.
-
-    Raises:
-        ValueError: a setting is invalid.
-    """
-    if config.checkpoint_every == _NEVER:
+    """The callback that saves as `--checkpoint_every` says; None if never."""
+    every = checks.moments(config)
+    if not every:
         return None
     return distfit.callbacks.Checkpoint(
         pathlib.Path(config.workdir, CHECKPOINTS),
-        every=[each.strip() for each in config.checkpoint_every.split(",")],
+        every=every,
         keep=config.keep,
         monitor=config.monitor,
         mode=config.mode,

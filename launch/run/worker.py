@@ -75,9 +75,8 @@ def run(
 
 def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, Any]:
     """Trains, writes the results to the working folder and returns what to report."""
-    with input_errors.as_usage_errors():
-        checkpoints = saving.checkpoints(run.config)
-        non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
+    checkpoints = saving.checkpoints(run.config)
+    non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
     fresh, finished = _look_back(run, command_line.cluster.get("fresh", False))
     if finished:
         return {

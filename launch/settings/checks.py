@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 from collections.abc import Collection
 
 import ml_collections
@@ -18,6 +19,13 @@ POLICIES = (
     "mixed_bfloat16",
     "mixed_float16",
 )
+_NEVER = "never"
+# In which file of distfit the values of a setting are, and their name there.
+_CHOICES = {
+    "mode": ("callbacks/checkpoint.py", "MODES"),
+    "on_save_error": ("callbacks/checkpoint.py", "ON_ERROR"),
+    "on_non_finite": ("callbacks/non_finite.py", "ACTIONS"),
+}
 _LARGEST_SEED = 2**32 - 1  # limit of NumPy's legacy generator, which Keras seeds too
 
 
@@ -33,7 +41,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_at_least(config, "seed", 0, most=_LARGEST_SEED)
     _check_learning_rate(config)
     _check_verbose(config)
+    _check_saving(config)
     _check_paths(config)
+
+
+def moments(config: ml_collections.ConfigDict) -> list[str]:
+    """When to save, each as a `Checkpoint` takes it; nothing for "never"."""
+    if config.checkpoint_every == _NEVER:
+        return []
+    return [each.strip() for each in str(config.checkpoint_every).split(",")]
 
 
 def check_keys(config: ml_collections.ConfigDict, known: Collection[str]) -> None:
@@ -82,7 +98,7 @@ def check_cluster(
 
 
 def _check_names(config: ml_collections.ConfigDict) -> None:
-    names = targets.declared_names
+    names = targets.declared
     targets.check("model", config.model, names("models/__init__.py"))
     targets.check_name("strategy", config.strategy, names("strategy.py"))
     if config.mixed_precision is not None:
@@ -126,6 +142,20 @@ def _check_verbose(config: ml_collections.ConfigDict) -> None:
             f"Unknown verbosity. Received: verbose={config.verbose}. "
             "Give 0 (silent), 1 (a progress bar) or 2 (a line per epoch)."
         )
+
+
+def _check_saving(config: ml_collections.ConfigDict) -> None:
+    every = targets.declared("callbacks/checkpoint.py", "EVERY")
+    if not all(re.fullmatch(every, each) for each in moments(config)):
+        raise UsageError(
+            "--checkpoint_every takes numbers with a unit, separated by commas, or "
+            f"{_NEVER} alone. Received: --checkpoint_every={config.checkpoint_every}. "
+            f"Give e.g. 100steps, 1epoch, 10min, 30s or {_NEVER}."
+        )
+    least = targets.declared("training/checkpoint.py", "LEAST_KEPT")
+    _check_at_least(config, "keep", least)
+    for name, (file, choices) in _CHOICES.items():
+        targets.check_name(name, config[name], targets.declared(file, choices))
 
 
 def _check_paths(config: ml_collections.ConfigDict) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import pathlib
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from launch.errors import UsageError
 
@@ -21,8 +22,8 @@ def is_path(value: str) -> bool:
     return ":" in value
 
 
-def declared_names(file: str) -> tuple[str, ...]:
-    """Returns the literal `NAMES` of a file of distfit, such as "models/__init__.py".
+def declared(file: str, name: str = "NAMES") -> Any:
+    """Returns a literal of a file of distfit, such as that of "models/__init__.py".
 
     It is parsed, not imported: importing any part of distfit imports TensorFlow.
     """
@@ -35,9 +36,9 @@ def declared_names(file: str) -> tuple[str, ...]:
     source = pathlib.Path(spec.origin).parent.joinpath(file).read_text()
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Assign):
-            if [ast.unparse(target) for target in statement.targets] == ["NAMES"]:
+            if [ast.unparse(target) for target in statement.targets] == [name]:
                 return ast.literal_eval(statement.value)
-    raise LookupError(f"{file} assigns no literal NAMES.")
+    raise LookupError(f"{file} assigns no literal {name}.")
 
 
 def check(flag: str, value: str, names: Sequence[str]) -> None:
