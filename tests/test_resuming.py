@@ -256,11 +256,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 
 @pytest.mark.parametrize("name", pick(["one bit flipped"], list(DAMAGES)))
 def test_a_training_goes_on_from_before_a_damaged_checkpoint(
-    make_strategy, damaged, whole, caplog, name
+    make_strategy, damaged, whole, caplog, capsys, name
 ):
+    caplog.set_level("INFO", "distfit")
     message, folder = DAMAGES[name][1], damaged(name)
     rest = train(make_strategy(1), folder, arrays, resume_from=folder)
     assert message in caplog.text
+    assert f"Going on from {folder}/step-5: epoch 2, step 2." in caplog.text
+    assert capsys.readouterr().out == ""
     assert_same_bits(whole, rest)
 
 
@@ -666,13 +669,15 @@ def test_going_on_from_the_end_of_an_epoch(make_strategy, tmp_path, given):
         assert_same_bits(whole, rest)
 
 
-def test_going_on_without_saving_again(make_strategy, tmp_path):
+def test_going_on_without_saving_again(make_strategy, tmp_path, capsys):
     whole = train(make_strategy(1), tmp_path / "whole", shuffled)
     folder = tmp_path / "stopped"
     with pytest.raises(StopsError):
         train(make_strategy(1), folder, shuffled, 6)
-    rest = train(make_strategy(1), None, shuffled, resume_from=folder)
+    rest = train(make_strategy(1), None, shuffled, resume_from=folder, verbose=2)
     assert_same_bits(whole, rest)
+    place = f"Going on from {folder}/step-6: epoch 2, step 3.\n"
+    assert capsys.readouterr().out.startswith(f"{place}Epoch 2/3\n")
 
 
 def test_fused_steps_go_on_where_an_execution_ended(make_strategy, tmp_path):

@@ -358,6 +358,7 @@ class Training:
         errors = self._team.tell("the place in the data", error)
         if any(errors):
             raise ValueError(next(filter(None, errors)))
+        self._tell_place(saved)  # Before the progress bar, which begins with an epoch.
         if self.step:
             self.callbacks.on_epoch_begin(self.epoch)
         if self._driver.eagerly:
@@ -376,14 +377,21 @@ class Training:
         self._driver.set_results(states.decode(manifest["results"], arrays))
         stops = manifest["stops"]
         self.model.stop_training = stops[min(self._team.index, len(stops) - 1)]
-        if self._team.is_chief and self.callbacks.params["verbose"]:
-            place = f"epoch {self.epoch + 1}, step {self.step + 1}"
-            print(f"Going on from {saved.path}: {place}.", flush=True)
         if any(stops) and self.step == 0 and self._team.is_chief:
             logging.getLogger("distfit").warning(
                 "The training of %s had stopped itself: nothing is left to do.",
                 saved.path,
             )
+
+    def _tell_place(self, saved: resuming.Saved) -> None:
+        if not self._team.is_chief:
+            return
+        place = f"epoch {self.epoch + 1}, step {self.step + 1}"
+        text = f"Going on from {saved.path}: {place}."
+        if self.callbacks.params["verbose"]:
+            print(text, flush=True)
+        else:
+            logging.getLogger("distfit").info(text)
 
     def _check_model(self, saved: resuming.Saved) -> None:
         variables = state.variables_of(self.model, self._drivers)

@@ -5,6 +5,7 @@ cluster runs all of it; only the chief reports and writes.
 """
 
 import contextlib
+import logging
 import pathlib
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def run(
 
 def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, Any]:
     """Trains, writes the results to the working folder and returns what to report."""
+    _show_information()
     checkpoints = saving.checkpoints(run.config)
     non_finite = distfit.callbacks.NonFinite(run.config.on_non_finite)
     fresh, finished = _look_back(run, command_line.cluster.get("fresh", False))
@@ -139,6 +141,20 @@ def train(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[str, 
         "saved": saved,
         "results": run.folder,
     }
+
+
+def _show_information() -> None:
+    """Prints what distfit logs as information: where it goes on, if not verbose."""
+    logger = logging.getLogger("distfit")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(_printed)  # A handler would have to show the warnings as well.
+
+
+def _printed(record: logging.LogRecord) -> bool:
+    """Prints information; whether a record is to be logged still."""
+    if record.levelno == logging.INFO:
+        print(record.getMessage(), flush=True)
+    return record.levelno != logging.INFO
 
 
 def _look_back(run: setup.Run, fresh: bool) -> tuple[bool, bool]:

@@ -179,6 +179,10 @@ COMMANDS = {
         *(*ON_TWO, "--dataset=mine:dataset", "--steps_per_execution=2"),
         "--workdir=dataset",
     ),
+    "going on": (
+        *(*ON_TWO, "--dataset=mine:dataset", "--steps_per_execution=2"),
+        *("--workdir=dataset", "--epochs=2", "--verbose=0"),
+    ),
     "not a number": (*ON_TWO, "--dataset=mine:not_a_number", "--workdir=nan"),
     "broken": (*ON_TWO, "--model=mine:build_broken", "--workdir=broken"),
     **{flag: (*ON_TWO, flag, "--workdir=refused") for flag in REFUSED},
@@ -324,6 +328,13 @@ def test_config_file_override_and_flag_reach_the_model(folder, results):
 def test_a_tf_dataset_of_ones_own_trains_without_validation(folder, results):
     check_done(results["dataset"])
     assert "val_loss" not in epochs(folder, "dataset")[0]
+
+
+def test_where_a_silent_run_goes_on_is_said_once(results):
+    check_done(results["going on"])
+    place = "Going on from dataset/checkpoints/step-5: epoch 2, step 1.\n"
+    assert results["going on"].stdout.count(place) == 1
+    assert "Epoch" not in results["going on"].stdout
 
 
 def test_a_loss_that_is_not_a_number_fails_and_names_step_and_replica(folder, results):
