@@ -74,6 +74,19 @@ def test_more_epochs_go_on_and_what_has_changed_is_named(tmp_path, capsys):
     )
 
 
+def test_an_evaluation_names_what_it_does_in_another_way(tmp_path, capsys):
+    leave(tmp_path, 3, dataset="mnist", seed=4)
+    recorded = configuration.recorded(tmp_path)
+    same = config(tmp_path / "moved", dataset="mnist", seed=4)
+    earlier.tell_changes("Evaluating", recorded, same)
+    assert capsys.readouterr().out == ""
+    earlier.tell_changes("Evaluating", recorded, config(tmp_path, dataset="other"))
+    assert capsys.readouterr().out == (
+        "Evaluating with other settings: dataset='other', which was 'mnist', "
+        "seed=1337, which was 4.\n"
+    )
+
+
 @pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("batch_size", 8)])
 def test_other_settings_are_refused_and_nothing_is_changed(tmp_path, name, value):
     leave(tmp_path, 2)

@@ -296,6 +296,15 @@ def test_evaluate_takes_up_the_settings_of_the_training_below_flags():
     assert config.shape == (1, 2)
 
 
+def test_a_training_is_evaluated_in_the_folder_where_it_is_now():
+    trained = CommandLine(settings={"workdir": "before"})
+    configuration.write(configuration.resolve(trained, model_defaults()))
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("before").rename("runs/gan")
+    config = configuration.resolve(CommandLine("evaluate"), model_defaults())
+    assert config.workdir == "runs/gan"
+
+
 def test_evaluating_does_not_take_the_workers_that_trained():
     recorded = CommandLine(settings={"strategy": "multi_worker", "workdir": "here"})
     configuration.write(configuration.resolve(recorded, model_defaults()))

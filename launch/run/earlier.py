@@ -141,10 +141,24 @@ def check(config: ml_collections.ConfigDict) -> bool:
     if model is not None and _is_complete(manifest, folder, config):
         return True
     _check_epochs(manifest, config)
+    tell_changes("Going on", recorded, config)
+    return False
+
+
+def tell_changes(
+    doing: str, recorded: Mapping[str, Any], config: ml_collections.ConfigDict
+) -> None:
+    """Prints which settings differ from those that are recorded, if any do.
+
+    Args:
+        doing: what is done with them, as "Going on".
+        recorded: those of the earlier run.
+        config: those of this one.
+    """
+    changed = _changed(recorded, config)
     shown = [text for name, text in changed.items() if name != "workdir"]
     if shown:
-        print(f"Going on with other settings: {', '.join(shown)}.", flush=True)
-    return False
+        print(f"{doing} with other settings: {', '.join(shown)}.", flush=True)
 
 
 def _is_complete(
@@ -183,12 +197,12 @@ def _check_epochs(
 def _changed(
     recorded: Mapping[str, Any], config: ml_collections.ConfigDict
 ) -> dict[str, str]:
-    """The settings that differ, each as "epochs=3, which was 2"."""
+    """The settings that differ, each as "epochs=3, which was 2", in one line."""
     now = json.loads(config.to_json_best_effort())
     # A setting that the earlier run did not know had its default.
     before = {**json.loads(configuration.defaults().to_json_best_effort()), **recorded}
     return {
-        name: f"{name}={now.get(name)}, which was {before.get(name)}"
+        name: f"{name}={now.get(name)!r}, which was {before.get(name)!r}"
         for name in sorted(now.keys() | before.keys())
         if _text(now.get(name)) != _text(before.get(name))
     }

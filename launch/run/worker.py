@@ -223,6 +223,9 @@ def evaluate(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[st
             f"is no validation data. Received: model={run.config.model!r}, "
             f"dataset={run.config.dataset!r}. Add what is missing."
         )
+    if run.writes:
+        recorded = configuration.recorded(run.folder)
+        earlier.tell_changes("Evaluating", recorded, run.config)
     data = _named(run.validation)
     with input_errors.as_usage_errors():
         if not run.model.built:  # a subclass creates its weights when it sees data
@@ -238,7 +241,7 @@ def evaluate(run: setup.Run, command_line: CommandLine, watch: Watch) -> dict[st
             callbacks=[Heartbeat(watch.watchdog)],
             return_dict=True,
         )
-    return {"weights": loaded, **results}
+    return {"dataset": run.config.dataset, "weights": loaded, **results}
 
 
 def _named(data: Any) -> dict[str, Any]:

@@ -97,6 +97,22 @@ def write(config: ml_collections.ConfigDict) -> None:
         raise unwritable(folder, error) from error
 
 
+def recorded(folder: pathlib.Path) -> Mapping[str, Any]:
+    """Reads the settings that a training wrote, so that `evaluate` needs no flags.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = run_files.read_json(folder / FILE)
+    if found is None:
+        raise UsageError(
+            f"The folder has no training to evaluate: {FILE} is missing or malformed. "
+            f"Received: --workdir={folder}. "
+            "Give the --workdir of a training, or its --model."
+        )
+    return found
+
+
 def unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
     """The error for a working folder that cannot be written to."""
     return UsageError(
@@ -132,8 +148,9 @@ def _stack(
     config = stacked()
     if command_line.command == "evaluate":
         # The other sources determine the folder, and override the settings in it.
-        file = pathlib.Path(config.workdir, FILE)
-        layers.insert(0, (str(file), _for_evaluation(_load_recorded(file))))
+        folder = pathlib.Path(config.workdir)
+        layer = {**_for_evaluation(recorded(folder)), "workdir": config.workdir}
+        layers.insert(0, (str(folder / FILE), layer))
         config = stacked()
     return config
 
@@ -213,18 +230,6 @@ def _load_file(config: str | None) -> Mapping[str, Any]:
             f"Received: {loaded!r} from --config={config}. Return one."
         )
     return loaded
-
-
-def _load_recorded(file: pathlib.Path) -> Mapping[str, Any]:
-    """Reads the settings that a training wrote, so that `evaluate` needs no flags."""
-    recorded = run_files.read_json(file)
-    if recorded is None:
-        raise UsageError(
-            f"The folder has no training to evaluate: {file.name} is missing or "
-            f"malformed. Received: --workdir={file.parent}. "
-            "Give the --workdir of a training, or its --model."
-        )
-    return recorded
 
 
 def _for_evaluation(recorded: Mapping[str, Any]) -> Mapping[str, Any]:

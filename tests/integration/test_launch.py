@@ -172,7 +172,10 @@ COMMANDS = {
     "one": (*MINE, *OVERRIDDEN, "--virtual_devices=1", "--workdir=one"),
     "two": (*ON_TWO, *OVERRIDDEN, "--workdir=two"),
     "compiled": (*ON_TWO, *OVERRIDDEN, "--jit_compile", "--workdir=compiled"),
-    "evaluate two": ("evaluate", "--workdir=two", "--model=mine:build"),
+    "evaluate two": (
+        *("evaluate", "--workdir=two", "--model=mine:build"),
+        *("--learning_rate=0.5", "--seed=99"),
+    ),
     "stock": (*ON_TWO, STOCK, "--workdir=stock"),
     "evaluate stock": ("evaluate", "--workdir=stock", STOCK),
     "dataset": (
@@ -305,6 +308,14 @@ def test_a_model_of_ones_own_trains_and_evaluates_by_its_path(
     summary = reported(evaluated)
     assert summary["replicas"] == "2"  # as it was trained
     assert float(summary["loss"]) == pytest.approx(last["val_loss"], rel=1e-4)
+    assert summary["dataset"] == "mine:rows"
+
+
+def test_an_evaluation_names_the_settings_that_differ_from_the_training(results):
+    changed = "learning_rate=0.5, which was 0.001, seed=99, which was 4"
+    line = f"Evaluating with other settings: {changed}.\n"
+    assert results["evaluate two"].stdout.count(line) == 1
+    assert "other settings" not in results["evaluate stock"].stdout
 
 
 def test_two_devices_train_to_the_numbers_of_one_also_with_xla(folder, results):
