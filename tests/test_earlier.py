@@ -49,7 +49,7 @@ def test_nothing_is_in_the_way_in_a_new_folder_or_after_a_run_that_saved_nothing
     "left, finished",
     [
         ({"done": 3}, True),
-        ({"done": 4, "model": 4}, True),
+        ({"done": 2, "stops": True, "model": 9}, True),  # It had stopped itself.
         ({"done": 1, "stops": True, "model": 2}, True),
         ({"done": None}, True),
         ({"done": 2, "model": 2}, False),
@@ -102,14 +102,22 @@ def test_more_epochs_without_checkpoints_are_refused(tmp_path):
         earlier.check(config(tmp_path, epochs=5))
 
 
-@pytest.mark.parametrize("epochs, goes_on", [(1, False), (2, False), (3, True)])
-def test_epochs_that_were_trained_cannot_be_taken_back(tmp_path, epochs, goes_on):
-    leave(tmp_path, 2, of_step=1, model=None)
-    if goes_on:
-        assert not earlier.check(config(tmp_path, epochs=epochs))
-        return
-    with pytest.raises(UsageError, match="of epoch 3. Give --epochs=3 or more"):
-        earlier.check(config(tmp_path, epochs=epochs))
+@pytest.mark.parametrize(
+    "left, begun",
+    [
+        ({"done": 2, "of_step": 1, "model": None}, 3),
+        ({"done": 2, "model": 2}, 2),
+        ({"done": None, "model": 2}, 2),
+    ],
+)
+def test_epochs_that_were_trained_cannot_be_taken_back(tmp_path, left, begun):
+    """Nor is a model of two epochs that of one."""
+    leave(tmp_path, **left)
+    earlier.check(config(tmp_path, epochs=begun))
+    text = f"epoch {begun} had begun. Give --epochs={begun} or more"
+    for epochs in range(1, begun):
+        with pytest.raises(UsageError, match=text):
+            earlier.check(config(tmp_path, epochs=epochs))
 
 
 class Thing:

@@ -138,9 +138,15 @@ def check(config: ml_collections.ConfigDict) -> bool:
             f"{', '.join(refused)}, --workdir={folder}. Give the same settings to go "
             "on, or --fresh to start anew."
         )
+    _check_epochs(manifest, folder, config)
     if model is not None and _is_complete(manifest, folder, config):
         return True
-    _check_epochs(manifest, config)
+    if manifest is None:
+        raise UsageError(
+            "The run in the working folder has finished and left no checkpoints to go "
+            f"on from. Received: epochs={config.epochs}, --workdir={folder}. "
+            "Give --fresh to start anew."
+        )
     tell_changes("Going on", recorded, config)
     return False
 
@@ -176,21 +182,20 @@ def _is_complete(
 
 
 def _check_epochs(
-    manifest: Mapping[str, Any] | None, config: ml_collections.ConfigDict
+    manifest: Mapping[str, Any] | None,
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
 ) -> None:
-    """Raises a `UsageError` where what is left to train cannot be trained."""
+    """Raises a `UsageError` where more was trained than is asked for."""
     if manifest is None:
-        raise UsageError(
-            "The run in the working folder has finished and left no checkpoints to go "
-            f"on from. Received: epochs={config.epochs}, --workdir={config.workdir}. "
-            "Give --fresh to start anew."
-        )
-    place = (manifest["epoch"], manifest["step of the epoch"])
-    if place > (config.epochs, 0):
+        begun = (run_files.read_json(folder / saving.RECORD) or {}).get("epochs", 0)
+    else:
+        begun = manifest["epoch"] + bool(manifest["step of the epoch"])
+    if begun > config.epochs:
         raise UsageError(
             "The run in the working folder has trained for longer. Received: epochs="
-            f"{config.epochs}, a checkpoint of epoch {place[0] + 1}. Give --epochs="
-            f"{place[0] + bool(place[1])} or more, or --fresh to start anew."
+            f"{config.epochs}, and epoch {begun} had begun. Give --epochs={begun} or "
+            "more, or --fresh to start anew."
         )
 
 
