@@ -1,19 +1,27 @@
-"""Whatever the input is: one clear error at most, nothing hangs, no file is changed."""
+"""Whatever is given, or lies in a folder: it is read, or refused by the right error.
 
+Of a folder of checkpoints nothing is changed but what a killed process left unfinished.
+"""
+
+import functools
 import json
 import shutil
 import string
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from breadth import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from distfit.cluster import workers
+from distfit.models import gan
 from distfit.training import checkpoint, resuming
 from launch import run_files
 from launch.cluster import discovery
 from launch.errors import UsageError
+from launch.run import earlier, saving
 from launch.settings import configuration, flags
 
 WORDS = [
@@ -25,6 +33,7 @@ WORDS = [
 ARGUMENTS = st.lists(
     st.one_of(st.sampled_from(WORDS), st.text(max_size=12)), max_size=6
 )
+VALUES = ["mnist", "multi_worker", "__main__:f", ":", "1epoch", "\ud800", "a\nb", "\0"]
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -44,6 +53,15 @@ JSON = st.recursive(
     max_leaves=12,
 )
 DEEP = "[" * 100_000
+NESTED = functools.reduce(lambda inner, _: {"a": inner}, range(400), 1)
+# What a training may have left as its settings, or someone else.
+RECORDED = st.dictionaries(
+    st.sampled_from(list(configuration.defaults()))
+    | st.sampled_from(["latent_dim", "items", "a.b", "", "__class__", "_fields"])
+    | st.text(max_size=4),
+    JSON | st.sampled_from([*VALUES, NESTED]),
+    max_size=6,
+)
 fuzz = settings(
     max_examples=examples(100, 2000),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -129,6 +147,15 @@ def folder(tmp_path_factory):
 FILES = ("manifest.json", "tensors.index", "tensors.data-00000-of-00001")
 
 
+def contents(folder):
+    """Whatever is not unfinished, by its path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not path.relative_to(folder).parts[0].startswith(".unfinished-")
+    }
+
+
 @fuzz
 @given(
     st.sampled_from(FILES),
@@ -158,8 +185,10 @@ def test_any_damage_to_the_newest_checkpoint_leads_to_the_one_before(
         file.unlink()
     if how == "folder":
         file.mkdir()
+    left = contents(copy)
     found = resuming._latest(copy)
     assert found.manifest["step"] == 1 and (found.arrays["model/0"] == 1).all()
+    assert contents(copy) == left
 
 
 @fuzz
@@ -172,3 +201,93 @@ def test_any_manifest_that_someone_else_has_written_is_refused(folder, tmp_path,
     content["sha256"] = checkpoint._sha256_of(json.loads(json.dumps(content)))
     (copy / "step-2" / checkpoint.MANIFEST).write_text(json.dumps(content))
     assert resuming._latest(copy).manifest["step"] == 1
+
+
+CONTENT = st.dictionaries(
+    st.sampled_from(
+        [
+            *("step-1", "step-2", "step-02", "step-x", "mine", "step-3.0.of-another"),
+            *(".unfinished-step-3", ".unfinished-old-step-1", ".unfinished-old-"),
+        ]
+    ),
+    st.dictionaries(
+        st.sampled_from([*FILES, "mine.txt"]),
+        st.binary(max_size=9)
+        | st.sampled_from([b"{}", b"[1]", b'{"format": 1}', b'{"format": 2}']),
+        max_size=3,
+    )
+    | st.binary(max_size=9)  # A file instead of a folder.
+    | st.just("good"),
+    max_size=4,
+)
+
+
+@fuzz
+@given(CONTENT)
+def test_any_folder_of_checkpoints_is_read_or_refused_and_stays_as_it_is(
+    folder, tmp_path, found
+):
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for name, content in found.items():
+        if content == "good":
+            shutil.copytree(folder / "step-1", copy / name)
+        elif isinstance(content, bytes):
+            (copy / name).write_bytes(content)
+        else:
+            (copy / name).mkdir()
+            for file, data in content.items():
+                (copy / name / file).write_bytes(data)
+    before = contents(copy)
+    try:
+        saved = resuming.load(workers.of(tf.distribute.get_strategy()), copy)
+        assert saved is None or saved.manifest["step"] == 1
+    except ValueError as error:
+        assert str(error)
+    assert before.items() <= contents(copy).items()
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a training: a model of two epochs and the checkpoint of its end."""
+    manifest = {"epoch": 2, "step of the epoch": 0, "stops": [False]}
+    arrays = {"model/0": np.ones(2)}
+    checkpoint.write(tmp_path / saving.CHECKPOINTS, 7, arrays, manifest)
+    (tmp_path / saving.MODEL_FILE).touch()
+    run_files.write_json(tmp_path / saving.RECORD, {"epochs": 2, "step": 7})
+    return tmp_path
+
+
+@fuzz
+@given(RECORDED, st.sampled_from([1, 2, 3]))
+def test_a_training_goes_on_or_is_refused_whatever_is_recorded(trained, found, epochs):
+    (trained / configuration.FILE).write_text(json.dumps(found))
+    line = flags.parse([f"--workdir={trained}", f"--epochs={epochs}"])
+    try:
+        assert earlier.check(configuration.preview(line)) == (epochs == 2)
+    except UsageError as error:
+        assert "Received: " in str(error)
+
+
+@fuzz
+@given(RECORDED)
+def test_a_training_is_evaluated_or_refused_whatever_is_recorded(trained, found):
+    (trained / configuration.FILE).write_text(json.dumps(found))
+    line = flags.parse(["evaluate", f"--workdir={trained}"])
+    try:
+        config = configuration.resolve(line, gan.get_config())
+        assert config.workdir == str(trained)
+        earlier.tell_changes("Evaluating", found, config)
+    except UsageError as error:
+        assert "Received: " in str(error)
+
+
+@fuzz
+@given(JSON | st.dictionaries(st.sampled_from(["epochs", "step"]), JSON, max_size=2))
+def test_a_model_of_any_record_is_taken_up_or_refused(trained, value):
+    (trained / configuration.FILE).write_text("{}")
+    (trained / saving.RECORD).write_text(json.dumps(value))
+    config = configuration.preview(flags.parse([f"--workdir={trained}", "--epochs=2"]))
+    assert earlier.check(config) in (True, False)
+    assert saving._is_latest(trained) in (True, False)

@@ -173,12 +173,12 @@ def _is_complete(
     config: ml_collections.ConfigDict,
 ) -> bool:
     """Whether the model that is there is the end of as many epochs as are asked for."""
-    saved = run_files.read_json(folder / saving.RECORD) or {}
-    if saved.get("epochs", 0) >= config.epochs:
+    epochs, step = saving.record(folder)
+    if epochs >= config.epochs:
         return True
     if manifest is None or manifest["step of the epoch"] > 0:
         return False
-    return any(manifest["stops"]) and saved.get("step") == manifest["step"]
+    return any(manifest["stops"]) and step == manifest["step"]
 
 
 def _check_epochs(
@@ -188,7 +188,7 @@ def _check_epochs(
 ) -> None:
     """Raises a `UsageError` where more was trained than is asked for."""
     if manifest is None:
-        begun = (run_files.read_json(folder / saving.RECORD) or {}).get("epochs", 0)
+        begun, _ = saving.record(folder)
     else:
         begun = manifest["epoch"] + bool(manifest["step of the epoch"])
     if begun > config.epochs:

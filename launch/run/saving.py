@@ -89,6 +89,16 @@ def trained(folder: pathlib.Path) -> pathlib.Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def record(folder: pathlib.Path) -> tuple[int, int | None]:
+    """Of how many epochs the trained model is, and of which step if that is known."""
+    saved = run_files.read_json(folder / RECORD) or {}
+    epochs, step = saved.get("epochs"), saved.get("step")
+    return (
+        epochs if isinstance(epochs, int) else 0,
+        step if isinstance(step, int) else None,
+    )
+
+
 def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> str:
     """Loads weights of the working folder into a built model, and says which.
 
@@ -133,10 +143,10 @@ def load_weights(model: keras.Model, config: ConfigDict, which: str | None) -> s
 
 def _is_latest(folder: pathlib.Path) -> bool:
     """Whether the trained model is there, and no run has trained on since."""
-    saved = run_files.read_json(folder / RECORD) or {}
+    _, step = record(folder)
     steps = checkpoint.steps(folder / CHECKPOINTS)
     return trained(folder) is not None and (
-        not steps or saved.get("step") is None or saved["step"] >= steps[-1]
+        not steps or step is None or step >= steps[-1]
     )
 
 

@@ -159,7 +159,13 @@ def _put(
     config: ml_collections.ConfigDict, layer: Mapping[str, Any], source: str
 ) -> None:
     # Only a reference, not its value, has the type of a placeholder.
-    references = ml_collections.ConfigDict(layer)
+    try:
+        references = ml_collections.ConfigDict(layer)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"The settings cannot be read ({error}). Received: {source}. Rename "
+            "that setting, or give it a plain value."
+        ) from error
     for key, reference in references.items(preserve_field_references=True):
         if key not in config:
             config[key] = reference

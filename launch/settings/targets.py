@@ -6,6 +6,7 @@ importing anything, so that a typo is reported before TensorFlow loads.
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -22,6 +23,7 @@ def is_path(value: str) -> bool:
     return ":" in value
 
 
+@functools.cache
 def declared(file: str, name: str = "NAMES") -> Any:
     """Returns a literal of a file of distfit, such as that of "models/__init__.py".
 
