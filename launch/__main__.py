@@ -73,11 +73,10 @@ def _run(arguments: Sequence[str]) -> int:
         or command_line.cluster.get("max_restarts")
     ):
         return _supervise(arguments, command_line, config, found)
-    if found is not None:
-        return _join(found, command_line, config)
-    unwatched = stall.Watchdog(None, 0, 1, None)
-    record = _recorder(config, 0, unwatched) if is_supervised else _unrecorded
-    return _work(command_line, config, None, unwatched, record)
+    if found is not None and found.evaluator:
+        print("Workers evaluate the validation data: nothing to do for an evaluator.")
+        return 0
+    return _join(found, command_line, config)
 
 
 def _find_cluster(
@@ -117,30 +116,41 @@ def _supervise(
 
 
 def _join(
-    found: Cluster, command_line: CommandLine, config: ml_collections.ConfigDict
+    found: Cluster | None, command_line: CommandLine, config: ml_collections.ConfigDict
 ) -> int:
-    """Does the work of one worker of a cluster."""
-    if found.evaluator:
-        print("Workers evaluate the validation data: nothing to do for an evaluator.")
-        return 0
+    """Does the work of this process, alone or as one worker of a cluster."""
+    index = found.index if found is not None else 0
+    num_workers = found.num_workers if found is not None else 1
+    timeout = _stall_timeout(num_workers, command_line)
+    if found is not None or timeout:
+        stall.enable_stack_dumps()
+    if num_workers == 1 and run_files.LOG_VARIABLE not in os.environ:
+        # Nobody reads what a process that nobody looks after would write.
+        watchdog = stall.Watchdog(None, index, num_workers, timeout)
+        return _work(command_line, config, found, watchdog, _unrecorded)
     workdir = pathlib.Path(config.workdir)
-    run_files.clear_worker(workdir, found.index)
-    watchdog = _watchdog(found, command_line, workdir)
-    stall.enable_stack_dumps()
-    record: Record = _unrecorded
-    if found.num_workers > 1 or run_files.LOG_VARIABLE in os.environ:
-        record = _recorder(config, found.index, watchdog)
+    run_files.clear_worker(workdir, index)
+    watchdog = stall.Watchdog(workdir, index, num_workers, timeout)
+    record = _recorder(workdir, index, watchdog)
     return _work(command_line, config, found, watchdog, record)
 
 
-def _recorder(
-    config: ml_collections.ConfigDict, index: int, watchdog: stall.Watchdog
-) -> Record:
+def _stall_timeout(num_workers: int, command_line: CommandLine) -> float | None:
+    """Returns the seconds without progress that end this process, if any do.
+
+    By default they do not end the only one, which may be in a debugger.
+    """
+    given = command_line.cluster
+    if num_workers > 1 or given.get("max_restarts"):
+        return given.get("stall_timeout", stall.TIMEOUT)
+    return given.get("stall_timeout")
+
+
+def _recorder(workdir: pathlib.Path, index: int, watchdog: stall.Watchdog) -> Record:
     """Returns a function that records what ends this worker, and at which step."""
 
     def record(error: BaseException) -> None:
         if _code(error) != 0:
-            workdir = pathlib.Path(config.workdir)
             root_cause.record(workdir, index, error, _code(error), watchdog.step)
 
     return record
@@ -148,16 +158,6 @@ def _recorder(
 
 def _unrecorded(error: BaseException) -> None:
     """For a process that nobody looks after: what it prints is enough."""
-
-
-def _watchdog(
-    found: Cluster, command_line: CommandLine, workdir: pathlib.Path
-) -> stall.Watchdog:
-    """Returns the watchdog of this worker, disabled if it is the only one."""
-    timeout = command_line.cluster.get("stall_timeout", stall.TIMEOUT)
-    if found.num_workers == 1:
-        timeout = None
-    return stall.Watchdog(workdir, found.index, found.num_workers, timeout)
 
 
 def _work(

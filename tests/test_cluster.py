@@ -16,6 +16,7 @@ from launch.__main__ import main
 from launch.cluster import discovery, slurm
 from launch.cluster.discovery import Cluster
 from launch.errors import UsageError
+from launch.watchdog import stall
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIABLES = ("TF_CONFIG", "SLURM_", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST")
@@ -870,6 +871,37 @@ def test_a_process_without_peers_records_nothing(replace, monkeypatch, folder, c
     set_workers(monkeypatch, 1)
     assert main([]) == 1
     assert not (folder / "runs").exists()
+
+
+ALONE = {
+    "a debugger": ((), None, False),
+    "asked to": (("--stall_timeout=5",), 5.0, False),
+    "asked not to": (("--max_restarts=1", "--stall_timeout=0"), 0.0, True),
+    "started again": (("--max_restarts=1",), stall.TIMEOUT, True),
+}
+
+
+@pytest.mark.parametrize("arguments, timeout, is_supervised", ALONE.values(), ids=ALONE)
+@pytest.mark.parametrize("workers", [None, 1])
+def test_a_stall_ends_a_process_without_peers_where_that_was_asked_for(
+    arguments, timeout, is_supervised, workers, replace, monkeypatch, folder
+):
+    made = []
+
+    def watchdog(*arguments):
+        made.append(arguments)
+        return Watchdog(*arguments)
+
+    Watchdog = stall.Watchdog
+    monkeypatch.setattr(stall, "Watchdog", watchdog)
+    replace("worker", lambda *_: True)
+    if workers:
+        set_workers(monkeypatch, workers)
+    if is_supervised:
+        monkeypatch.setenv("DISTFIT_WORKER_LOG", "worker-0.log")
+    assert main([*arguments, "--workdir=out"]) == 0
+    workdir = pathlib.Path("out") if is_supervised else None
+    assert made == [(workdir, 0, 1, timeout)]
 
 
 def test_a_worker_that_is_told_to_end_exits_with_143(replace, monkeypatch, folder):

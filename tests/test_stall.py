@@ -199,20 +199,35 @@ def test_a_worker_removes_what_it_left_in_a_former_run_itself(tmp_path):
     }
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
     "log, expected",
     [
-        (None, "the stacks in each worker's stderr:"),
-        ("/a/logs/worker-0.log", "the stacks in /a/logs/worker-*.log:"),
+        (None, ("the stacks in stderr:", "the stacks in each worker's stderr:")),
+        (
+            "/a/logs/worker-0.log",
+            ("in /a/logs/worker-0.log:", "in /a/logs/worker-*.log:"),
+        ),
     ],
 )
-def test_the_message_says_where_the_stacks_are(tmp_path, monkeypatch, log, expected):
+def test_the_message_says_where_the_stacks_are(
+    tmp_path, monkeypatch, log, expected, num_workers
+):
     monkeypatch.delenv("DISTFIT_WORKER_LOG", raising=False)
     if log is not None:
         monkeypatch.setenv("DISTFIT_WORKER_LOG", log)
-    watched = Watched(tmp_path)
+    watched = Watched(tmp_path, num_workers=num_workers)
     watched.pass_time(11)
-    assert expected in root_cause.read(tmp_path, 0).message
+    assert expected[num_workers - 1] in root_cause.read(tmp_path, 0).message
+
+
+def test_a_process_without_peers_says_where_it_is_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(stall, "_makes_data", lambda: True)
+    watched = Watched(tmp_path, num_workers=1)
+    watched.dog.note(3, IN)
+    watched.pass_time(11)
+    message = root_cause.read(tmp_path, 0).message
+    assert "Received: in step 3, making its data. See" in message
 
 
 def test_notes_keep_a_worker_alive(tmp_path):

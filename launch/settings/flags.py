@@ -129,7 +129,8 @@ CLUSTER: dict[str, tuple[_Kind, str]] = {
     "stall_timeout": (
         _NUMBER,
         "seconds without progress after which a worker ends the run (default: 1800); "
-        "0 to wait forever",
+        "0 to wait forever. A run of one process ends so only where this or "
+        "--max_restarts is given",
     ),
     "fresh": (
         _SWITCH,

@@ -218,9 +218,11 @@ class Watchdog:
             root_cause.record(self._workdir, self._index, error, 1, noted.step)
 
     def _message(self, noted: _Note) -> str:
-        own = self._progress(noted)
+        own, alone = self._progress(noted), self._num_workers == 1
         others = forced_exit.within(_FOLDER_ANSWERS, self._places_of_others)
-        if others is None:
+        if alone:
+            where = f"{own}{', making its data' * own.reading}"
+        elif others is None:
             where = progress.explain({self._index: own}, 1, 0.0)
             where += f"; the folder {self._workdir} does not respond"
         else:
@@ -233,7 +235,7 @@ class Watchdog:
         )
         return (
             f"No progress for {self._timeout:g} s. Received: {where}. "
-            f"See the stacks in {_where_stacks_are()}: {may}."
+            f"See the stacks in {_where_stacks_are(alone)}: {may}."
         )
 
     def _is_told_of(self) -> bool:
@@ -256,11 +258,11 @@ class Watchdog:
         return {i: p for i, p in found.items() if p is not None and p.alive > oldest}
 
 
-def _where_stacks_are() -> str:
+def _where_stacks_are(alone: bool) -> str:
     log = os.environ.get(run_files.LOG_VARIABLE)
     if log is None:
-        return "each worker's stderr"
-    return str(pathlib.Path(log).parent / "worker-*.log")
+        return "stderr" if alone else "each worker's stderr"
+    return log if alone else str(pathlib.Path(log).parent / "worker-*.log")
 
 
 def _stacks() -> bytes:
