@@ -1,8 +1,13 @@
-"""When a run that has failed is started again: the policy, with made-up failures."""
+"""When a run that has failed is started again: with made-up failures, no processes."""
 
+import os
+import signal
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.supervisor import supervisor
 from launch.supervisor.restarts import Restarts, latest_step
 from launch.supervisor.root_cause import End, Failure
 
@@ -87,3 +92,57 @@ def test_the_latest_checkpoint_is_the_one_with_most_steps(tmp_path):
     for name in ("step-9", "step-10", "step-x", ".unfinished-step-11", "other"):
         (tmp_path / name).mkdir()
     assert latest_step(tmp_path) == 10
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """`run(start, **options)`: the exit code, and what the supervisor has said.
+
+    `start(n, environment)` takes the place of start number n of the workers: it
+    returns how they ended.
+    """
+    monkeypatch.setattr("launch.supervisor.restarts._FIRST_PAUSE", 0.01)
+
+    class Outputs:
+        shown = b""
+
+        def say(self, text):
+            print(text, end="")
+
+    def run(start, **options):
+        groups = []
+
+        def run_once(*arguments):
+            *_, more, received = arguments
+            groups.append(supervisor._Group(tmp_path, Outputs(), received))
+            groups[-1]._ends = start(len(groups), more)
+            return groups[-1]
+
+        monkeypatch.setattr(supervisor, "_run_once", run_once)
+        options = {"num_workers": 2, "max_restarts": 9, **options}
+        return supervisor.run([], workdir=tmp_path, **options), capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "number, code, last",
+    [
+        (signal.SIGINT, 130, "launch: interrupted"),
+        (signal.SIGTERM, 143, "launch: terminated"),
+    ],
+)
+def test_a_signal_between_two_starts_ends_a_run(run, number, code, last):
+    def start(n, environment):
+        os.kill(os.getpid(), number)
+        return [KILLED]
+
+    before = signal.getsignal(number)
+    ended, said = run(start)
+    assert (ended, said.splitlines()[-1]) == (code, last)
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_succeeds_after_a_failure_has_succeeded(run):
+    code, said = run(lambda n, environment: [KILLED] if n < 3 else [])
+    assert code == 0 and said.count("launch: starting again in ") == 2

@@ -92,21 +92,25 @@ def run(
     more = {
         run_files.RUN_VARIABLE: f"{socket.gethostname()} {os.getpid()} {time.time()}"
     }
-    while True:
-        group = _run_once(command, num_workers, workdir, index, tee, more)
-        code, cause = group.tell()
-        if cause is None:
-            return code
-        pause = restarts.after(cause, latest_step(workdir / run_files.CHECKPOINTS))
-        if pause is None:
-            if restarts.reason:
-                group.say(f"launch: not started again: {restarts.reason}\n")
-            return code
-        times = {"failed": cause.began, "ended": time.time()}
-        more[run_files.RESTART_VARIABLE] = json.dumps(times)
-        group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
-        if signalled := _wait(pause):
-            return signalled
+    received: list[int] = []
+    # A group has a handler of its own. This one is for what comes between two of them.
+    with _handlers(lambda number, _: received.append(number)):
+        while True:
+            group = _run_once(command, num_workers, workdir, index, tee, more, received)
+            code, cause = group.tell()
+            if cause is None:
+                return code
+            pause = restarts.after(cause, latest_step(workdir / run_files.CHECKPOINTS))
+            if pause is None:
+                if restarts.reason:
+                    group.say(f"launch: not started again: {restarts.reason}\n")
+                return code
+            times = {"failed": cause.began, "ended": time.time()}
+            more[run_files.RESTART_VARIABLE] = json.dumps(times)
+            group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
+            _wait(pause, received)
+            if received:
+                return group.tell_of_signal(received[0])
 
 
 def _run_once(
@@ -116,6 +120,7 @@ def _run_once(
     index: int,
     tee: str,
     more: Mapping[str, str],
+    received: list[int],
 ) -> "_Group":
     """Starts the workers, and returns when all have ended."""
     if num_workers is None:
@@ -127,7 +132,7 @@ def _run_once(
         shares = hardware.divide(num_workers)
         environments = local.environments(shares)
     outputs = Outputs(workdir, indices, tee)
-    with _Group(workdir, outputs) as group:
+    with _Group(workdir, outputs, received) as group:
         for each, share, environment in zip(indices, shares, environments, strict=True):
             log = run_files.log(workdir, each).absolute()
             environment |= {run_files.LOG_VARIABLE: str(log), **more}
@@ -136,27 +141,30 @@ def _run_once(
     return group
 
 
-def _wait(seconds: float) -> int:
-    """Waits, and returns the exit code for a signal that came meanwhile, or 0."""
-    received: list[int] = []
-    with _handlers(lambda number, _: received.append(number)):
-        end = time.monotonic() + seconds
-        while not received and time.monotonic() < end:
-            time.sleep(_POLL)
-    if not received:
-        return 0
-    return _INTERRUPTED if received[0] == signal.SIGINT else _TERMINATED
+def _wait(seconds: float, received: Sequence[int]) -> None:
+    """Returns after so many seconds, or as soon as a signal has been received."""
+    end = time.monotonic() + seconds
+    while not received and time.monotonic() < end:
+        time.sleep(_POLL)
 
 
 class _Group:
-    """The workers, and the plan to end them."""
+    """The workers, and the plan to end them.
 
-    def __init__(self, workdir: pathlib.Path, outputs: Outputs) -> None:
+    Args:
+        workdir: their working folder.
+        outputs: what passes on their output.
+        received: the signals to this process, to which the group adds.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, outputs: Outputs, received: list[int]
+    ) -> None:
         self._workdir = workdir
         self._outputs = outputs
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
-        self._received: list[int] = []  # signals to this process
+        self._received = received
         self._first_received = 0.0
         self._silent: list[str] = []  # workers that the others may have lost
         self._answered: int | None = None  # the signal that ends the group
@@ -220,8 +228,7 @@ class _Group:
         if not self._ends:  # a signal came before any worker started
             self._answered = next(iter(self._received), None)
         if self._answered == signal.SIGINT:
-            self.say("launch: interrupted\n")
-            return _INTERRUPTED, None
+            return self.tell_of_signal(self._answered), None
         if self._answered is None:
             cause = root_cause.root_cause(self._ends)
         else:
@@ -230,9 +237,14 @@ class _Group:
             self.say(self._report(cause))
             return cause.exit_code, None if self._answered else cause
         if self._answered is not None:
-            self.say("launch: terminated\n")
-            return _TERMINATED, None
+            return self.tell_of_signal(self._answered), None
         return 0, None
+
+    def tell_of_signal(self, number: int) -> int:
+        """Prints that a signal ended the run, and returns the exit code."""
+        is_interrupt = number == signal.SIGINT
+        self.say(f"launch: {'interrupted' if is_interrupt else 'terminated'}\n")
+        return _INTERRUPTED if is_interrupt else _TERMINATED
 
     def say(self, text: str) -> None:
         """Prints whole lines to stderr."""
