@@ -108,7 +108,7 @@ def _supervise(
     return supervisor.run(
         arguments,
         num_workers=given.get("num_workers") if found is None else None,
-        index=found.index if found is not None else 0,
+        index=found.index if found is not None else None,
         workdir=pathlib.Path(config.workdir),
         tee=given.get("tee", flags.TEES[0]),
         max_restarts=given.get("max_restarts", 0),

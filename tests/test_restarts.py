@@ -114,7 +114,7 @@ def run(monkeypatch, tmp_path, capsys):
 
         def run_once(*arguments):
             *_, more, received = arguments
-            groups.append(supervisor._Group(tmp_path, Outputs(), received))
+            groups.append(supervisor._Group(tmp_path, Outputs(), received, False))
             groups[-1]._ends = start(len(groups), more)
             return groups[-1]
 

@@ -1,6 +1,7 @@
 """What a worker records of its failure, and which failure caused the others."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -181,6 +182,21 @@ def test_report_of_a_worker_that_ends_itself(tmp_path, error, code, last_line):
     end = End(1, code, 2.0, failure=root_cause.read(tmp_path, 1))
     assert root_cause.root_cause([End(0, 1, 1.0, None, LOST), end]) is end
     assert failure_report.text(end, tmp_path) == f"launch: {last_line}\n"
+
+
+def test_report_of_one_process_speaks_of_no_worker(tmp_path):
+    report = functools.partial(failure_report.text, workdir=tmp_path, alone=True)
+    log = run_files.log(tmp_path, 0)
+    assert report(End(0, 1, 2.0, failure=failure())) == (
+        f"The process (see {log}):\nTraceback of ValueError\n"
+        "launch: the process failed, with ValueError: wrong\n"
+    )
+    assert report(End(0, -11, 2.0)) == (
+        f"The process, the end of {log}:\nlaunch: the process was killed by SIGSEGV\n"
+    )
+    quits = dataclasses.replace(failure(), type="SystemExit", message="3", code=3)
+    last = "launch: the process ended with exit code 3\n"
+    assert report(End(0, 3, 2.0, failure=quits)) == last
 
 
 def test_report_does_not_repeat_what_is_shown(tmp_path):

@@ -23,6 +23,7 @@ def text(
     shown: str = "",
     out_of_memory: bool = False,
     silent: Sequence[str] = (),
+    alone: bool = False,
 ) -> str:
     """Returns the report: a traceback or the end of a log, then the cause.
 
@@ -33,23 +34,26 @@ def text(
         out_of_memory: whether the kernel has killed a process for lack of memory.
         silent: the workers that had neither ended nor recorded an error by then, such
             as "worker 1 (stopped)".
+        alone: whether this is a run of one process, which is no worker.
     """
     log = run_files.log(workdir, end.worker)
+    who = "the process" if alone else f"worker {end.worker}"
     if end.failure is None:
-        above = f"Worker {end.worker}, the end of {log}:\n{_tail(log)}"
-        return above + _death(end, out_of_memory) + "\n"
+        above = f"{who.capitalize()}, the end of {log}:\n{_tail(log)}"
+        return f"{above}launch: {who} {_death(end, out_of_memory)}\n"
     if end.failure.follows and silent:
         return f"{_lost(end.failure, silent)}\n"
     code = str(end.failure.code)
     if end.failure.type in _EXITS and end.failure.message in ("", code):
-        return f"launch: worker {end.worker} ended with exit code {code}\n"
-    line = _last_line(end.failure)
+        return f"launch: {who} ended with exit code {code}\n"
+    how = "lost another worker" if end.failure.follows else "failed first"
+    line = _last_line(end.failure, f"{who} {'failed' if alone else how}")
     if shown.endswith(line + "\n") or _tells_of_stall(end.failure, shown):
         return ""
     traceback = end.failure.traceback
     if not traceback or traceback.strip() in shown:
         return line + "\n"
-    return f"Worker {end.worker} (see {log}):\n{traceback.rstrip()}\n{line}\n"
+    return f"{who.capitalize()} (see {log}):\n{traceback.rstrip()}\n{line}\n"
 
 
 def _tells_of_stall(failure: Failure, shown: str) -> bool:
@@ -70,23 +74,21 @@ def _lost(failure: Failure, silent: Sequence[str]) -> str:
     )
 
 
-def _last_line(failure: Failure) -> str:
+def _last_line(failure: Failure, who_failed: str) -> str:
     message = " ".join(failure.message.split())
     if failure.type in _WITHOUT_A_WORKER:
         return f"launch: {message}"
     if len(message) > _LONGEST_LINE:
         message = message[:_LONGEST_LINE] + " ..."
-    how = "lost another worker" if failure.follows else "failed first"
-    which = f"worker {failure.worker} {how}, with {failure.type}"
-    return f"launch: {which}: {message}" if message else f"launch: {which}"
+    which = f"launch: {who_failed}, with {failure.type}"
+    return f"{which}: {message}" if message else which
 
 
 def _death(end: End, out_of_memory: bool) -> str:
-    """Describes the end of a worker that recorded no error."""
-    who = f"launch: worker {end.worker}"
+    """Describes the end of a process that recorded no error."""
     if end.code >= 0:
-        return f"{who} ended with exit code {end.code}, and recorded no error"
-    killed = f"{who} was killed by {_signal_name(-end.code)}"
+        return f"ended with exit code {end.code}, and recorded no error"
+    killed = f"was killed by {_signal_name(-end.code)}"
     if end.code != -signal.SIGKILL:
         return killed
     if out_of_memory:

@@ -59,7 +59,7 @@ def run(
     *,
     num_workers: int | None,
     workdir: pathlib.Path,
-    index: int = 0,
+    index: int | None = None,
     tee: str = "chief",
     max_restarts: int = 0,
     command: Sequence[str] | None = None,
@@ -73,7 +73,7 @@ def run(
         num_workers: how many workers to start as a cluster on this host; None for one
             process with the environment of this one, alone or a worker of a cluster.
         workdir: their logs go to its folder `logs`.
-        index: the index of that one process in its cluster.
+        index: the index of that one process in its cluster, or None.
         tee: "chief" shows the output of the first worker as it is; "all" that of every
             worker, line by line, each prefixed with its worker.
         max_restarts: how often to start all again in a row, see restarts.py.
@@ -117,14 +117,14 @@ def _run_once(
     command: Sequence[str],
     num_workers: int | None,
     workdir: pathlib.Path,
-    index: int,
+    index: int | None,
     tee: str,
     more: Mapping[str, str],
     received: list[int],
 ) -> "_Group":
     """Starts the workers, and returns when all have ended."""
     if num_workers is None:
-        indices: Sequence[int] = [index]
+        indices: Sequence[int] = [index or 0]
         shares = [hardware.Share((), None)]
         environments = [{**os.environ, "PYTHONUNBUFFERED": "1"}]
     else:
@@ -132,7 +132,8 @@ def _run_once(
         shares = hardware.divide(num_workers)
         environments = local.environments(shares)
     outputs = Outputs(workdir, indices, tee)
-    with _Group(workdir, outputs, received) as group:
+    alone = num_workers is None and index is None
+    with _Group(workdir, outputs, received, alone) as group:
         for each, share, environment in zip(indices, shares, environments, strict=True):
             log = run_files.log(workdir, each).absolute()
             environment |= {run_files.LOG_VARIABLE: str(log), **more}
@@ -155,16 +156,22 @@ class _Group:
         workdir: their working folder.
         outputs: what passes on their output.
         received: the signals to this process, to which the group adds.
+        alone: whether it is one process, which is no worker.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, outputs: Outputs, received: list[int]
+        self,
+        workdir: pathlib.Path,
+        outputs: Outputs,
+        received: list[int],
+        alone: bool,
     ) -> None:
         self._workdir = workdir
         self._outputs = outputs
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
         self._received = received
+        self._alone = alone
         self._first_received = 0.0
         self._silent: list[str] = []  # workers that the others may have lost
         self._answered: int | None = None  # the signal that ends the group
@@ -349,6 +356,7 @@ class _Group:
             self._workdir,
             shown=self._outputs.shown.decode(errors="replace"),
             silent=self._silent,
+            alone=self._alone,
             out_of_memory=before is not None and after is not None and after > before,
         )
 
