@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # The path of the worker's log, set in workers that the supervisor starts. The output of
@@ -19,8 +19,7 @@ LOG_VARIABLE = "DISTFIT_WORKER_LOG"
 RESTART_VARIABLE = "DISTFIT_RESTART"
 RUN_VARIABLE = "DISTFIT_RUN"  # The same in all starts by one supervisor.
 FOLDER = "logs"
-CHECKPOINTS = "checkpoints"  # what a restart goes on from
-_KINDS = ("log", "error.json", "progress.json")
+_KINDS = ("log", "error.json", "progress.json", "saved.json")
 
 
 def log(workdir: pathlib.Path, index: int) -> pathlib.Path:
@@ -36,6 +35,22 @@ def error(workdir: pathlib.Path, index: int) -> pathlib.Path:
 def progress(workdir: pathlib.Path, index: int) -> pathlib.Path:
     """The progress of worker `index`."""
     return workdir / FOLDER / f"worker-{index}.progress.json"
+
+
+def note_saved(step: int) -> None:
+    """Tells the supervisor, if there is one, the step of the latest checkpoint.
+
+    Without this file, a failure counts as one more in a row: no reason to fail.
+    """
+    if log := os.environ.get(LOG_VARIABLE):
+        with contextlib.suppress(OSError):
+            write_json(pathlib.Path(log).with_suffix(".saved.json"), {"step": step})
+
+
+def latest_saved(workdir: pathlib.Path, indices: Iterable[int]) -> int:
+    """The step of the latest checkpoint that these workers know of, or 0."""
+    found = (read_json(log(workdir, i).with_suffix(".saved.json")) for i in indices)
+    return max((each.get("step", 0) for each in found if each is not None), default=0)
 
 
 def clear(workdir: pathlib.Path, who: str = "*") -> None:

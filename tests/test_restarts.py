@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch import run_files
+from launch.run import saving
+from launch.settings import configuration
 from launch.supervisor import supervisor
-from launch.supervisor.restarts import Restarts, latest_step
+from launch.supervisor.restarts import Restarts
 from launch.supervisor.root_cause import End, Failure
 
 KILLED = End(0, -9, 1.0)
@@ -87,13 +90,6 @@ def test_it_ends_unless_there_is_progress(most, failures):
         assert since <= 2 * most and 1.0 <= pause <= 60.0
 
 
-def test_the_latest_checkpoint_is_the_one_with_most_steps(tmp_path):
-    assert latest_step(tmp_path / "none") == 0
-    for name in ("step-9", "step-10", "step-x", ".unfinished-step-11", "other"):
-        (tmp_path / name).mkdir()
-    assert latest_step(tmp_path) == 10
-
-
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """`run(start, **options)`: the exit code, and what the supervisor has said.
@@ -146,3 +142,44 @@ def test_a_signal_between_two_starts_ends_a_run(run, number, code, last):
 def test_a_run_that_succeeds_after_a_failure_has_succeeded(run):
     code, said = run(lambda n, environment: [KILLED] if n < 3 else [])
     assert code == 0 and said.count("launch: starting again in ") == 2
+
+
+def checkpoints(monkeypatch, folder, index, workdir):
+    """The callback that saves, as a worker of a supervisor makes it."""
+    log = str(run_files.log(folder, index))
+    monkeypatch.setenv(run_files.LOG_VARIABLE, log)
+    config = configuration.defaults()
+    config.workdir = str(workdir)
+    return saving.checkpoints(config)
+
+
+def test_a_worker_tells_which_checkpoint_it_goes_on_from_and_which_it_has_saved(
+    monkeypatch, tmp_path
+):
+    """On another host than the chief's it sees no checkpoint."""
+    worker = checkpoints(monkeypatch, tmp_path, 1, tmp_path / "elsewhere")
+    for step, is_saved, latest in ((3, False, 0), (5, True, 5), (8, True, 8)):
+        worker.begin(step, 0, is_saved)
+        assert run_files.latest_saved(tmp_path, [0, 1]) == latest
+    assert run_files.latest_saved(tmp_path, [0]) == 0
+    run_files.clear(tmp_path, "1")  # Before the next start.
+    assert run_files.latest_saved(tmp_path, [0, 1]) == 0
+
+
+def test_a_folder_that_cannot_be_written_ends_no_training(monkeypatch, tmp_path):
+    (tmp_path / run_files.FOLDER).write_text("a file in the way")
+    checkpoints(monkeypatch, tmp_path, 0, tmp_path).begin(5, 0)
+
+
+def test_a_run_goes_on_as_long_as_its_worker_knows_of_later_checkpoints(
+    run, monkeypatch, tmp_path
+):
+    def start(n, environment):
+        worker = checkpoints(monkeypatch, tmp_path, 1, tmp_path / "elsewhere")
+        worker.begin(min(n, 4), 0)
+        return [End(1, -9, 1.0)]
+
+    code, said = run(start, num_workers=None, index=1, max_restarts=1)
+    assert code == 1 and said.count("starting again") == 4
+    end = "launch: not started again: 1 restarts without a later checkpoint"
+    assert said.splitlines()[-1] == end

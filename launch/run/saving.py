@@ -17,7 +17,19 @@ from launch.settings import checks
 MODEL_FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 RECORD = "model.json"  # which epochs and step the file is of
-CHECKPOINTS = run_files.CHECKPOINTS
+CHECKPOINTS = "checkpoints"
+
+
+class _Checkpoint(distfit.callbacks.Checkpoint):
+    """Tells the supervisor of each checkpoint, on every worker.
+
+    On another host than the chief's it cannot look into the folder.
+    """
+
+    def begin(self, step: int, epoch: int, is_saved: bool = True) -> None:
+        super().begin(step, epoch, is_saved)
+        if is_saved:
+            run_files.note_saved(step)
 
 
 def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
@@ -25,7 +37,7 @@ def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:
     every = checks.moments(config)
     if not every:
         return None
-    return distfit.callbacks.Checkpoint(
+    return _Checkpoint(
         pathlib.Path(config.workdir, CHECKPOINTS),
         every=every,
         keep=config.keep,

@@ -1,6 +1,5 @@
 """Whether a run that has failed is started again, and when."""
 
-import pathlib
 import signal
 
 from launch.supervisor.root_cause import End
@@ -37,7 +36,7 @@ class Restarts:
 
         Args:
             cause: the root cause of the failure.
-            step: the step of the latest checkpoint, or 0.
+            step: the step of the latest checkpoint that the workers know of, or 0.
         """
         self.reason = ""
         if not self._most or cause.exit_code == _INVALID_INPUT:
@@ -61,9 +60,3 @@ class Restarts:
         self.reason = f"{self._count[kind]} of {self._most} after a {kind}"
         pause = _FIRST_PAUSE * 2 ** (self._count[kind] - 1)
         return min(pause, _LONGEST_PAUSE)
-
-
-def latest_step(folder: pathlib.Path) -> int:
-    """The step of the latest checkpoint in a folder, without reading it; or 0."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=0)

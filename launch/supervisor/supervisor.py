@@ -40,7 +40,7 @@ from launch.cluster import hardware, local
 from launch.supervisor import failure_report, out_of_memory, root_cause
 from launch.supervisor.output import Outputs
 from launch.supervisor.processes import Guard, Process
-from launch.supervisor.restarts import Restarts, latest_step
+from launch.supervisor.restarts import Restarts
 from launch.watchdog import signals
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
@@ -100,7 +100,7 @@ def run(
             code, cause = group.tell()
             if cause is None:
                 return code
-            pause = restarts.after(cause, latest_step(workdir / run_files.CHECKPOINTS))
+            pause = restarts.after(cause, group.latest_saved)
             if pause is None:
                 if restarts.reason:
                     group.say(f"launch: not started again: {restarts.reason}\n")
@@ -252,6 +252,12 @@ class _Group:
         is_interrupt = number == signal.SIGINT
         self.say(f"launch: {'interrupted' if is_interrupt else 'terminated'}\n")
         return _INTERRUPTED if is_interrupt else _TERMINATED
+
+    @property
+    def latest_saved(self) -> int:
+        """The step of the latest checkpoint that its workers knew of, or 0."""
+        workers = (end.worker for end in self._ends)
+        return run_files.latest_saved(self._workdir, workers)
 
     def say(self, text: str) -> None:
         """Prints whole lines to stderr."""
