@@ -62,6 +62,12 @@ def test_other_errors_other_steps_and_what_lies_between_do_not():
         assert restarts.after(end, 0) is not None
 
 
+def test_who_waits_in_vain_for_a_host_that_has_ended_for_good_ends_the_second_time():
+    restarts = Restarts(5)
+    waited = error(0, "No progress. Received: worker 1 waiting", "StallError")
+    assert [restarts.after(end, 0) for end in (KILLED, waited, waited)] == [1, 2, None]
+
+
 def test_an_error_that_follows_from_a_lost_worker_is_no_reason_of_its_own():
     restarts = Restarts(5)
     lost = error(7, "socket closed", "UnavailableError")

@@ -176,7 +176,7 @@ def test_who_waits_for_others_to_join_says_so_and_which_were_seen(tmp_path):
     watched.pass_time(11)
     message = root_cause.read(tmp_path, 0).message
     assert "workers 0, 1 waiting for worker 2 to join, worker 2 without a" in message
-    assert message.endswith("workers may start late, or be unable to reach each other.")
+    assert message.endswith("start late, have ended for good, or not reach each other.")
 
 
 def test_what_a_worker_of_a_former_run_has_left_says_nothing(tmp_path):

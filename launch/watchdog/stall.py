@@ -229,7 +229,7 @@ class Watchdog:
             found = {**others, self._index: own}
             where = progress.explain(found, self._num_workers, self._timeout / 2)
         may = (
-            "workers may start late, or be unable to reach each other"
+            "workers may start late, have ended for good, or not reach each other"
             if own.joins
             else "a callback, the data or a native call may hang"
         )

@@ -104,8 +104,8 @@ def test_a_worker_that_nobody_joins_ends_and_says_for_whom_it_has_waited(workers
     assert log.splitlines()[-1] == (
         "launch: No progress for 12 s. Received: worker 0 waiting for worker 1 to "
         "join, worker 1 without a progress file in the working folder. See the stacks "
-        "in each worker's stderr: workers may start late, or be unable to reach "
-        "each other."
+        "in each worker's stderr: workers may start late, have ended for good, or not "
+        "reach each other."
     )
 
 
