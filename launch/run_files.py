@@ -15,7 +15,8 @@ from typing import Any
 # The path of the worker's log, set in workers that the supervisor starts. The output of
 # other workers goes wherever their own launcher sends it.
 LOG_VARIABLE = "DISTFIT_WORKER_LOG"
-# What the supervisor tells workers that it starts again: when the run failed and ended.
+# What the supervisor tells workers that it starts again, of each start before: when it
+# began, when it failed and when all workers had ended.
 RESTART_VARIABLE = "DISTFIT_RESTART"
 RUN_VARIABLE = "DISTFIT_RUN"  # The same in all starts by one supervisor.
 FOLDER = "logs"

@@ -1,7 +1,9 @@
 """When a run that has failed is started again: with made-up failures, no processes."""
 
+import json
 import os
 import signal
+import time
 
 import pytest
 from hypothesis import given
@@ -189,3 +191,16 @@ def test_a_run_goes_on_as_long_as_its_worker_knows_of_later_checkpoints(
     assert code == 1 and said.count("starting again") == 4
     end = "launch: not started again: 1 restarts without a later checkpoint"
     assert said.splitlines()[-1] == end
+
+
+def test_each_start_is_told_of_the_failures_before_it(run):
+    told = []
+
+    def start(n, environment):
+        told.append(json.loads(environment.get(run_files.RESTART_VARIABLE, "[]")))
+        return [End(0, -9, time.time())] if n < 4 else []
+
+    run(start)
+    assert [len(failures) for failures in told] == [0, 1, 2, 3]
+    times = [time for failure in told[-1] for time in failure]
+    assert times == sorted(times)

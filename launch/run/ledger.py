@@ -20,7 +20,7 @@ PARTS = (
     "steps",
     "validation",
     "saving",
-    "lost",  # trained after the checkpoint that a start went on from
+    "lost",  # in starts that failed, after the checkpoint that this one went on from
     "rest",
 )
 
@@ -46,36 +46,29 @@ class Ledger(distfit.callbacks.DataWait):
         self._checkpoints = checkpoints
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._restarts = 0
+        self._failures = json.loads(os.environ.get(run_files.RESTART_VARIABLE, "[]"))
         self._began = began
+        self._since = 0.0  # when the checkpoint was made that this start went on from
+        self._is_saved = False  # whether a checkpoint has what was before this start
         self._steps_ran = False
         self._waited = 0.0
         self._mark = loaded
         self._add("starting", loaded - began)
-        self._note_restart()
 
     def _add(self, part: str, seconds: float) -> None:
         self._seconds[part] += max(0.0, seconds)
 
-    def _note_restart(self) -> None:
-        """Adds what the supervisor knows of the failure before this start."""
-        restart = json.loads(os.environ.get(run_files.RESTART_VARIABLE, "{}"))
-        if restart:
-            self._restarts = 1
-            self._failed = restart["failed"]
-            self._add("noticing", restart["ended"] - restart["failed"])
-            self._add("waiting", self._began - restart["ended"])
-        else:
-            self._failed = None
-
     def get_state(self) -> dict[str, Any]:
+        self._is_saved = True
         return {**self.so_far(), "time": time.time()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if self._is_saved:  # A rollback: what the checkpoint has is here already.
+            return
+        self._is_saved = True
         for part in PARTS:
             self._seconds[part] += state["seconds"].get(part, 0.0)
-        self._restarts += state["restarts"]
-        if self._failed is not None:
-            self._add("lost", self._failed - state["time"])
+        self._restarts, self._since = state["restarts"], state["time"]
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._pass("building")
@@ -103,11 +96,19 @@ class Ledger(distfit.callbacks.DataWait):
 
     def so_far(self) -> dict[str, Any]:
         """The seconds of each part, and the number of restarts."""
-        seconds = dict(self._seconds)
+        seconds, restarts = dict(self._seconds), self._restarts
+        # The failures that the checkpoint does not count, each with the next start.
+        failures = [each for each in self._failures if each[2] > self._since]
+        again = [*(began for began, _, _ in failures[1:]), self._began]
+        for (began, failed, ended), then in zip(failures, again, strict=False):
+            restarts += 1
+            seconds["lost"] += max(0.0, failed - max(began, self._since))
+            seconds["noticing"] += max(0.0, ended - failed)
+            seconds["waiting"] += max(0.0, then - ended)
         paused = self._checkpoints.paused if self._checkpoints else 0.0
         seconds["saving"] += paused  # which is part of what lies between steps
         seconds["rest"] = max(0.0, seconds["rest"] - paused)
-        return {"seconds": seconds, "restarts": self._restarts}
+        return {"seconds": seconds, "restarts": restarts}
 
     def end(self) -> dict[str, Any]:
         """The ledger once the model is saved, rounded to milliseconds."""

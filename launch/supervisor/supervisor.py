@@ -48,6 +48,7 @@ SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly allo
 SETTLE = 1.0  # seconds to wait for the cause of a failure that may follow from it
 STACKS = 0.5  # seconds that workers have to dump their stacks
 _POLL = 0.05  # seconds
+_TOLD = 1000  # failures, at most, as a variable of the environment has 128 KiB
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -92,10 +93,12 @@ def run(
     more = {
         run_files.RUN_VARIABLE: f"{socket.gethostname()} {os.getpid()} {time.time()}"
     }
+    failures: collections.deque[tuple[float, ...]] = collections.deque(maxlen=_TOLD)
     received: list[int] = []
     # A group has a handler of its own. This one is for what comes between two of them.
     with _handlers(lambda number, _: received.append(number)):
         while True:
+            began = time.time()
             group = _run_once(command, num_workers, workdir, index, tee, more, received)
             code, cause = group.tell()
             if cause is None:
@@ -105,8 +108,8 @@ def run(
                 if restarts.reason:
                     group.say(f"launch: not started again: {restarts.reason}\n")
                 return code
-            times = {"failed": cause.began, "ended": time.time()}
-            more[run_files.RESTART_VARIABLE] = json.dumps(times)
+            failures.append((began, cause.began, time.time()))
+            more[run_files.RESTART_VARIABLE] = json.dumps([*failures])
             group.say(f"launch: starting again in {pause:g} s: {restarts.reason}\n")
             _wait(pause, received)
             if received:
