@@ -183,6 +183,22 @@ def test_a_run_that_is_started_again_is_not_fresh_twice(tmp_path, monkeypatch):
     assert not earlier.was_set_aside(tmp_path)
 
 
+@pytest.mark.parametrize("is_supervised", [False, True])
+def test_logs_of_an_earlier_run_go_with_it_unless_the_supervisor_has_moved_them(
+    tmp_path, monkeypatch, is_supervised
+):
+    if is_supervised:
+        monkeypatch.setenv(run_files.LOG_VARIABLE, str(run_files.log(tmp_path, 0)))
+    leave(tmp_path, 3)
+    logs = {"logs-1/worker-0.log", "logs/worker-0.log", "logs/worker-1.log"}
+    for name in logs:
+        run_files.write_text(tmp_path / name, "said")
+    earlier.set_aside(tmp_path)
+    place = tmp_path if is_supervised else tmp_path / "earlier-1"
+    found = {p for p in tmp_path.rglob("*.log")}
+    assert found == {place / name for name in logs}
+
+
 def test_a_fresh_run_leaves_every_earlier_one_in_a_folder_of_its_own(tmp_path, capsys):
     for seed in (1, 2):
         leave(tmp_path, 3, seed=seed)

@@ -28,8 +28,8 @@ _MAY_CHANGE = {
 _LOCK = ".lock"
 _ASIDE = f"{run_files.FOLDER}/set-aside.json"
 _RUN = run_files.RUN_VARIABLE
-# What --fresh moves aside; logs are moved by the supervisor.
-_RESULTS = (
+# What --fresh moves aside.
+_RESULTS: tuple[str, ...] = (
     configuration.FILE,
     metrics_log.FILE,
     saving.MODEL_FILE,
@@ -38,6 +38,8 @@ _RESULTS = (
     saving.CHECKPOINTS,
     "samples",
 )
+# The same without a supervisor, which moves logs, also those of earlier starts.
+_LOGS = (f"{run_files.FOLDER}-[0-9]*", f"{run_files.FOLDER}/worker-*.log")
 
 
 def set_aside(folder: pathlib.Path) -> None:
@@ -46,14 +48,19 @@ def set_aside(folder: pathlib.Path) -> None:
     Raises:
         UsageError: the folder cannot be written to.
     """
-    found = [folder / name for name in _RESULTS if (folder / name).exists()]
+    patterns = _RESULTS
+    if run_files.LOG_VARIABLE not in os.environ:
+        patterns += _LOGS
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     names = (folder / f"earlier-{i}" for i in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     try:
         if found:
             aside.mkdir()
         for path in found:
-            path.rename(aside / path.name)
+            moved = aside / path.relative_to(folder)
+            moved.parent.mkdir(exist_ok=True)
+            path.rename(moved)
         # Last: a start that is killed before it leaves the rest to the next one.
         run_files.write_json(folder / _ASIDE, {"run": os.environ.get(_RUN)})
     except OSError as error:
