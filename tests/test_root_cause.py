@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import traceback
 
 import pytest
 
@@ -204,6 +205,28 @@ def test_report_does_not_repeat_what_is_shown(tmp_path):
     line = "launch: worker 0 failed first, with ValueError: wrong\n"
     assert failure_report.text(end, tmp_path, shown="Traceback of ValueError\n") == line
     assert failure_report.text(end, tmp_path, shown="x\n" + line) == ""
+
+
+def test_report_does_not_repeat_a_traceback_that_was_caught_further_out(tmp_path):
+    def fails():
+        raise ValueError("wrong")
+
+    def recorded():
+        try:
+            fails()
+        except ValueError as error:
+            root_cause.record(tmp_path, 0, error, 1)
+            raise
+
+    try:
+        recorded()
+    except ValueError:
+        shown = traceback.format_exc()
+    end = End(0, 1, 2.0, failure=root_cause.read(tmp_path, 0))
+    line = "launch: worker 0 failed first, with ValueError: wrong\n"
+    assert failure_report.text(end, tmp_path, shown=shown) == line
+    elsewhere = shown.replace("in fails", "in another")
+    assert "in fails" in failure_report.text(end, tmp_path, shown=elsewhere)
 
 
 def test_report_of_a_stall_that_the_chief_has_seen_from_its_side_is_not_repeated(

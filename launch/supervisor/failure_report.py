@@ -50,10 +50,11 @@ def text(
     line = _last_line(end.failure, f"{who} {'failed' if alone else how}")
     if shown.endswith(line + "\n") or _tells_of_stall(end.failure, shown):
         return ""
-    traceback = end.failure.traceback
-    if not traceback or traceback.strip() in shown:
+    traceback = end.failure.traceback.rstrip()
+    # What is shown began further out: only the innermost frame and the error compare.
+    if "\n".join(traceback.splitlines()[-3:]) in shown:
         return line + "\n"
-    return f"{who.capitalize()} (see {log}):\n{traceback.rstrip()}\n{line}\n"
+    return f"{who.capitalize()} (see {log}):\n{traceback}\n{line}\n"
 
 
 def _tells_of_stall(failure: Failure, shown: str) -> bool:
