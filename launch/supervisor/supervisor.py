@@ -2,8 +2,9 @@
 
 Each worker gets the same arguments, TF_CONFIG with the addresses of all and its own
 index, its share of the cores and GPUs, the path of its log, and PYTHONUNBUFFERED,
-without which its output would come late and, if it is killed, not at all. Nothing else
-passes between the workers and this process, which never imports TensorFlow.
+without which its output would come late and, if it is killed, not at all. The workers
+answer by their output and by files, see run_files.py. This process never imports
+TensorFlow.
 
 How a run ends:
 
