@@ -11,7 +11,6 @@ input, nothing was trained; 130 interrupted; 143 terminated (SIGTERM).
 import contextlib
 import os
 import pathlib
-import re
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 
-from launch import run_files
+from launch import messages, run_files
 from launch.cluster import discovery
 from launch.cluster.discovery import Cluster
 from launch.errors import RunError, UsageError
@@ -57,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         if lost := root_cause.lost_peer(error):
             return _fail(_code(error), f"another worker is gone ({lost})")
         traceback.print_exc()
-        return _fail(_code(error), f"failed with {type(error).__name__}: {error}")
+        what = messages.line(messages.cause(error), messages.place(error))
+        return _fail(_code(error), f"failed with {type(error).__name__}: {what}")
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -203,7 +203,7 @@ def _code(error: BaseException) -> int:
 
 def _fail(code: int, message: str) -> int:
     """Prints one line to stderr, without the colours that Keras adds."""
-    line = " ".join(re.sub(r"\x1b\[\d*m", "", message).split())
+    line = " ".join(messages.without_colours(message).split())
     print("launch:", line, file=sys.stderr)
     return code
 

@@ -5,7 +5,7 @@ import pathlib
 import signal
 from collections.abc import Sequence
 
-from launch import run_files
+from launch import messages, run_files
 from launch.supervisor.root_cause import End, Failure
 
 # The last line is their message alone: it says what to change, or names the workers.
@@ -81,8 +81,9 @@ def _last_line(failure: Failure, who_failed: str) -> str:
         return f"launch: {message}"
     if len(message) > _LONGEST_LINE:
         message = message[:_LONGEST_LINE] + " ..."
+    what = messages.line(message, failure.place)
     which = f"launch: {who_failed}, with {failure.type}"
-    return f"{which}: {message}" if message else which
+    return f"{which}: {what}" if what else which
 
 
 def _death(end: End, out_of_memory: bool) -> str:

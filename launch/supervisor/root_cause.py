@@ -13,10 +13,10 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from launch import run_files
+from launch import messages, run_files
 from launch.errors import RunError, UsageError
 
-_LONGEST_MESSAGE = 2000  # characters; TensorFlow appends whole graphs
+_LONGEST_MESSAGE = 2000  # characters
 # Their message needs no traceback: it says what is wrong with the input, names the step
 # and the replica (NonFinite), or was given to sys.exit().
 _EXPLAIN_THEMSELVES = (UsageError, RunError, FloatingPointError, SystemExit)
@@ -59,6 +59,7 @@ class Failure:
         traceback: as Python prints it; empty if the message is enough.
         code: the exit code that the worker ends with.
         step: the step it was in, or had finished last; None if that is not known.
+        place: the line of the user's step that failed, as in messages.py, or "".
     """
 
     worker: int
@@ -68,6 +69,7 @@ class Failure:
     traceback: str
     code: int
     step: int | None = None
+    place: str = ""
 
     @property
     def follows(self) -> bool:
@@ -130,17 +132,19 @@ def record(
         step: the step it is in, or has finished last.
     """
     try:
-        lost = lost_peer(error)  # a line among dozens about TensorFlow's graph
+        lost = lost_peer(error)
         name = type(error).__name__
-        message = str(error) if lost is None else lost.removeprefix(f"{name}: ")
+        cause = messages.cause(error)
+        message = cause if lost is None else lost.removeprefix(f"{name}: ")
         content = {
             "worker": index,
             "time": time.time(),
             "type": name,
-            "message": without_colours(message)[:_LONGEST_MESSAGE],
+            "message": message[:_LONGEST_MESSAGE],
             "traceback": "" if lost else _traceback(error),
             "code": code,
             "step": step,
+            "place": messages.place(error),
         }
         run_files.write_json(run_files.error(workdir, index), content)
     except Exception as problem:
@@ -157,11 +161,8 @@ def read(workdir: pathlib.Path, index: int) -> Failure | None:
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """Returns the line of an error that reports a lost worker; None for other errors.
-
-    TensorFlow puts it among dozens of lines about its graph.
-    """
-    name, message = type(error).__name__, str(error)
+    """Returns the line of an error that tells of a lost worker; None for others."""
+    name, message = type(error).__name__, messages.cause(error)
     if not _follows(name, message):
         return None
     lines = (line for line in message.splitlines() if _SPEAKS_OF_PEERS.search(line))
@@ -189,11 +190,6 @@ def failed_to_save(ends: Sequence[End]) -> End | None:
     return min(failed, key=lambda end: end.began, default=None)
 
 
-def without_colours(text: str) -> str:
-    """Removes the escape sequences by which Keras colours text."""
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
-
-
 def _follows(type_name: str, message: str) -> bool:
     if type_name in _ALWAYS_FOLLOW:
         return True
@@ -210,4 +206,4 @@ def _rank(end: End) -> int:
 def _traceback(error: BaseException) -> str:
     if isinstance(error, _EXPLAIN_THEMSELVES) or error.__traceback__ is None:
         return ""
-    return without_colours("".join(traceback.format_exception(error)))
+    return messages.without_colours("".join(traceback.format_exception(error)))
