@@ -8,13 +8,12 @@ Exit codes: 0 success; 1 training failed, or `verify` found differences; 2 inval
 input, nothing was trained; 130 interrupted; 143 terminated (SIGTERM).
 """
 
-import contextlib
 import os
 import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
@@ -167,24 +166,18 @@ def _work(
     watchdog: stall.Watchdog,
     record: Record,
 ) -> int:
-    with _recorded(record), signals.raised(record) as heard:
-        if found is not None:
-            if found.is_chief:
-                print(found, flush=True)
-            discovery.check_reachable(found)
-            os.environ.update(found.environment())
-        with quiet.tensorflow_import():
-            from launch.run import worker
-        watch = Watch(watchdog, heard, _BEGAN)
-        done = worker.run(command_line, config.model, found, watch)
-        return 0 if done else 1
-
-
-@contextlib.contextmanager
-def _recorded(record: Callable[[BaseException], None]) -> Iterator[None]:
-    """Records the exception that ends a worker, so that the root cause can be found."""
     try:
-        yield
+        with signals.raised(record) as heard:
+            if found is not None:
+                if found.is_chief:
+                    print(found, flush=True)
+                discovery.check_reachable(found)
+                os.environ.update(found.environment())
+            with quiet.tensorflow_import():
+                from launch.run import worker
+            watch = Watch(watchdog, heard, _BEGAN)
+            done = worker.run(command_line, config.model, found, watch)
+            return 0 if done else 1
     except BaseException as error:
         record(error)
         raise

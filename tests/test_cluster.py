@@ -16,6 +16,7 @@ from launch.__main__ import main
 from launch.cluster import discovery, slurm
 from launch.cluster.discovery import Cluster
 from launch.errors import UsageError
+from launch.supervisor import failure_report, root_cause
 from launch.watchdog import stall
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -852,6 +853,10 @@ def test_what_ends_a_worker_is_recorded(
     assert recorded["type"] == type(error).__name__
     assert (recorded["worker"], recorded["code"]) == (1, code)
     assert recorded["message"] == str(error)
+    workdir, shown = folder / "runs/gan", capsys.readouterr().err
+    end = root_cause.End(1, code, 1.0, failure=root_cause.read(workdir, 1))
+    told = failure_report.text(end, workdir, shown=shown)
+    assert "Traceback" not in told  # That has been shown.
 
 
 def test_a_port_that_is_taken_is_recorded_too(calls, monkeypatch, folder, capsys):

@@ -13,6 +13,7 @@ _WITHOUT_A_WORKER = ("UsageError", "RunError", "FloatingPointError", "StallError
 # Raised to end the process, by a signal or by sys.exit().
 _EXITS = ("SystemExit", "KeyboardInterrupt")
 _LAST_LINES = 15
+_HEADING = "Traceback (most recent call last):\n"
 _LONGEST_LINE = 500  # characters of a message; the traceback is printed above it
 
 
@@ -51,8 +52,9 @@ def text(
     if shown.endswith(line + "\n") or _tells_of_stall(end.failure, shown):
         return ""
     traceback = end.failure.traceback.rstrip()
-    # What is shown began further out: only the innermost frame and the error compare.
-    if "\n".join(traceback.splitlines()[-3:]) in shown:
+    # What a process prints begins some frames further out than what it has recorded.
+    frames = traceback.rpartition(_HEADING)[2]
+    if not traceback or frames in messages.without_colours(shown):
         return line + "\n"
     return f"{who.capitalize()} (see {log}):\n{traceback}\n{line}\n"
 
