@@ -296,3 +296,25 @@ def test_errors_in_a_step_name_its_line(make_strategy, replicas, method, place):
         getattr(model, method)(np.ones((4, 3), "float32"), **quiet)
     (note,) = caught.value.__notes__
     assert "test_errors.py" in note and note.endswith("# here"), note
+
+
+@pytest.mark.parametrize("replicas", pick([2], [1, 2]))
+def test_errors_in_the_data_name_no_line_of_the_step(make_strategy, replicas):
+    """The operations of both have the same names."""
+
+    class Checking(distfit.Model):
+        def train_step(self, data):
+            _outright(data)
+            return {"loss": tf.reduce_sum(data)}
+
+    def check(x):
+        tf.debugging.assert_less(x, 0.5)
+        return x
+
+    with make_strategy(replicas).scope():
+        model = Checking()
+        model.compile()
+    data = tf.data.Dataset.from_tensor_slices(tf.ones((4, 1))).map(check).batch(4)
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        model.fit(data, verbose=0)
+    assert not hasattr(caught.value, "__notes__")

@@ -129,6 +129,8 @@ def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
         error: An error of a program that was emitted from the graph.
         graph: A traced graph.
     """
+    if _OF_DATA.search(error.message):
+        return []  # Operations of the pipeline may have the names of the step's.
     named = {_PREFIX.sub("", name) for name in _NAMED.findall(error.message)}
     found = [line_of(op) for op in operations(graph) if op.name in named]
     return [line for line in dict.fromkeys(found) if line is not None]
@@ -136,6 +138,7 @@ def lines_of(error: tf.errors.OpError, graph: Any) -> list[str]:
 
 # How an error names an operation, and the prefix of operations emitted for a replica.
 _NAMED = re.compile(r"\{\{node ([^}]+)\}\}")
+_OF_DATA = re.compile(r"\[\[(?:.*/)?IteratorGetNext(?:AsOptional)?\]\]")
 _PREFIX = re.compile(r"^.*\bstage\d+(?:_\d+)?/r\d+/")
 
 
