@@ -605,7 +605,8 @@ def test_a_full_disk_stops_the_training_at_the_next_step_and_harms_nothing(tmp_p
     assert "raise step 5" in run.stdout and "raise step 19" not in run.stdout
     warned, raised = run.stderr.split("Traceback", 1)
     for on_error, text in (("warn", warned), ("raise", raised)):
-        assert "A checkpoint could not be written: " in text
+        cause = f"File too large: '{on_error}/step-6'"
+        assert f"A checkpoint could not be written: {cause}. Received: " in text
         found = checkpoint.steps(tmp_path / on_error)
         assert found[-1] == 4 and len(found) == 2
         for step in found:

@@ -68,8 +68,10 @@ def write(
         _write_json(unfinished / MANIFEST, content)
         _sync(unfinished)
         _replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         _remove(unfinished)
+        if isinstance(error, tf.errors.OpError):  # A full disk, say.
+            raise OSError(f"{_cause(error)}: {str(path)!r}") from error
         raise
     _sync(folder)
     return path
@@ -220,16 +222,18 @@ def prune(
 
 def _save(prefix: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     names = sorted(tensors)
-    try:
-        with tf.device("CPU:0"):
-            tf.raw_ops.SaveV2(
-                prefix=str(prefix),
-                tensor_names=names,
-                shape_and_slices=[""] * len(names),
-                tensors=[tf.convert_to_tensor(tensors[name]) for name in names],
-            )
-    except tf.errors.OpError as error:  # A full disk, say.
-        raise OSError(error.message) from error
+    with tf.device("CPU:0"):
+        tf.raw_ops.SaveV2(
+            prefix=str(prefix),
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            tensors=[tf.convert_to_tensor(tensors[name]) for name in names],
+        )
+
+
+def _cause(error: tf.errors.OpError) -> str:
+    """The cause in a message "{{function_node ...}} <file>; <cause> [Op:SaveV2]"."""
+    return re.sub(r"\{\{.*?\}\} (?:.*; )?| \[Op:.*", "", error.message)
 
 
 def _facts(file: pathlib.Path) -> dict[str, Any]:
