@@ -1,6 +1,9 @@
 """What an earlier run has left decides whether a run goes on, has finished, may not."""
 
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +12,7 @@ import pytest
 
 from distfit.training import checkpoint
 from launch import run_files
-from launch.errors import UsageError
+from launch.errors import RunError, UsageError
 from launch.run import earlier, saving
 from launch.settings import configuration
 
@@ -214,3 +217,21 @@ def test_a_fresh_run_leaves_every_earlier_one_in_a_folder_of_its_own(tmp_path, c
         assert (aside / saving.MODEL_FILE).exists()
         assert checkpoint.steps(aside / saving.CHECKPOINTS) == [7]
     assert capsys.readouterr().out.count("The earlier run is in ") == 2
+
+
+@pytest.mark.parametrize(
+    "number, expected, what",
+    [
+        (errno.ENOSPC, RunError, "No space left on device). Received: {0}/config.json"),
+        (errno.EACCES, UsageError, "Permission denied). Received: --workdir={0}. "),
+    ],
+)
+def test_a_full_disk_is_no_invalid_input_but_a_folder_that_is_closed_is(
+    tmp_path, monkeypatch, number, expected, what
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(expected, match=re.escape(what.format(tmp_path))):
+        configuration.write(config(tmp_path))

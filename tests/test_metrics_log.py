@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distfit
+from launch.errors import RunError
 from launch.run.metrics_log import MetricsLog
 
 
@@ -79,4 +80,24 @@ def test_workers_that_do_not_write_have_the_same_state(tmp_path):
     assert one["lines"] == other["lines"] == 2
     assert one["seconds of the epoch"] == pytest.approx(
         other["seconds of the epoch"], abs=1.0
+    )
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, is_new):
+    path = tmp_path / "metrics.jsonl"
+    log = new(path)
+    if is_new:
+        path.mkdir()
+        cause = "Is a directory"
+    else:
+        run(log, 0, 1)
+        path.unlink()
+        path.symlink_to("/dev/full")
+        cause = "No space left on device"
+    with pytest.raises(RunError) as caught:
+        run(log, 1, 2)
+    assert str(caught.value) == (
+        f"A result cannot be written ({cause}). Received: {path}. Once that is mended, "
+        "the same command goes on from the last checkpoint, if there is one."
     )

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import distfit
-from launch import run_files
+from launch import errors, run_files
 
 FILE = "metrics.jsonl"
 
@@ -57,16 +57,23 @@ class MetricsLog(keras.callbacks.Callback):
         self.write({"epoch": epoch + 1, "seconds": seconds, **metrics, **notes})
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Adds a line, and is sure that it is on the disk."""
+        """Adds a line, and is sure that it is on the disk.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         self._lines += 1
         if self._path is None:
             return
-        if not self._is_ready:
-            self._drop_later_lines(self._path)
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            if not self._is_ready:
+                self._drop_later_lines(self._path)
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise errors.unwritten(self._path, error) from error
 
     def _drop_later_lines(self, path: pathlib.Path) -> None:
         text = path.read_text(errors="replace") if path.is_file() else ""

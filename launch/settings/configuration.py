@@ -5,6 +5,7 @@ From lowest to highest priority: the defaults here, those of the reference model
 and the flags.
 """
 
+import errno
 import pathlib
 import re
 import runpy
@@ -16,7 +17,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from launch import run_files
-from launch.errors import UsageError
+from launch.errors import UsageError, unwritten
 from launch.settings import checks, targets
 from launch.settings.flags import CommandLine
 
@@ -89,11 +90,14 @@ def write(config: ml_collections.ConfigDict) -> None:
 
     Raises:
         UsageError: the folder cannot be written to.
+        RunError: its disk is full.
     """
     folder = pathlib.Path(config.workdir)
     try:
         run_files.write_text(folder / FILE, config.to_json_best_effort(indent=2) + "\n")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise unwritten(folder / FILE, error) from error
         raise unwritable(folder, error) from error
 
 
