@@ -219,6 +219,25 @@ def test_a_fresh_run_leaves_every_earlier_one_in_a_folder_of_its_own(tmp_path, c
     assert capsys.readouterr().out.count("The earlier run is in ") == 2
 
 
+class Unsaved:
+    """A model that finds the disk full."""
+
+    def save(self, file):
+        file.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step, again", [(7, "saves it."), (None, "trains it anew, ")])
+def test_a_model_that_cannot_be_saved_is_trained_again_only_without_checkpoints(
+    tmp_path, step, again
+):
+    leave(tmp_path)
+    with pytest.raises(RunError, match=f"No space left.*the same command {again}"):
+        saving.save(Unsaved(), tmp_path, 3, step)
+    assert (tmp_path / saving.MODEL_FILE).read_bytes() == b"a model"
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
 @pytest.mark.parametrize(
     "number, expected, what",
     [

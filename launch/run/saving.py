@@ -76,9 +76,14 @@ def save(
             name = WEIGHTS_FILE
         run_files.write_json(folder / RECORD, {"epochs": epochs, "step": step})
     except OSError as error:
+        again = (
+            "saves it"
+            if step is not None
+            else "trains it anew, as there are no checkpoints"
+        )
         raise RunError(
             f"The model could not be saved ({error}). Received: --workdir={folder}. "
-            "The same command saves it once that is mended."
+            f"Once that is mended, the same command {again}."
         ) from error
     return name
 
