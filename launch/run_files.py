@@ -81,16 +81,23 @@ def clear_worker(workdir: pathlib.Path, index: int) -> None:
             path.unlink()
 
 
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+def write_json(
+    path: pathlib.Path, content: Mapping[str, Any], *, lasts: bool = True
+) -> None:
     """Writes a file atomically, replacing any existing one.
+
+    Args:
+        path: the file.
+        content: what it will hold.
+        lasts: whether it must be there after a crash of the host, which takes a while.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_text(path, json.dumps(content) + "\n")
+    write_text(path, json.dumps(content) + "\n", lasts=lasts)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path, text: str, *, lasts: bool = True) -> None:
     """As `write_json`, for text.
 
     Raises:
@@ -101,11 +108,33 @@ def write_text(path: pathlib.Path, text: str) -> None:
     draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         draft.write_text(text)
-        os.replace(draft, path)
+        if lasts:
+            replace(draft, path)
+        else:
+            os.replace(draft, path)
     except OSError:
         with contextlib.suppress(OSError):  # the first error is the one to report
             draft.unlink(missing_ok=True)
         raise
+
+
+def replace(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames a file of the same folder, so that either is on the disk as a whole.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    _sync(draft)
+    os.replace(draft, path)
+    _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:

@@ -227,6 +227,24 @@ class Unsaved:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_model_is_on_the_disk_before_and_after_it_is_renamed(tmp_path, monkeypatch):
+    """As all results are; see test_root_cause.py."""
+    renamed, replace = [], run_files.replace
+
+    def note(draft, path):
+        renamed.append(path.name)
+        replace(draft, path)
+
+    class Saved:
+        def save(self, file):
+            file.write_bytes(b"new")
+
+    monkeypatch.setattr(run_files, "replace", note)
+    assert saving.save(Saved(), tmp_path, 3, 7) == saving.MODEL_FILE
+    assert renamed == [saving.MODEL_FILE, saving.RECORD]
+    assert (tmp_path / saving.MODEL_FILE).read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("step, again", [(7, "saves it."), (None, "trains it anew, ")])
 def test_a_model_that_cannot_be_saved_is_trained_again_only_without_checkpoints(
     tmp_path, step, again

@@ -1,6 +1,7 @@
 """`metrics.jsonl` has every epoch once, whatever has stopped the training before."""
 
 import json
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,7 @@ def run(log, first, last):
         log.on_epoch_end(epoch, {"loss": 1.0 / (epoch + 1)})
 
 
+@mock.patch("os.fsync", mock.Mock())  # It takes most of the time.
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6))
 def test_every_epoch_is_there_once(tmp_path_factory, stops):
     """Each stop loses what was written after the checkpoint it goes on from."""

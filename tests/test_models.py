@@ -1,5 +1,7 @@
 """The reference models train, and give one device's numbers on several replicas."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -219,6 +221,24 @@ def test_gan_writes_a_grid_of_64_drawings_after_each_epoch(gan_on_replicas):
     image = tf.io.decode_png((folder / "samples" / "epoch-001.png").read_bytes())
     assert image.shape == (8 * 28, 8 * 28, 1)
     assert image.dtype == tf.uint8
+
+
+def test_a_drawing_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    write = tf.io.write_file
+
+    def write_a_part(name, contents):
+        write(name, "a part")
+        raise OSError("disk full")
+
+    def draw(points, training):
+        return tf.zeros((len(points), 4, 4, 1))
+
+    monkeypatch.setattr(tf.io, "write_file", write_a_part)
+    samples = gan.SampleImages(tmp_path, latent_dim=2, seed=1)
+    samples.set_model(types.SimpleNamespace(generator=draw))
+    with pytest.raises(OSError, match="disk full"):
+        samples.on_epoch_end(0)
+    assert not (tmp_path / "epoch-001.png").exists()
 
 
 def test_gan_ignores_labels(make_strategy, gan_on_one_device):

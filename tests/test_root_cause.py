@@ -80,6 +80,26 @@ def test_a_failed_write_leaves_the_former_file_and_no_draft(tmp_path, monkeypatc
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("lasts", [True, False])
+def test_a_result_is_on_the_disk_before_and_after_it_is_renamed(
+    tmp_path, monkeypatch, lasts
+):
+    done, replace = [], os.replace
+
+    def note_sync(descriptor):
+        synced = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append("folder" if synced == str(tmp_path) else "draft")
+
+    def note_renaming(*paths):
+        replace(*paths)
+        done.append("renamed")
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_renaming)
+    run_files.write_json(tmp_path / "model.json", {"a": 1}, lasts=lasts)
+    assert done == (["draft", "renamed", "folder"] if lasts else ["renamed"])
+
+
 @pytest.mark.parametrize(
     "type, message, follows",
     [

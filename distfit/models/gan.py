@@ -138,7 +138,9 @@ class SampleImages(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         images = getattr(self.model, self.network)(self.latent_points, training=False)
         path = self.folder / f"epoch-{epoch + 1:03d}.png"
-        tf.io.write_file(str(path), tf.io.encode_png(image_grid(images, columns=8)))
+        draft = path.with_name(f".unfinished-{path.name}")  # It is there as a whole.
+        tf.io.write_file(str(draft), tf.io.encode_png(image_grid(images, columns=8)))
+        draft.replace(path)
 
 
 def image_grid(images, *, columns: int):

@@ -1,6 +1,5 @@
 """Saves the trained model to the working folder, and finds weights to evaluate."""
 
-import os
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -93,9 +92,7 @@ def _replace(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> Non
     draft = file.with_name(f".unfinished-{file.name}")
     try:
         write(draft)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(file)
+        run_files.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
 

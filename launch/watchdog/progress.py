@@ -67,7 +67,7 @@ def write(workdir: pathlib.Path, progress: Progress) -> None:
         OSError: it cannot be written.
     """
     path = run_files.progress(workdir, progress.worker)
-    run_files.write_json(path, dataclasses.asdict(progress))
+    run_files.write_json(path, dataclasses.asdict(progress), lasts=False)
 
 
 def read(workdir: pathlib.Path, index: int) -> Progress | None:
