@@ -8,6 +8,7 @@ Exit codes: 0 success; 1 training failed, or `verify` found differences; 2 inval
 input, nothing was trained; 130 interrupted; 143 terminated (SIGTERM).
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -111,6 +112,7 @@ def _supervise(
         workdir=pathlib.Path(config.workdir),
         tee=given.get("tee", flags.TEES[0]),
         max_restarts=given.get("max_restarts", 0),
+        stop_timeout=_stop_timeout(command_line),
     )
 
 
@@ -145,6 +147,11 @@ def _stall_timeout(num_workers: int, command_line: CommandLine) -> float | None:
     return given.get("stall_timeout")
 
 
+def _stop_timeout(command_line: CommandLine) -> float:
+    """Returns the seconds in which a run saves after a signal."""
+    return command_line.cluster.get("stop_timeout", signals.SAVING) or math.inf
+
+
 def _recorder(workdir: pathlib.Path, index: int, watchdog: stall.Watchdog) -> Record:
     """Returns a function that records what ends this worker, and at which step."""
 
@@ -167,7 +174,8 @@ def _work(
     record: Record,
 ) -> int:
     try:
-        with signals.raised(record) as heard:
+        seconds = _stop_timeout(command_line)
+        with signals.raised(record, saving=seconds) as heard:
             if found is not None:
                 if found.is_chief:
                     print(found, flush=True)

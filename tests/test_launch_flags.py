@@ -88,6 +88,7 @@ BAD_COMMAND_LINES = {
     "index of no number": ("--workers=a:1 --worker_index=x", "Give a whole number"),
     "output": ("--num_workers=2 --tee=none", "--tee=none. Give chief or all"),
     "stall timeout": ("--stall_timeout=-1", "--stall_timeout=-1.0. Give 0"),
+    "stop timeout": ("--stop_timeout=-1", "--stop_timeout=-1.0. Give 0"),
     "endless stall timeout": ("--stall_timeout=nan", "--stall_timeout=nan"),
     "workers that are mirrored": (
         "--num_workers=2 --strategy=mirrored",

@@ -28,9 +28,10 @@ def ready():
 def record(error):
     print("recorded", repr(error), flush=True)
 
+saving = 25.0
 {before}
 try:
-    with signals.raised(record, patience=1.0) as heard:
+    with signals.raised(record, patience=1.0, saving=saving) as heard:
 {body}
     print("left", signal.set_wakeup_fd(-1), flush=True)
 except BaseException as error:
@@ -131,6 +132,18 @@ def test_what_asks_for_signals_is_asked_by_the_first_and_not_interrupted(start, 
     code, out, _, seconds = run.end()
     wanted = 130 if number == signal.SIGINT else 143
     assert code == 0 and out == f"asked\n[{wanted}]\nleft -1\n" and seconds > 1.3
+
+
+def test_what_is_not_saved_in_time_is_lost_but_for_a_signal_ahead_of_time(start):
+    body = ASKED.format(signals="heard", then=WAIT.format(tenths=40))
+    runs = [start(body, "saving = 0.5") for _ in range(2)]
+    for run, number in zip(runs, (signal.SIGTERM, signal.SIGUSR1), strict=True):
+        run.send(number)
+    code, _, err, seconds = runs[0].end()
+    assert code == 143 and seconds < 3
+    assert "ended by SIGTERM, before it has saved: --stop_timeout=0.5 has passed" in err
+    code, out, err, _ = runs[1].end()
+    assert code == 0 and out.endswith("left -1\n") and not err
 
 
 def test_a_main_thread_in_native_code_is_asked_by_another_thread(start):

@@ -132,6 +132,11 @@ CLUSTER: dict[str, tuple[_Kind, str]] = {
         "0 to wait forever. A run of one process ends so only where this or "
         "--max_restarts is given",
     ),
+    "stop_timeout": (
+        _NUMBER,
+        "seconds in which a run saves after SIGTERM or Ctrl-C, before it is ended "
+        "(default: 25, as clusters mostly allow 30); 0 for as many as it takes",
+    ),
     "fresh": (
         _SWITCH,
         "start anew: what an earlier run left in --workdir is moved to earlier-1 in it",
@@ -317,12 +322,13 @@ def _cluster_arguments(given: dict[str, Any]) -> dict[str, Any]:
             "Unknown value of --tee. "
             f"Received: --tee={arguments['tee']}. Give {' or '.join(TEES)}."
         )
-    seconds = arguments.get("stall_timeout", 0.0)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise UsageError(
-            "The stall timeout must be a finite number of seconds, 0 or more. "
-            f"Received: --stall_timeout={seconds}. Give 0 to wait forever."
-        )
+    for name in ("stall_timeout", "stop_timeout"):
+        seconds = arguments.get(name, 0.0)
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise UsageError(
+                f"The {name.replace('_', ' ')} must be a finite number of seconds, 0 "
+                f"or more. Received: --{name}={seconds}. Give 0 to wait forever."
+            )
     return arguments
 
 

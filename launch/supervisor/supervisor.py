@@ -15,10 +15,11 @@ How a run ends:
   for a dead peer may wait forever. The root cause is printed last.
 - One stops making progress: the workers' watchdogs detect that (stall.py). The others
   dump their stacks to their logs before they end.
-- SIGINT (Ctrl-C): the workers get it too, and have `SAVE_GRACE` to save; a second one
+- SIGINT (Ctrl-C): the workers get it too, and have `stop_timeout` to save; a second one
   kills them at once. Exit code 130.
-- SIGTERM, SIGHUP or SIGUSR1, which Slurm can send some time before: the workers get
-  SIGTERM, and have as long. Exit code 143, or that of a worker that failed to save.
+- SIGTERM or SIGHUP: the workers get SIGTERM, and have as long. Exit code 143, or that
+  of a worker that failed to save. SIGUSR1, which Slurm can send some time before, has
+  no such limit.
 - This process is killed: processes.py makes sure that no worker is left.
 
 A signal that was ignored at startup, as by nohup, stays ignored. A screen that nobody
@@ -45,7 +46,6 @@ from launch.supervisor.restarts import Restarts
 from launch.watchdog import signals
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL once a worker has failed
-SAVE_GRACE = 25.0  # the same after a SIGTERM from outside; clusters mostly allow 30
 SETTLE = 1.0  # seconds to wait for the cause of a failure that may follow from it
 STACKS = 0.5  # seconds that workers have to dump their stacks
 _POLL = 0.05  # seconds
@@ -64,6 +64,7 @@ def run(
     index: int | None = None,
     tee: str = "chief",
     max_restarts: int = 0,
+    stop_timeout: float = signals.SAVING,
     command: Sequence[str] | None = None,
 ) -> int:
     """Runs `command` with `arguments` once for each worker, until all have ended.
@@ -79,6 +80,7 @@ def run(
         tee: "chief" shows the output of the first worker as it is; "all" that of every
             worker, line by line, each prefixed with its worker.
         max_restarts: how often to start all again in a row, see restarts.py.
+        stop_timeout: how many seconds the workers have to save after a signal.
         command: what to run, by default `python -m launch`.
 
     Returns:
@@ -100,7 +102,9 @@ def run(
     with _handlers(lambda number, _: received.append(number)):
         while True:
             began = time.time()
-            group = _run_once(command, num_workers, workdir, index, tee, more, received)
+            group = _run_once(
+                command, num_workers, workdir, index, tee, more, received, stop_timeout
+            )
             code, cause = group.tell()
             if cause is None:
                 return code
@@ -125,6 +129,7 @@ def _run_once(
     tee: str,
     more: Mapping[str, str],
     received: list[int],
+    stop_timeout: float,
 ) -> "_Group":
     """Starts the workers, and returns when all have ended."""
     if num_workers is None:
@@ -137,7 +142,7 @@ def _run_once(
         environments = local.environments(shares)
     outputs = Outputs(workdir, indices, tee)
     alone = num_workers is None and index is None
-    with _Group(workdir, outputs, received, alone) as group:
+    with _Group(workdir, outputs, received, alone, stop_timeout) as group:
         for each, share, environment in zip(indices, shares, environments, strict=True):
             log = run_files.log(workdir, each).absolute()
             environment |= {run_files.LOG_VARIABLE: str(log), **more}
@@ -161,6 +166,7 @@ class _Group:
         outputs: what passes on their output.
         received: the signals to this process, to which the group adds.
         alone: whether it is one process, which is no worker.
+        stop_timeout: how many seconds the workers have to save after a signal.
     """
 
     def __init__(
@@ -169,8 +175,10 @@ class _Group:
         outputs: Outputs,
         received: list[int],
         alone: bool,
+        stop_timeout: float,
     ) -> None:
         self._workdir = workdir
+        self._stop_timeout = stop_timeout
         self._outputs = outputs
         self._processes: list[Process] = []
         self._ends: list[root_cause.End] = []
@@ -296,9 +304,9 @@ class _Group:
         self._answered = number
         if number == signal.SIGINT:
             self._outputs.mute_errors()  # each would report the interrupt
-            self._schedule((0.0, signal.SIGINT), (SAVE_GRACE, signal.SIGKILL))
-        else:
-            self._schedule((0.0, signal.SIGTERM), (SAVE_GRACE, signal.SIGKILL))
+        passed_on = signal.SIGTERM if number == signal.SIGHUP else number
+        limit = signals.time_to_save(number, self._stop_timeout)
+        self._schedule((0.0, passed_on), (limit, signal.SIGKILL))
 
     def _fail(self) -> None:
         if self._has_stalled():
@@ -315,7 +323,7 @@ class _Group:
         ]
         cause = root_cause.root_cause(self._ends)
         preempted = cause is not None and cause.exit_code == _TERMINATED
-        grace = SAVE_GRACE if preempted else GRACE  # the others are saving as well
+        grace = self._stop_timeout if preempted else GRACE  # The others save as well.
         self._schedule((0.0, signal.SIGTERM), (grace, signal.SIGKILL))
 
     def _schedule(self, *steps: tuple[float, int]) -> None:

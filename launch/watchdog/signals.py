@@ -6,6 +6,7 @@ signals as well, and ends the process if the handler does not run.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -17,18 +18,24 @@ from launch.watchdog import forced_exit
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE = 5.0  # seconds; `docker stop` sends SIGKILL after 10
-_SAVING = 25.0  # seconds to save, once asked to; clusters mostly allow 30
+SAVING = 25.0  # seconds to save, once asked to; clusters mostly allow 30
 _AT_ONCE = 1.0  # seconds, once a second signal has come
 _POLL = 0.05  # seconds
+_HANGS = "in a call that does not return"
 # Seconds within which a second signal is the first one again: `timeout`, for one, sends
 # it to a process and to its group.
 SAME_SIGNAL = 0.5
 
 
 class Signals:
-    """The signals to this process, and what they do."""
+    """The signals to this process, and what they do.
 
-    def __init__(self) -> None:
+    Args:
+        saving: how many seconds what was asked has, see `time_to_save`.
+    """
+
+    def __init__(self, saving: float = SAVING) -> None:
+        self._saving = saving
         self._ask: Callable[[int], object] | None = None
         self._first: float | None = None  # when the first one came
         self._told = 0  # how many signals a thread has heard of
@@ -41,7 +48,8 @@ class Signals:
     def asking(self, ask: Callable[[int], object]) -> Iterator[None]:
         """Within it, the first signal calls `ask` with the exit code, and raises none.
 
-        What was asked has 25 s to end the process. A second signal raises at once.
+        What was asked has `time_to_save` to end the process. A second signal raises at
+        once.
         """
         self._ask = ask
         try:
@@ -89,9 +97,20 @@ class Signals:
             waiting = asks and self._ask is not None
             if asks and not waiting:  # It was in time.
                 return
-            if time.monotonic() - began > (_SAVING if waiting else patience):
-                _end(number, record)
+            limit = time_to_save(number, self._saving) if waiting else patience
+            if time.monotonic() - began > limit:
+                late = f"before it has saved: --stop_timeout={limit:g} has passed"
+                _end(number, late if waiting else _HANGS, record)
             time.sleep(_POLL)
+
+
+def time_to_save(number: int, seconds: float) -> float:
+    """How many seconds a signal leaves to save.
+
+    Slurm's SIGUSR1 comes as long before the SIGTERM of a job's end as the job has asked
+    for: that one is the limit.
+    """
+    return math.inf if number == signal.SIGUSR1 else seconds
 
 
 @contextlib.contextmanager
@@ -99,6 +118,7 @@ def raised(
     record: Callable[[BaseException], object] = lambda error: None,
     *,
     patience: float = _PATIENCE,
+    saving: float = SAVING,
 ) -> Iterator[Signals]:
     """Makes SIGTERM and SIGUSR1 raise `SystemExit(143)`, Ctrl-C `KeyboardInterrupt`.
 
@@ -112,8 +132,9 @@ def raised(
     Args:
         record: called before such an exit, with the error that could not be raised.
         patience: how many seconds the main thread has to raise it.
+        saving: how many seconds what is asked instead has; see `time_to_save`.
     """
-    signals = Signals()
+    signals = Signals(saving)
 
     def insist(number: int) -> None:
         arguments = (number, record, patience)
@@ -193,12 +214,11 @@ def _told_of_signals(tell: Callable[[int], None]) -> Iterator[None]:
         os.close(writing)
 
 
-def _end(number: int, record: Callable[[BaseException], object]) -> None:
+def _end(number: int, why: str, record: Callable[[BaseException], object]) -> None:
     name = signal.Signals(number).name
 
     def last_words() -> None:
-        text = f"launch: ended by {name}, in a call that does not return"
-        print(text, file=sys.stderr, flush=True)
+        print(f"launch: ended by {name}, {why}", file=sys.stderr, flush=True)
         record(_exception(number))
 
     forced_exit.at_once(_code(number), last_words)

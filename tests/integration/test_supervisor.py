@@ -21,10 +21,10 @@ PARENT = """
 import pathlib, sys
 from launch.supervisor import supervisor
 supervisor.GRACE = 1.0
-supervisor.SAVE_GRACE = {save_grace}
 command = [sys.executable, "worker.py"]
 sys.exit(supervisor.run(["--flag=1"], num_workers={num_workers},
-    workdir=pathlib.Path("out"), tee="{tee}", command=command))
+    workdir=pathlib.Path("out"), tee="{tee}", stop_timeout={save_grace},
+    command=command))
 """
 
 # Each leaves a file with its process id, so that a test can find it.
