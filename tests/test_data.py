@@ -390,15 +390,19 @@ def test_batches_that_replicas_bring_themselves_equal_one_device(
     assert runs[1].history["rows"] == [sum(sizes)] * 2
 
 
-def test_samples_tell_data_apart_by_content():
+def test_data_are_told_apart_by_content():
     def sample(values, dtype):
         batches = GlobalBatches(np.array(values, dtype), batch_size=2)
-        return batches.facts("the data")["sample of the data"]
+        return batches.facts("the data")["content of the data"]
 
     for values, dtype in (([[1], [2], [3]], "int64"), (["a", "bc", "d"], object)):
         assert sample(values, dtype) == sample(list(values), dtype)
         assert sample(values, dtype) != sample(values[::-1], dtype)
     assert sample([[1], [2]], "int64") != sample([[1], [2], [1]], "int64")
+    rows = np.zeros((500, 3))
+    assert all(
+        sample(rows, "f") != sample(rows + np.eye(500, 3, k), "f") for k in (0, -77)
+    )
 
 
 def test_a_function_for_data_returns_a_dataset(make_strategy):

@@ -8,19 +8,28 @@ from keras import tree
 
 from distfit.cluster import workers
 
+_MOST_BYTES = 16 << 20  # A checksum of as many takes some 20 ms.
 
-def fingerprint(arrays: Any, rows: int = 64) -> list:
+
+def fingerprint(arrays: Any, rows: int | None = 64) -> list:
     """For each array or tensor, its shape and a checksum of about so many rows.
 
-    None for anything else.
+    None for anything else. If `rows` is None, it is that of all rows; of some, evenly
+    spaced, of an array of more than 16 MiB.
     """
     return [_fingerprint(array, rows) for array in tree.flatten(arrays)]
 
 
-def _fingerprint(array: Any, rows: int) -> Any:
+def _fingerprint(array: Any, rows: int | None) -> Any:
     if not isinstance(array, np.ndarray | tf.Tensor):
         return None
-    some = np.asarray(array[:: max(len(array) // rows, 1)] if array.ndim else array)
+    every = np.asarray(array)
+    if not every.ndim:
+        some = every
+    elif rows is None:
+        some = every[:: 1 + every.nbytes // _MOST_BYTES]
+    else:
+        some = every[:: max(len(every) // rows, 1)]
     # The bytes of Python objects, such as strings, are only their addresses.
     content = repr(some.tolist()).encode() if some.dtype.hasobject else some.tobytes()
     return tuple(array.shape), workers.checksum(content)

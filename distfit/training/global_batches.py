@@ -136,9 +136,13 @@ class GlobalBatches:
             "steps per epoch": self.steps_per_epoch,
             "element spec": self.layout.spec,
             "tensors with rows": self.layout.has_rows,
-            "sample": fingerprint(self._arrays),
+            "content": self._content,
         }
         return {f"{fact} of {name}": value for fact, value in facts.items()}
+
+    @functools.cached_property
+    def _content(self) -> list:
+        return fingerprint(self._arrays, rows=None)
 
     def note_first_batch(self) -> None:
         """Records `first_batch` from now on, unless the order is known in advance."""
