@@ -5,6 +5,7 @@ supervisor mends itself (--max_restarts), after others the same command is given
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ import namespaces
 import pytest
 import results
 from breadth import pick
+
+from launch.cluster import hardware
 
 pytestmark = pytest.mark.integration
 
@@ -268,13 +271,17 @@ def test_a_disk_that_was_full_or_read_only_can_be_mended(
 
 @pytest.mark.parametrize("program, seed", pick([], PROGRAMS_AND_SEEDS))
 def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program, seed):
-    """Each `launch` starts its worker again, which waits for the other."""
+    """Each `launch` starts its worker again, which waits for the other.
+
+    Threads that share a sum round it otherwise: each has the cores that it has on one
+    host.
+    """
     run = Run(tmp_path, program, seed, fault=f"pause:0:{MOMENTS['mid-epoch']}")
     run.command.remove("--num_workers=2")
     workers = [f"{address}:2222" for address in namespaces.ADDRESSES]
     with namespaces.hosts() as hosts, contextlib.ExitStack() as stack:
         processes = []
-        for index in range(2):
+        for index, share in enumerate(hardware.divide(2)):
             task = {"type": "worker", "index": index}
             config = json.dumps({"cluster": {"worker": workers}, "task": task})
             screen = stack.enter_context((tmp_path / f"screen-{index}").open("wb"))
@@ -285,6 +292,7 @@ def test_two_hosts_that_were_cut_off_meet_again(tmp_path, undisturbed, program, 
                 stdin=subprocess.DEVNULL,
                 stdout=screen,
                 stderr=subprocess.STDOUT,
+                preexec_fn=functools.partial(os.sched_setaffinity, 0, share.cores),
             )
             stack.callback(process.kill)
             processes.append(process)
