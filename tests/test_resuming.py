@@ -588,7 +588,7 @@ for on_error in ("warn", "raise"):  # The last ends the process.
     saves = distfit.callbacks.Checkpoint(on_error, every="2steps", on_error=on_error)
     model.fit(np.ones((40, 4)), np.ones((40, 300)), batch_size=2, verbose=0,
               callbacks=[saves, Fill()])
-    print(on_error, "ended", flush=True)
+    print(on_error, "ended after", saves.latest, flush=True)
 """
 
 
@@ -603,7 +603,7 @@ def test_a_full_disk_stops_the_training_at_the_next_step_and_harms_nothing(tmp_p
         timeout=60,
     )
     assert run.returncode != 0
-    assert "warn step 19" in run.stdout and "warn ended" in run.stdout
+    assert "warn step 19" in run.stdout and "warn ended after warn/step-4" in run.stdout
     assert "raise step 5" in run.stdout and "raise step 19" not in run.stdout
     warned, raised = run.stderr.split("Traceback", 1)
     for on_error, text in (("warn", warned), ("raise", raised)):
@@ -1207,6 +1207,7 @@ def test_what_a_kill_leaves_unfinished_is_removed_or_put_back(tmp_path):
     checkpoint.write(tmp_path, 1, {"a": np.ones(2)}, {})
     (tmp_path / "step-1").rename(tmp_path / ".unfinished-old-step-1")
     (tmp_path / ".unfinished-step-1").mkdir()
+    (tmp_path / ".unfinished-file").touch()
     checkpoint.recover(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert checkpoint.read(tmp_path / "step-1")[1]["a"].tolist() == [1, 1]

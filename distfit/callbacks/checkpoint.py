@@ -83,6 +83,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._every = [_parsed(each) for each in self.every]
         self._last_step = self._last_epoch = 0
         self.saved_step: int | None = None
+        self._saved_before: int | None = None
         self._last_time = time.monotonic()
         self._logs: tuple[int, dict[str, float]] = (-1, {})
         self._writing: threading.Thread | None = None
@@ -116,7 +117,12 @@ class Checkpoint(keras.callbacks.Callback):
         """Counts from here on; `is_saved`: whether this place is a checkpoint."""
         self._last_step, self._last_epoch = step, epoch
         self._last_time = time.monotonic()
+        self._saved_before = self.saved_step
         self.saved_step = step if is_saved else None
+
+    def note_failure(self) -> None:
+        """Notes that the latest save has failed: the one before it is the latest."""
+        self.saved_step = self._saved_before
 
     def has_saved(self, step: int, epoch: int) -> bool:
         """Whether the latest checkpoint is one of this place."""

@@ -295,6 +295,9 @@ def _is_of_another_version(path: pathlib.Path) -> bool:
     return False
 
 
-def _remove(folder: pathlib.Path) -> None:
+def _remove(path: pathlib.Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -182,6 +182,7 @@ class Saving:
     def _report(self, each: Checkpoint, failure: str) -> None:
         if not failure:
             return
+        each.note_failure()
         if each.on_error == "raise":
             raise SaveError(failure)
         if self._team.is_chief:
