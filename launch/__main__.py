@@ -26,7 +26,7 @@ from launch.run import quiet
 from launch.settings import checks, configuration, flags
 from launch.settings.flags import CommandLine
 from launch.supervisor import root_cause
-from launch.supervisor.output import open_standard_files
+from launch.supervisor.output import open_standard_files, outlast_readers
 from launch.watchdog import signals, stall
 from launch.watchdog.watch import Watch
 
@@ -225,4 +225,5 @@ def _exit(code: int) -> None:
 
 if __name__ == "__main__":
     open_standard_files()
+    outlast_readers()
     _exit(main(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -101,3 +103,34 @@ def test_a_screen_knows_whether_its_line_has_ended(pipe):
         made.write(data)
         assert made.begun == begun
     assert made.flush(10)
+
+
+PRINTS = """
+import os, sys
+from launch.supervisor.output import outlast_readers
+outlast_readers()
+print("first", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    print("nobody reads this", flush=True)
+    sys.stdout.write("nor this")
+print("read", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_a_process_outlasts_who_reads_it(options):
+    with subprocess.Popen(
+        [sys.executable, *options, "-c", PRINTS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout.readline() == "first\n"
+            process.stdout.close()
+            _, errors = process.communicate("go on\n", timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "read\n")

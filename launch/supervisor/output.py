@@ -5,6 +5,7 @@ until its end arrives, while the others are read. Nor does it wait for the scree
 (screen.py).
 """
 
+import io
 import itertools
 import os
 import pathlib
@@ -13,6 +14,7 @@ import selectors
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from launch import run_files
 from launch.errors import UsageError
@@ -186,6 +188,39 @@ def open_standard_files() -> None:
     os.close(file)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def outlast_readers() -> None:
+    """Lets this process go on when nobody reads what it prints any more.
+
+    As after `| head`, or when a `tee` was killed: whatever prints next would fail.
+    """
+    sys.stdout, sys.stderr = _outlasting(sys.stdout), _outlasting(sys.stderr)
+
+
+class _Outlasting(io.FileIO):
+    """A file that goes nowhere once it is a pipe that nobody reads."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return super().write(data)
+
+
+def _outlasting(stream: TextIO) -> TextIO:
+    stream.flush()
+    file = _Outlasting(stream.fileno(), "w", closefd=False)
+    unbuffered = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(
+        file if unbuffered else io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=bool(stream.line_buffering),
+        write_through=unbuffered,
+    )
 
 
 def _open_logs(
