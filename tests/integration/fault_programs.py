@@ -1,7 +1,8 @@
 """Three small programs for `python -m launch`, and a callback that disturbs them once.
 
-FAULT=<kind>:<worker>:<step> says what goes wrong where; a negative number is that of an
-epoch, after its end. The file FAULT_DONE is made when it has: once is enough.
+FAULT=<kind>:<worker>:<place> says what goes wrong where. The place is a step; as a
+negative number an epoch, after its end; or "validation" of the second epoch. The file
+FAULT_DONE is made when it has: once is enough.
 """
 
 import json
@@ -85,6 +86,7 @@ PROGRAMS = {
     "cnn": ("build_cnn", "images"),
     "lm": ("build_lm", "tokens"),
 }
+VALIDATED = {"cnn"}
 
 
 def callbacks(config):
@@ -99,13 +101,14 @@ def callbacks(config):
 
 
 class Fault(keras.callbacks.Callback):
-    """Does what FAULT says, after that step, on that worker, unless it was done."""
+    """Does what FAULT says, at that place, on that worker, unless it was done."""
 
     in_step_with_others = True
 
     def __init__(self):
         super().__init__()
         self.step = 0
+        self.validates = ""
 
     def get_state(self):
         return {"step": self.step}
@@ -120,11 +123,17 @@ class Fault(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._disturb(-(epoch + 1))
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self.validates = "validation" if epoch == 1 else ""
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self._disturb(self.validates)
+
     def _disturb(self, place):
-        kind, worker, step = os.environ.get("FAULT", "none:0:0").split(":")
+        kind, worker, wanted = os.environ.get("FAULT", "none:0:0").split(":")
         task = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {"index": 0})
         done = pathlib.Path(os.environ.get("FAULT_DONE", "done"))
-        if int(step) == place and int(worker) == task["index"] and not done.exists():
+        if wanted == str(place) and int(worker) == task["index"] and not done.exists():
             done.touch()
             KINDS[kind]()
 

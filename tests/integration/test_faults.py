@@ -31,8 +31,14 @@ SECRET = b"of-nobody-elses-concern"
 STEPS = fault_programs.STEPS
 SEEDS = (1, 2)
 PROGRAMS_AND_SEEDS = list(itertools.product(fault_programs.PROGRAMS, SEEDS))
-# After a step in the middle of an epoch, at the end of an epoch, after the last step.
-MOMENTS = {"mid-epoch": STEPS + 2, "boundary": -1, "last": 3 * STEPS}
+# After a step in the middle of an epoch, in the validation of an epoch, at the end of
+# one, after the last step.
+MOMENTS = {
+    "mid-epoch": STEPS + 2,
+    "validation": "validation",
+    "boundary": -1,
+    "last": 3 * STEPS,
+}
 
 # By name: kind, worker, the exit code of the first command (0: mended by itself).
 MENDED = {
@@ -170,7 +176,13 @@ def _environment(process):
 
 def matrix(faults, few):
     """Every fault with every program, moment and seed, or a few of these."""
-    every = list(itertools.product(faults, fault_programs.PROGRAMS, MOMENTS, SEEDS))
+    every = [
+        (fault, program, moment, seed)
+        for fault, program, moment, seed in itertools.product(
+            faults, fault_programs.PROGRAMS, MOMENTS, SEEDS
+        )
+        if moment != "validation" or program in fault_programs.VALIDATED
+    ]
     assert set(few) <= set(every)
     return pick(few, every)
 
