@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             return _code(end)
         return _fail(_code(end), str(end.code))
     except Exception as error:
-        if lost := root_cause.lost_peer(error):
+        if root_cause.has_peers() and (lost := root_cause.lost_peer(error)):
             return _fail(_code(error), f"another worker is gone ({lost})")
         traceback.print_exc()
         what = messages.line(messages.cause(error), messages.place(error))

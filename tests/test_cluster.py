@@ -726,7 +726,7 @@ def test_a_number_of_workers_alone_starts_them(calls, capsys):
     arguments = ["--num_workers=3", "--tee=all", "--workdir=here/run"]
     assert main(arguments) == 7
     options = {"num_workers": 3, "tee": "all", "workdir": pathlib.Path("here/run")}
-    alone = {"index": None, "max_restarts": 0}
+    alone = {"index": None, "max_restarts": 0, "stop_timeout": 25.0}
     assert calls == [(arguments, {**options, **alone})]
     assert not pathlib.Path("here").exists()
 

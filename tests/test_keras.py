@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 import weakref
 
 import keras
@@ -309,6 +310,20 @@ def test_objects_are_found_wherever_they_are_held():
     assert [type(thing) for thing in instances_of(HeldToo)] == [HeldToo]
     held.clear()
     assert instances_of(Held) == []
+
+
+def test_looking_for_objects_waits_until_none_is_being_destroyed():
+    destroyed = threading.Event()
+
+    class Slow:
+        def __del__(self):
+            time.sleep(0.3)
+            destroyed.set()
+
+    _keras.clear_beside([Slow()])
+    assert not destroyed.is_set()
+    instances_of(Slow)
+    assert destroyed.is_set()
 
 
 def test_looking_for_objects_leaves_tuples_of_other_threads_alone():

@@ -117,8 +117,9 @@ def run(monkeypatch, tmp_path, capsys):
         groups = []
 
         def run_once(*arguments):
-            *_, more, received = arguments
-            groups.append(supervisor._Group(tmp_path, Outputs(), received, False))
+            *_, more, received, stop_timeout = arguments
+            options = (received, False, stop_timeout)
+            groups.append(supervisor._Group(tmp_path, Outputs(), *options))
             groups[-1]._ends = start(len(groups), more)
             return groups[-1]
 

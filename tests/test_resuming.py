@@ -345,6 +345,28 @@ def test_a_checkpoint_of_another_schedule_is_refused(
         fit(other)
 
 
+@pytest.mark.parametrize(
+    "layer, arguments, message",
+    [
+        (layers.Dropout(0.5), {}, "'rate': 0.5"),
+        (layers.Dropout(0.3), {"shuffle": False}, "shuffle of the data is False"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    make_strategy, tmp_path, layer, arguments, message
+):
+    def fit(layer, **arguments):
+        with make_strategy(1).scope():
+            model = distfit.Sequential([keras.Input((4,)), layer, layers.Dense(1)])
+            model.compile("sgd", "mse")
+        arguments |= {"callbacks": [Checkpoint(tmp_path)], "resume_from": tmp_path}
+        model.fit(*data(), verbose=0, **arguments)
+
+    fit(layers.Dropout(0.3))
+    with pytest.raises(ValueError, match=f"of another training. .*{message}"):
+        fit(layer, **arguments)
+
+
 def test_a_learning_rate_that_is_not_used_is_named(make_strategy, tmp_path):
     def fit(model, **arguments):
         callbacks = [
@@ -467,6 +489,19 @@ def test_a_training_that_is_asked_to_stop_in_validation_goes_on_before_it(
     (step,) = checkpoint.steps(folder)
     assert step == (6 if stops or name == "repeated" else 8)
     assert_same_bits(run("stopped", stop=-1, resume_from=folder), whole)
+
+
+def test_the_best_are_kept_where_steps_end_with_the_epoch(make_strategy, tmp_path):
+    """Whatever the validation does between the last step and the end of the epoch."""
+    saves = Checkpoint(
+        tmp_path, every=["4steps", "90s"], monitor="val_loss", mode="max"
+    )
+    due = AsksInValidation(lambda: later(saves))
+    given = {"validation_data": data(), "validation_batch_size": 4}
+    train(make_strategy(1), None, arrays, callbacks=[due, saves], **given)
+    manifests = [manifest for _, manifest in checkpoint.manifests(tmp_path)]
+    assert [m["epoch"] for m in manifests] == [3, 2, 1]
+    assert all("val_loss" in m["logs"] for m in manifests)
 
 
 def test_a_save_that_is_due_in_validation_is_not_the_end_of_the_epoch(
@@ -1222,6 +1257,24 @@ def test_who_only_reads_leaves_a_training_at_work_alone(make_strategy, tmp_path)
     assert (tmp_path / ".unfinished-step-2").is_dir()
     resuming.load(team, tmp_path, owned=[tmp_path])
     assert not (tmp_path / ".unfinished-step-2").exists()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path, monkeypatch
+):
+    checkpoint.write(tmp_path, 1, {"a": np.ones(2)}, {"epoch": 0})
+    read_manifest = checkpoint.read_manifest
+    replaced = []
+
+    def then_replace(path):
+        manifest = read_manifest(path)
+        if not replaced:
+            replaced.append(True)
+            checkpoint.write(tmp_path, 1, {"a": np.zeros(2)}, {})
+        return manifest
+
+    monkeypatch.setattr(checkpoint, "read_manifest", then_replace)
+    assert checkpoint.read(tmp_path / "step-1")[1]["a"].tolist() == [0, 0]
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_error(tmp_path, caplog):

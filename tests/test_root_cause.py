@@ -261,7 +261,17 @@ def test_report_of_a_stall_that_the_chief_has_seen_from_its_side_is_not_repeated
     assert failure_report.text(end, tmp_path) == f"launch: {message}\n"
 
 
-def test_report_names_a_worker_that_did_not_answer_and_no_graph(tmp_path):
+def test_an_error_of_the_only_process_is_not_that_of_a_lost_one(tmp_path):
+    error = caught(ConnectionError("socket closed by a peer"))
+    root_cause.record(tmp_path, 0, error, 1)
+    failure = root_cause.read(tmp_path, 0)
+    assert not failure.follows and "socket closed by a peer" in failure.traceback
+    report = failure_report.text(End(0, 1, 2.0, failure=failure), tmp_path, alone=True)
+    assert report.endswith("with ConnectionError: socket closed by a peer\n")
+
+
+def test_report_names_a_worker_that_did_not_answer_and_no_graph(tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
     lost = caught(RuntimeError("a graph\n" * 50 + "socket closed by a peer\nmore"))
     root_cause.record(tmp_path, 0, lost, 1)
     end = End(0, 1, 2.0, failure=root_cause.read(tmp_path, 0))

@@ -53,6 +53,8 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import (
 )
 from tensorflow.python.eager import context as tf_context
 
+from distfit._keras.alive import clear_beside
+
 __all__ = [
     "ArrayDataAdapter",
     "CompileMetrics",
@@ -61,6 +63,7 @@ __all__ = [
     "OrderedEnqueuer",
     "PyDatasetAdapter",
     "class_weight_to_sample_weights",
+    "clear_beside",
     "get_data_adapter",
     "join_batches",
     "train_validation_split",

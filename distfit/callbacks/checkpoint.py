@@ -47,6 +47,7 @@ class Checkpoint(keras.callbacks.Callback):
     Attributes:
         paused: Seconds in which the training waited for its checkpoints.
         saved_step: The step of `latest`, or None.
+        has_stopped: Whether the training ended as it was asked to, and is saved.
 
     Raises:
         ValueError: for an `every`, `mode` or `on_error` of another form, or a `keep`
@@ -79,11 +80,13 @@ class Checkpoint(keras.callbacks.Callback):
         self.on_error = on_error
         self.every = [every] if isinstance(every, str) else list(every)
         self.asked = 0
+        self.has_stopped = False
         self.paused = 0.0
         self._every = [_parsed(each) for each in self.every]
         self._last_step = self._last_epoch = 0
         self.saved_step: int | None = None
         self._saved_before: int | None = None
+        self._saved_epoch = 0
         self._last_time = time.monotonic()
         self._logs: tuple[int, dict[str, float]] = (-1, {})
         self._writing: threading.Thread | None = None
@@ -117,8 +120,16 @@ class Checkpoint(keras.callbacks.Callback):
         """Counts from here on; `is_saved`: whether this place is a checkpoint."""
         self._last_step, self._last_epoch = step, epoch
         self._last_time = time.monotonic()
+        if is_saved:
+            self.note_saved(step, epoch)
+        else:
+            self.saved_step = None
+
+    def note_saved(self, step: int, epoch: int) -> None:
+        """Notes a checkpoint; steps and epochs are counted from where they were."""
         self._saved_before = self.saved_step
-        self.saved_step = step if is_saved else None
+        self.saved_step, self._saved_epoch = step, epoch
+        self._last_time = time.monotonic()
 
     def note_failure(self) -> None:
         """Notes that the latest save has failed: the one before it is the latest."""
@@ -126,7 +137,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def has_saved(self, step: int, epoch: int) -> bool:
         """Whether the latest checkpoint is one of this place."""
-        return self.saved_step == step and self._last_epoch == epoch
+        return (self.saved_step, self._saved_epoch) == (step, epoch)
 
     def count_is_due(self, step: int, epoch: int, at_end_of_epoch: bool) -> bool:
         """Whether to save after so many steps and epochs."""

@@ -97,7 +97,7 @@ def settle(model: keras.Model, kind: str, place: str) -> None:
 
 def facts_of_model(model: keras.Model) -> dict[str, Any]:
     """The layers, variables, losses, metrics and optimizers of a model."""
-    layers = [type(layer).__name__ for layer in _keras.layers_of(model)]
+    layers = [_layer(layer) for layer in _keras.layers_of(model)]
     variables = [f"{v.name} {tuple(v.shape)} {v.dtype}" for v in model.variables]
     losses = [_described(loss) for loss in keras.tree.flatten(model.loss)]
     watched = [part for m in checks.metrics_of(model) for part in _keras.parts_of(m)]
@@ -114,6 +114,19 @@ def facts_of_model(model: keras.Model) -> dict[str, Any]:
         **_numbered("metric", kinds),
         **_numbered("optimizer", optimizers),
     }
+
+
+def _layer(layer: keras.layers.Layer) -> Any:
+    """The class of a layer and, of those of Keras, settings such as the activation.
+
+    Not what callbacks may change: whether it is trained.
+    """
+    name = type(layer).__name__
+    of_keras = type(layer).__module__.partition(".")[0] == "keras"
+    if isinstance(layer, keras.Model) or not of_keras:
+        return name
+    settings = _plain(_config_of(layer))
+    return {k: v for k, v in settings.items() if k not in ("name", "trainable")}
 
 
 def _numbered(name: str, facts: list) -> dict[str, Any]:

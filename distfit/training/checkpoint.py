@@ -84,6 +84,15 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         DamagedCheckpointError: it is incomplete, changed, or of another format.
     """
     manifest = read_manifest(path)
+    try:
+        return manifest, _arrays(path, manifest)
+    except DamagedCheckpointError:
+        if read_manifest(path) == manifest:
+            raise
+    return read(path)  # It was replaced meanwhile, by one of the same step.
+
+
+def _arrays(path: pathlib.Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
     for name, facts in manifest["files"].items():
         try:
             found = _facts(path / name)
@@ -98,7 +107,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         reader = tf.train.load_checkpoint(str(path / _TENSORS))
         names = reader.get_variable_to_shape_map()
-        return manifest, {name: reader.get_tensor(name) for name in names}
+        return {name: reader.get_tensor(name) for name in names}
     except (tf.errors.OpError, ValueError) as error:  # It was removed just now.
         raise DamagedCheckpointError(f"{path}: {error}") from error
 

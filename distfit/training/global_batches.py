@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import sys
-import threading
 import types
 import warnings
 from typing import Any
@@ -93,6 +92,7 @@ class GlobalBatches:
             shuffle=shuffle,
             class_weight=class_weight,
         )
+        self._shuffle = shuffle
         self._reader = reader_of(self._adapter, shuffle)
         self.dataset = self._adapter.get_tf_dataset()
         _keras.without_own_threads(self._adapter)
@@ -137,6 +137,7 @@ class GlobalBatches:
             "element spec": self.layout.spec,
             "tensors with rows": self.layout.has_rows,
             "content": self._content,
+            "shuffle": self._shuffle,
         }
         return {f"{fact} of {name}": value for fact, value in facts.items()}
 
@@ -483,7 +484,7 @@ class GlobalBatches:
         """
         held, self._iterator = [self._iterator], None
         if held[0] is not None:
-            threading.Thread(target=held.clear, daemon=True).start()
+            _keras.clear_beside(held)
 
     def _skip_an_order(self) -> None:
         """Creates an unused iterator, as stock Keras does after counted batches.

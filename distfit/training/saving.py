@@ -72,11 +72,11 @@ class Saving:
 
     def after_steps(self, step: int, epoch: int) -> None:
         """Saves where that is due, after an execution of steps within an epoch."""
+        counted = self._due_by_count(step, epoch, at_end_of_epoch=False)
         if self._is_time_to_talk(step):
-            self._look(step, step, epoch, at_end_of_epoch=False)
+            self._look(step, step, epoch, counted)
         else:
-            by_time = [False] * len(self._checkpoints)
-            self._save_what_is_due(step, epoch, False, by_time)
+            self._save_those(counted, step, epoch)
 
     def hold(self, step: int, epoch: int) -> None:
         """Freezes this moment: it is what validation, which follows, saves.
@@ -88,15 +88,16 @@ class Saving:
             self._plan_next_talk(0, pace=0.0)
 
     def after_test_steps(self, step: int, more: bool) -> None:
-        """Saves where that is due, after steps of a validation."""
+        """Saves where that is due by the time, after steps of a validation."""
         if more and self._is_time_to_talk(step):
-            self._look(step, *self._held_at, at_end_of_epoch=False)
+            self._look(step, *self._held_at, [False] * len(self._checkpoints))
 
     def after_epoch(self, step: int, epoch: int) -> None:
         """Saves where that is due, after an epoch."""
         self._held = None
         if self._checkpoints:
-            self._look(step, step, epoch, at_end_of_epoch=True)
+            counted = self._due_by_count(step, epoch, at_end_of_epoch=True)
+            self._look(step, step, epoch, counted)
 
     def end(self, step: int, epoch: int) -> None:
         """Saves the end of the training, if it is not yet saved, and waits for that.
@@ -115,13 +116,20 @@ class Saving:
         is_planned = self._team.count == 1 or step >= self._next_talk
         return bool(self._checkpoints) and is_planned
 
-    def _look(self, count: int, step: int, epoch: int, at_end_of_epoch: bool) -> None:
+    def _due_by_count(self, step: int, epoch: int, at_end_of_epoch: bool) -> list[bool]:
+        """Whether each is to save after so many steps and epochs."""
+        return [
+            each.count_is_due(step, epoch, at_end_of_epoch)
+            for each in self._checkpoints
+        ]
+
+    def _look(self, count: int, step: int, epoch: int, counted: Sequence[bool]) -> None:
         """Tells the others what only this worker knows, and does what follows.
 
         Args:
             count: How many steps were run, of training or of this validation.
             step, epoch: The place to save.
-            at_end_of_epoch: Whether it is one.
+            counted: Which are to save whatever the time is.
         """
         then, when = self._last_talk
         now = time.monotonic()
@@ -136,11 +144,15 @@ class Saving:
         self._plan_next_talk(count, max(each["pace"] for each in told))
         for each, failure in zip(self._checkpoints, chief["failures"], strict=True):
             self._report(each, failure)
-        self._save_what_is_due(step, epoch, at_end_of_epoch, chief["due"])
+        by_time = chief["due"]
+        due = [one or other for one, other in zip(counted, by_time, strict=True)]
+        self._save_those(due, step, epoch)
         if code:
             for each in self._checkpoints:
                 each.request_stop(code)
             self.end(step, epoch)
+            for each in self._checkpoints:
+                each.has_stopped = True
             raise SystemExit(code)
 
     def _plan_next_talk(self, step: int, pace: float) -> None:
@@ -148,15 +160,9 @@ class Saving:
         self._last_talk = (step, time.monotonic())
         self._next_talk = step + (max(1, int(_BETWEEN_TALKS / pace)) if pace else 1)
 
-    def _save_what_is_due(
-        self,
-        step: int,
-        epoch: int,
-        at_end_of_epoch: bool,
-        time_is_due: Sequence[bool],
-    ) -> None:
-        for each, due in zip(self._checkpoints, time_is_due, strict=True):
-            if due or each.count_is_due(step, epoch, at_end_of_epoch):
+    def _save_those(self, due: Sequence[bool], step: int, epoch: int) -> None:
+        for each, is_due in zip(self._checkpoints, due, strict=True):
+            if is_due:
                 self._save(each, step, epoch)
 
     def _save(self, each: Checkpoint, step: int, epoch: int) -> None:
@@ -170,7 +176,10 @@ class Saving:
         def write(folder: pathlib.Path) -> pathlib.Path:
             return checkpoint.write(folder, step, arrays, manifest)
 
-        each.begin(step, epoch)
+        if self._held:  # The end of this epoch may still be due.
+            each.note_saved(step, epoch)
+        else:
+            each.begin(step, epoch)
         if self._team.is_chief:
             each.save(step, write)
         each.paused += time.monotonic() - began

@@ -25,10 +25,9 @@ class _Checkpoint(distfit.callbacks.Checkpoint):
     On another host than the chief's it cannot look into the folder.
     """
 
-    def begin(self, step: int, epoch: int, is_saved: bool = True) -> None:
-        super().begin(step, epoch, is_saved)
-        if is_saved:
-            run_files.note_saved(step)
+    def note_saved(self, step: int, epoch: int) -> None:
+        super().note_saved(step, epoch)
+        run_files.note_saved(step)
 
 
 def checkpoints(config: ConfigDict) -> distfit.callbacks.Checkpoint | None:

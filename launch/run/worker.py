@@ -195,11 +195,14 @@ def _stops_gently(
         with stop_signals.asking(checkpoints.request_stop):
             yield
     except SystemExit:
-        if writes and checkpoints.is_stopping:
-            print(
-                f"Saved to {checkpoints.latest}: the same command goes on from there.",
-                flush=True,
+        if writes and checkpoints.is_stopping and checkpoints.latest is not None:
+            how = (
+                "Saved to"
+                if checkpoints.has_stopped
+                else "Ended at once; the latest is"
             )
+            again = "the same command goes on from there"
+            print(f"{how} {checkpoints.latest}: {again}.", flush=True)
         raise
     except distfit.callbacks.SaveError as error:
         raise RunError(str(error)) from error

@@ -5,6 +5,7 @@ earliest failure that does not follow from another one.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 import signal
@@ -60,6 +61,7 @@ class Failure:
         code: the exit code that the worker ends with.
         step: the step it was in, or had finished last; None if that is not known.
         place: the line of the user's step that failed, as in messages.py, or "".
+        has_peers: whether it is one of several workers.
     """
 
     worker: int
@@ -70,11 +72,12 @@ class Failure:
     code: int
     step: int | None = None
     place: str = ""
+    has_peers: bool = True
 
     @property
     def follows(self) -> bool:
         """Whether this looks like a consequence of another worker's failure."""
-        return _follows(self.type, self.message)
+        return self.has_peers and _follows(self.type, self.message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def record(
         step: the step it is in, or has finished last.
     """
     try:
-        lost = lost_peer(error)
+        lost = lost_peer(error) if has_peers() else None
         name = type(error).__name__
         cause = messages.cause(error)
         message = cause if lost is None else lost.removeprefix(f"{name}: ")
@@ -145,6 +148,7 @@ def record(
             "code": code,
             "step": step,
             "place": messages.place(error),
+            "has_peers": has_peers(),
         }
         run_files.write_json(run_files.error(workdir, index), content)
     except Exception as problem:
@@ -158,6 +162,11 @@ def read(workdir: pathlib.Path, index: int) -> Failure | None:
         return None if content is None else Failure(**content)
     except TypeError:  # not its fields
         return None
+
+
+def has_peers() -> bool:
+    """Whether this process is a worker of a cluster, which may lose others."""
+    return "TF_CONFIG" in os.environ
 
 
 def lost_peer(error: BaseException) -> str | None:
