@@ -291,7 +291,7 @@ def test_arguments_and_data_that_differ_are_told_so(strategy, team, own, expecte
 
 def test_data_of_the_same_size_that_differ_are_told_so(strategy, team):
     x, y = comparing.regression_data(40, seed=team.index)
-    with pytest.raises(ValueError, match="sample of the data"):
+    with pytest.raises(ValueError, match="content of the data"):
         _model(strategy).fit(x, y, batch_size=8, verbose=0)
 
 
