@@ -196,6 +196,7 @@ def test_report_ends_with_the_worker_and_its_error(tmp_path):
         (SystemExit("no data"), 1, "worker 1 failed first, with SystemExit: no data"),
         (SystemExit(3), 3, "worker 1 ended with exit code 3"),
         (KeyboardInterrupt(), 130, "worker 1 ended with exit code 130"),
+        (SystemExit(143), 143, "a worker got SIGTERM: all stop with exit code 143"),
     ],
 )
 def test_report_of_a_worker_that_ends_itself(tmp_path, error, code, last_line):

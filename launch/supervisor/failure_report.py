@@ -46,6 +46,9 @@ def text(
         return f"{_lost(end.failure, silent)}\n"
     code = str(end.failure.code)
     if end.failure.type in _EXITS and end.failure.message in ("", code):
+        if end.failure.code == 128 + signal.SIGTERM and not alone:
+            # They stop at one step, whichever of them got the signal.
+            return f"launch: a worker got SIGTERM: all stop with exit code {code}\n"
         return f"launch: {who} ended with exit code {code}\n"
     how = "lost another worker" if end.failure.follows else "failed first"
     line = _last_line(end.failure, f"{who} {'failed' if alone else how}")
