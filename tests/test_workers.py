@@ -246,7 +246,7 @@ def test_a_learning_rate_that_differs_becomes_that_of_the_chief(strategy, team, 
 @pytest.mark.parametrize(
     "name, own, expected",
     [
-        ("structure", lambda i: {"units": 4 + i}, "variable 0: kernel (8, 4) float32"),
+        ("structure", lambda i: {"units": 4 + i}, "'units': 4, 'use_bias': True} on"),
         ("optimizer", lambda i: {"optimizer": ["sgd", "adam"][i]}, "'class': 'SGD'"),
         ("fused steps", lambda i: {"steps_per_execution": 1 + i}, "1 on worker 0"),
         ("loss", lambda i: {"loss": ["mse", "mae"][i]}, "loss 0: mse on worker 0"),

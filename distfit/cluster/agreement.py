@@ -126,7 +126,8 @@ def _layer(layer: keras.layers.Layer) -> Any:
     if isinstance(layer, keras.Model) or not of_keras:
         return name
     settings = _plain(_config_of(layer))
-    return {k: v for k, v in settings.items() if k not in ("name", "trainable")}
+    changing = {"name", "trainable"}
+    return {k: v for k, v in settings.items() if k not in changing and v is not None}
 
 
 def _numbered(name: str, facts: list) -> dict[str, Any]:
