@@ -63,7 +63,7 @@ RECORDED = st.dictionaries(
     max_size=6,
 )
 fuzz = settings(
-    max_examples=examples(100, 2000),
+    max_examples=examples(50, 2000),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
